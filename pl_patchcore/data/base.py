@@ -1,0 +1,243 @@
+"""What all data sets share: the record of an image, the sample, the data set and the data module.
+
+A data set is two lists of records (training and test). A sample is a plain dict, the same from every data
+module; batches of it go through PatchCore unchanged. Next: `preprocessing.py`, then `patch_features.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from pl_patchcore.errors import UserError
+from pl_patchcore.preprocessing import UNKNOWN, Preprocessing, check_image, read_image, read_mask
+
+log = logging.getLogger(__name__)
+
+NOMINAL = "nominal"
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data set.
+
+    Args:
+        path: Image file.
+        label: 0 nominal, 1 anomalous, as the data set's folders say (never derived from the mask).
+        defect: Defect type, ``nominal`` for nominal images.
+        category: Product or scene.
+        mask_path: Ground-truth mask; None means all nominal for a nominal image, unknown for an anomalous one.
+    """
+
+    path: Path
+    label: int
+    defect: str
+    category: str
+    mask_path: Path | None = None
+
+    def image(self) -> Image.Image:
+        """Read the image, RGB."""
+        return read_image(self.path)
+
+    def mask(self, size: tuple[int, int]) -> np.ndarray:
+        """Ground truth, uint8 ``size``: 0 nominal, 1 anomalous, 255 unknown.
+
+        An anomalous image without a mask, or with an empty one (four tiles of MTD), is unknown everywhere: its
+        defect is somewhere, so that its pixels can count neither as nominal nor as anomalous.
+        """
+        if self.label == 0:
+            return np.zeros(size, np.uint8)
+        mask = np.zeros(size, np.uint8) if self.mask_path is None else read_mask(self.mask_path)
+        if mask.shape != size:
+            raise self._mismatch(mask.shape, size)
+        return mask if mask.any() else np.full(size, UNKNOWN, np.uint8)
+
+    def check(self) -> None:
+        """Check the files without decoding them (see `check_image`).
+
+        Raises:
+            UserError: If the image or mask cannot be read, or their sizes differ.
+        """
+        size = check_image(self.path)
+        if self.mask_path is not None and self.label == 1 and (found := check_image(self.mask_path)) != size:
+            raise self._mismatch(found, size)
+
+    def _mismatch(self, found: tuple[int, ...], size: tuple[int, int]) -> UserError:
+        return UserError(
+            f"{self.mask_path}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
+            f"({self.path}); a mask must have its image's size."
+        )
+
+
+class ImageDataset(Dataset[Sample]):
+    """Records as samples.
+
+    A sample holds ``image`` float32 (3, H, W); ``mask`` uint8 (H, W), 0 nominal, 1 anomalous, 255 unknown;
+    ``label`` 0 or 1; ``index`` in the data set; ``category``, ``defect`` and ``path`` as strings;
+    ``original_size`` int64 (2,), height and width; ``crop_box`` float32 (4,), the part of the original that
+    the input covers (top, left, bottom, right, pixels of the original).
+
+    Args:
+        records: The images, in the data set's order.
+        transform: Geometry and normalisation.
+    """
+
+    def __init__(self, records: Sequence[Record], transform: Preprocessing) -> None:
+        self.records = records
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        image = record.image()
+        size = (image.height, image.width)
+        return {
+            "image": self.transform(image),
+            "mask": self.transform.mask(record.mask(size)),
+            "label": record.label,
+            "index": index,
+            "category": record.category,
+            "defect": record.defect,
+            "path": str(record.path),
+            "original_size": torch.tensor(size),
+            "crop_box": torch.tensor(self.transform.crop_box(size)),
+        }
+
+
+def collate(samples: list[Sample]) -> Sample:
+    """Stack samples into a batch; images of different shapes are refused by name.
+
+    Raises:
+        UserError: If the images differ in shape after preprocessing.
+    """
+    for sample in samples[1:]:
+        if sample["image"].shape != samples[0]["image"].shape:
+            raise UserError(
+                f"{sample['path']} is {tuple(sample['image'].shape[1:])} pixels after preprocessing, "
+                f"{samples[0]['path']} is {tuple(samples[0]['image'].shape[1:])}; "
+                "set crop, or resize_mode 'squash', so that all images have one shape."
+            )
+    batch: Sample = default_collate(samples)
+    return batch
+
+
+class AnomalyDataModule(L.LightningDataModule):
+    """Base of the data modules: subclasses say which records they hold (`load_records`).
+
+    The preprocessing is the model's: it is taken from the Trainer's model, if that has a ``transform``, or can
+    be set by hand (``data.transform = model.transform``).
+
+    Args:
+        batch_size: Images per batch.
+        num_workers: Loader processes; None takes one per core, at most 8.
+        validation: ``none`` (no validation set: PatchCore has nothing to validate while it fits), or ``test``
+            to run ``validate`` on the test set, knowingly.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        validation: Literal["none", "test"] = "none",
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"num_workers must be 0 or more, got {num_workers}.")
+        self.batch_size = batch_size
+        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.validation = validation
+        self.transform: Preprocessing | None = None
+        self._records: tuple[list[Record], list[Record]] | None = None
+        self._checked = False
+
+    def load_records(self) -> tuple[list[Record], list[Record]]:
+        """List the training records (nominal only) and the test records, in a fixed order.
+
+        Raises:
+            UserError: If the data set is missing or its layout is wrong.
+        """
+        raise TypeError(f"{type(self).__name__} must define load_records().")
+
+    @property
+    def records(self) -> tuple[list[Record], list[Record]]:
+        """Training and test records, listed once."""
+        if self._records is None:
+            train, test = self.load_records()
+            for name, part in (("training", train), ("test", test)):
+                if not part:
+                    raise UserError(f"{type(self).__name__}: the {name} set is empty.")
+            self._records = train, test
+        return self._records
+
+    def prepare_data(self) -> None:
+        """Check every file of both sets before any work is done (headers only, see `Record.check`)."""
+        if not self._checked:
+            for part in self.records:
+                for record in part:
+                    record.check()
+            self._checked = True
+
+    def setup(self, stage: str) -> None:
+        """Make the data sets, with the model's preprocessing unless one was set by hand."""
+        if stage == "validate" and self.validation == "none":
+            raise UserError(
+                "this data module has no validation set; set data.validation=test to validate on the test set."
+            )
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        transform = self.transform or getattr(module, "transform", None)
+        if not isinstance(transform, Preprocessing):
+            transform = Preprocessing()
+        train, test = self.records
+        self.train_set = ImageDataset(train, transform)
+        self.test_set = ImageDataset(test, transform)
+        if stage in ("fit", "test"):
+            log.info("%s: %s", type(self).__name__, self.describe())
+
+    def describe(self) -> str:
+        """One line: the number of images in each set."""
+        train, test = self.records
+        defects = Counter(record.defect for record in test)
+        counts = ", ".join(f"{number} {defect}" for defect, number in defects.items())
+        return f"{len(train)} nominal training images; {len(test)} test images ({counts})"
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Nominal images in data-set order (PatchCore has no use for shuffling)."""
+        return self._loader(self.train_set)
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
+        """Nothing, or the test set where ``validation="test"`` asks for it."""
+        return self._loader(self.test_set) if self.validation == "test" else []
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Nominal and anomalous images."""
+        return self._loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """The test images."""
+        return self._loader(self.test_set)
+
+    def _loader(self, data: ImageDataset) -> DataLoader[Sample]:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
+        )
