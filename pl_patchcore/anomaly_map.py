@@ -1,0 +1,161 @@
+"""Distances of patches to the memory bank -> anomaly score and anomaly map.
+
+Reads distances ``(B, h, w)``, returns anomaly scores ``(B,)`` and anomaly maps ``(B, H, W)``; the end of the way.
+Equations are those of Roth et al. 2022. The maps' Gaussian repeats the edge pixel outside the map
+(``d c b a | a b c d``) and is cut at four standard deviations, in both recipes; the paper leaves this open, the
+authors' code has it through SciPy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from kornia.filters import gaussian_blur2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pl_patchcore.errors import UserError
+from pl_patchcore.memory_bank import MemoryBank
+
+Distance = Literal["euclidean", "squared"]
+
+
+class AnomalyScorer(nn.Module):
+    """Score images and their pixels by the distance of their patches to the memory bank.
+
+    Args:
+        num_neighbors: Neighbours whose distances are averaged for a patch (1 in the paper).
+        distance: ``euclidean``, or ``squared`` as the authors' code has it.
+        reweighting_neighbors: b of equation 7, at most the bank's size; 1 means no re-weighting.
+        sigma: Standard deviation of the maps' Gaussian, pixels; 0 for none.
+    """
+
+    def __init__(
+        self,
+        num_neighbors: int = 1,
+        distance: Distance = "euclidean",
+        reweighting_neighbors: int = 9,
+        sigma: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if num_neighbors < 1:
+            raise UserError(f"num_neighbors must be at least 1, got {num_neighbors}.")
+        if distance not in ("euclidean", "squared"):
+            raise UserError(f"distance must be euclidean or squared, got {distance!r}.")
+        if reweighting_neighbors < 1:
+            raise UserError(
+                f"reweighting_neighbors must be at least 1, got {reweighting_neighbors}; 1 switches equation 7 off."
+            )
+        if sigma < 0:
+            raise UserError(f"sigma must be 0 or more pixels, got {sigma}.")
+        self.num_neighbors, self.distance = num_neighbors, distance
+        self.reweighting_neighbors, self.sigma = reweighting_neighbors, sigma
+
+    def forward(self, patches: Tensor, bank: MemoryBank, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Compare patch features with the memory bank.
+
+        Args:
+            patches: Patch features, ``(B, h, w, D)``.
+            bank: The memory bank.
+            size: Height and width of the input images.
+
+        Returns:
+            Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, in units of feature distance
+            (or its square), from 0 up without bound.
+        """
+        b, h, w, d = patches.shape
+        k = self.num_neighbors if torch.compiler.is_compiling() else min(self.num_neighbors, len(bank))
+        nearest, rows = bank(patches.reshape(-1, d), k)
+        distances = nearest.square() if self.distance == "squared" else nearest
+        distances = distances.mean(1).view(b, h * w)
+        star, patch = distances.max(1)  # equation 6
+        position = torch.arange(b, device=patches.device) * h * w + patch
+        weight = reweighting(patches.reshape(-1, d)[position], rows[position, 0], bank, self.reweighting_neighbors)
+        return star * weight, anomaly_map(distances.view(b, h, w), size, self.sigma)
+
+
+def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Tensor:
+    """Weight w of equation 7: small where the nearest bank feature has close company in the bank.
+
+    ``w = 1 - exp(|x - m*|) / sum over m in N_b(m*) of exp(|x - m|)``, with N_b(m*) the b bank features nearest to
+    m*, itself among them, once. On Euclidean distances whatever the score's; written as a softmax, so that
+    large distances do not overflow.
+
+    Args:
+        patch: Most anomalous patch feature x of each image, ``(B, D)``.
+        nearest: Bank row of its nearest neighbour m*, int64 ``(B,)``.
+        bank: The memory bank.
+        b: Neighbours, capped at the bank's size; 1 is defined as no re-weighting.
+
+    Returns:
+        float32 ``(B,)`` in [0, 1]; all 1 for b = 1 or a bank of one row.
+    """
+    b = min(b, len(bank))
+    if b == 1:
+        return torch.ones(len(patch), device=patch.device)
+    star = bank.features[nearest]  # (B, D)
+    _, rows = bank(star, b)
+    # Duplicates of m* may stand before it, even crowd it out; being equal, any of them stands for it.
+    company = bank.features[rows].double()  # (B, b, D)
+    distance = torch.linalg.vector_norm(patch.double()[:, None] - company, dim=2)
+    own = torch.linalg.vector_norm(patch.double() - star.double(), dim=1)
+    return (1 - torch.exp(own - torch.logsumexp(distance, 1))).clamp(0, 1).float()
+
+
+def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) -> Tensor:
+    """Upsample patch distances bilinearly to pixels and smooth them.
+
+    Args:
+        distances: Patch distances, ``(B, h, w)``.
+        size: Height and width of the map.
+        sigma: Standard deviation of the Gaussian, pixels; 0 for none.
+
+    Returns:
+        Anomaly maps, ``(B, *size)``.
+
+    Example:
+        >>> anomaly_map(torch.ones(1, 4, 4), (16, 16)).shape
+        torch.Size([1, 16, 16])
+    """
+    maps = F.interpolate(distances[:, None], size, mode="bilinear", align_corners=False)
+    if sigma > 0:
+        radius = int(4 * sigma + 0.5)
+        maps = maps[:, :, _mirrored(size[0], radius, maps.device)[:, None], _mirrored(size[1], radius, maps.device)]
+        width = 2 * radius + 1
+        maps = gaussian_blur2d(maps, (width, width), (sigma, sigma), border_type="constant")
+        maps = maps[:, :, radius:-radius, radius:-radius] if radius else maps
+    return maps[:, 0]
+
+
+def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: tuple[float, ...]) -> Tensor:
+    """Map an anomaly map of the input back to the original image's pixels.
+
+    Args:
+        anomaly_map: ``(H, W)``.
+        original_size: Height and width of the original image.
+        crop_box: Part of the original that the map covers: top, left, bottom, right in its pixels.
+
+    Returns:
+        float32 ``original_size``; NaN where the crop has left pixels out, which have no score.
+
+    Example:
+        >>> to_original(torch.ones(2, 2), (4, 8), (0.0, 2.0, 4.0, 6.0)).isnan().float().mean()
+        tensor(0.5000)
+    """
+    top, left, bottom, right = crop_box
+    device = anomaly_map.device
+    y = (torch.arange(original_size[0], device=device) + 0.5 - top) / (bottom - top) * 2 - 1  # -1 to 1 in the box
+    x = (torch.arange(original_size[1], device=device) + 0.5 - left) / (right - left) * 2 - 1
+    grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)[None]
+    full = F.grid_sample(
+        anomaly_map.float()[None, None], grid, mode="bilinear", padding_mode="border", align_corners=False
+    )[0, 0]
+    inside = (y.abs() <= 1)[:, None] & (x.abs() <= 1)
+    return full.masked_fill(~inside, torch.nan)
+
+
+def _mirrored(length: int, radius: int, device: torch.device) -> Tensor:
+    """Indices that continue an axis by ``radius`` on both sides, edge repeated, however short it is."""
+    place = torch.arange(-radius, length + radius, device=device).remainder(2 * length)
+    return torch.minimum(place, 2 * length - 1 - place)

@@ -1,0 +1,317 @@
+"""Patch features -> the rows kept as memory bank.
+
+Reads projected features ``(N, d)``, returns row indices ``(M,)`` in order of selection; the first ``M'`` of them
+are the coreset of size ``M'``. Next: `memory_bank.py`.
+
+Greedy selection (Roth et al. 2022, Algorithm 1; Gonzalez 1985) is exact: the same rows in the same order as a
+loop that computes every squared distance by float64 differences, rounds it to float32, and gives ties to the
+lowest row. It is computed in blocks: each row carries an upper bound of its gap (squared distance to the nearest
+kept row) that may be stale, only the rows with the largest bounds are brought up to date, by one float32 matrix
+product, and float64 differences decide among the few that remain. Stale bounds cannot be too low, since gaps
+only shrink, so no candidate is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pl_patchcore.errors import UserError
+from pl_patchcore.numerics import full_precision, product_margin
+
+CoresetMethod = Literal["greedy", "approximate", "random", "none"]
+
+_TILE = 1024  # rows and picks of one product
+_PAIRS = 1 << 15  # float64 differences computed at once
+_CROWD = 512  # candidates a round picks among; more cost more a pick than another round saves
+_TINY = 1e-36  # above what a sum of flushed denormals can lose
+_PICKED = -1.0  # gap of a picked row: below every real one
+
+
+def coreset_rows(rows: int, ratio: float, size: int | None) -> int:
+    """Number of rows to keep: ``size`` (at most all), or ``max(1, floor(ratio * rows))``.
+
+    Example:
+        >>> coreset_rows(784, 0.01, None), coreset_rows(784, 0.01, 1000)
+        (7, 784)
+    """
+    return min(size, rows) if size is not None else max(1, int(ratio * rows))
+
+
+def random_projection(dimension: int, target: int, seed: int) -> Tensor | None:
+    """Gaussian random projection, drawn on the CPU.
+
+    Args:
+        dimension: Dimension of the features, D.
+        target: Dimension after projection, d.
+        seed: Seed of the draw.
+
+    Returns:
+        float32 ``(D, d)`` of variance 1 / d (distances keep their expected length), or None where ``D <= d``.
+    """
+    if dimension <= target:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(dimension, target, generator=generator) / target**0.5
+
+
+def select_coreset(
+    features: Tensor,
+    size: int,
+    method: CoresetMethod = "greedy",
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Select ``size`` rows of ``features`` by one of the methods.
+
+    Args:
+        features: (Projected) patch features, ``(N, d)``, float32 or float64.
+        size: Rows to keep, ``1 <= size <= N``; ignored by ``none``.
+        method: ``greedy``: farthest point first, from row 0. ``approximate``: the authors' start, gaps are first
+            taken as the mean distance to 10 random rows. ``random``: a uniform draw. ``none``: all rows.
+        seed: Seed of the random choices.
+        progress: Called with the number of rows selected since the last call.
+
+    Returns:
+        Row indices in order of selection, int64, on the device of ``features``.
+
+    Raises:
+        UserError: As `greedy_coreset`, or for an unknown method.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if method == "greedy":
+        return greedy_coreset(features, size, progress=progress)
+    if method == "approximate":
+        anchors = torch.randperm(len(features), generator=generator)[:10].to(features.device)
+        distances = [torch.linalg.vector_norm(features.double() - features[a].double(), dim=1) for a in anchors]
+        gaps = torch.stack(distances).mean(0).square()
+        return greedy_coreset(features, size, gaps=gaps, progress=progress)
+    if method == "random":
+        return torch.randperm(len(features), generator=generator)[:size].to(features.device)
+    if method == "none":
+        return torch.arange(len(features), device=features.device)
+    raise UserError(f"coreset_method must be greedy, approximate, random or none, got {method!r}.")
+
+
+def greedy_coreset(
+    features: Tensor,
+    size: int,
+    *,
+    start: int = 0,
+    gaps: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Select rows that cover ``features``, farthest point first.
+
+    Each pick is the row with the largest distance to the rows already picked; ties go to the lowest row, and no
+    row is picked twice.
+
+    Args:
+        features: (Projected) patch features, ``(N, d)``, float32 or float64, any finite scale.
+        size: Rows to keep, ``1 <= size <= N``.
+        start: Row picked first.
+        gaps: Squared distances ``(N,)`` to start from in place of a first row.
+        progress: Called with the number of rows selected since the last call.
+
+    Returns:
+        Row indices in order of selection, ``(size,)``, int64, on the input's device.
+
+    Raises:
+        UserError: If ``features`` is not 2-D or not finite, or ``size`` or ``start`` is out of range.
+
+    Example:
+        >>> greedy_coreset(torch.tensor([[0.0], [1.0], [2.0], [10.0]]), 3).tolist()
+        [0, 3, 2]
+    """
+    if features.ndim != 2 or not len(features):
+        raise UserError(f"features must be (N, d) with N >= 1, got shape {tuple(features.shape)}.")
+    if not 1 <= size <= len(features):
+        raise UserError(f"size must be from 1 to the number of rows, {len(features)}, got {size}.")
+    if not 0 <= start < len(features):
+        raise UserError(f"start must be a row from 0 to {len(features) - 1}, got {start}.")
+    largest = features.abs().max()  # NaN if any is
+    if not torch.isfinite(largest):
+        raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
+    with full_precision(features.device):
+        rows = _distinct_rows(features, start)
+        scale = float(torch.ldexp(torch.ones((), dtype=torch.float64), -torch.frexp(largest.double().cpu())[1]))
+        search = _Greedy(features, rows, scale, size)
+        search.begin(start, gaps)
+        picks = search.run(progress)
+        if len(picks) < size:  # every gap is 0: the lowest rows not yet picked
+            left = torch.ones(len(features), dtype=torch.bool, device=features.device)
+            left[picks] = False
+            picks = torch.cat([picks, left.nonzero().flatten()[: size - len(picks)]])
+    return picks
+
+
+class _Greedy:
+    """State of one selection among ``rows`` (distinct, ascending but for the start) of ``features``."""
+
+    def __init__(self, features: Tensor, rows: Tensor, scale: float, size: int) -> None:
+        self.features, self.rows, self.scale = features, rows, scale
+        self.size = min(size, len(rows))
+        n, d = len(rows), features.shape[1]
+        device = features.device
+        self.margin = product_margin(d)
+        self.near = torch.empty(n, d, device=device)  # scaled and centred, float32, for products only
+        mean = torch.zeros(d, dtype=torch.float64, device=device)
+        for part in torch.arange(n, device=device).split(1 << 16):
+            mean += self._exact(part).sum(0) / n
+        for part in torch.arange(n, device=device).split(1 << 16):
+            self.near[part] = (self._exact(part) - mean).float()
+        self.norm = self.near.square().sum(1)  # (n,)
+        self.bound = torch.full((n,), torch.inf, device=device)  # >= the gap
+        self.seen = torch.zeros(n, dtype=torch.int64, device=device)  # picks that bound knows
+        self.key = torch.full((n,), torch.inf, device=device)  # the exact gap ...
+        self.known = torch.zeros(n, dtype=torch.int64, device=device)  # ... to this many picks
+        self.picks = torch.empty(self.size, dtype=torch.int64, device=device)  # positions in rows
+        self.pick_near = torch.empty(self.size, d, device=device)
+        self.pick_norm = torch.empty(self.size, device=device)
+        self.count = 0
+
+    def begin(self, start: int, gaps: Tensor | None) -> None:
+        if gaps is None:
+            first = int((self.rows == start).nonzero())
+            self._add(torch.tensor([first], device=self.rows.device))
+            self.key[first] = self.bound[first] = _PICKED
+            self._refresh(torch.arange(len(self.rows), device=self.rows.device))
+        else:
+            self.key = (gaps[self.rows].double() * self.scale**2).float()
+            self.bound = self.key.clone()
+
+    def run(self, progress: Callable[[int], None] | None) -> Tensor:
+        smallest = max(64, min(2048, len(self.rows) // 16))
+        width, reported = smallest, 0
+        while self.count < self.size:
+            if progress is not None:
+                progress(self.count - reported)
+                reported = self.count
+            pool, rest = self._pool(width)
+            self._refresh(pool)
+            before = self.count
+            alive = pool[self.bound[pool] > rest]
+            if len(alive) and self._pick(self._settle(alive), rest) <= 0:
+                break  # every gap is 0
+            width = smallest if self.count > before else 2 * width
+        if progress is not None:
+            progress(self.count - reported)
+        return self.rows[self.picks[: self.count]]
+
+    def _pool(self, width: int) -> tuple[Tensor, float]:
+        """Return the ``width`` rows with the largest bounds, and the largest bound among the others."""
+        if width >= len(self.rows):
+            return torch.arange(len(self.rows), device=self.rows.device), _PICKED
+        values, pool = self.bound.topk(width + 1)
+        return pool[:-1], float(values[-1])
+
+    def _refresh(self, pool: Tensor) -> None:
+        """Lower the pool's bounds by the picks they have not seen."""
+        seen, order = self.seen[pool].sort()
+        for part, low in zip(pool[order].split(_TILE), seen.split(_TILE), strict=True):
+            bound = self.bound[part]
+            for first in range(int(low[0]), self.count, _TILE):
+                picks = slice(first, min(first + _TILE, self.count))
+                square = torch.addmm(
+                    self.pick_norm[picks] * (1 + self.margin), self.near[part], self.pick_near[picks].T, alpha=-2
+                ).amin(1)
+                bound = torch.minimum(bound, square + self.norm[part] * (1 + self.margin) + _TINY)
+            self.bound[part] = torch.where(self.bound[part] < 0, self.bound[part], bound)
+        self.seen[pool] = self.count
+
+    def _settle(self, alive: Tensor) -> Tensor:
+        """Make the keys of ``alive`` exact: float64 differences of the pairs that products cannot rule out."""
+        known, order = self.known[alive].sort()
+        alive = alive[order]
+        for part, low in zip(alive.split(_TILE), known.split(_TILE), strict=True):
+            limit = torch.minimum(self.bound[part], self.key[part])[:, None]
+            for first in range(int(low[0]), self.count, _TILE):
+                picks = slice(first, min(first + _TILE, self.count))
+                square = torch.addmm(
+                    self.pick_norm[picks] * (1 - self.margin), self.near[part], self.pick_near[picks].T, alpha=-2
+                )
+                square += self.norm[part, None] * (1 - self.margin) - _TINY
+                row, pick = (square <= limit).nonzero(as_tuple=True)
+                for r, p in zip(row.split(_PAIRS), pick.split(_PAIRS), strict=True):
+                    gap = self._exact(part[r]) - self._exact(self.picks[first + p])
+                    self.key.scatter_reduce_(0, part[r], gap.square_().sum(1).float(), "amin")
+        self.bound[alive] = self.key[alive]
+        self.known[alive] = self.count
+        return alive
+
+    def _pick(self, alive: Tensor, rest: float) -> float:
+        """Pick among ``alive``, whose keys are exact, while the largest beats all other rows.
+
+        Returns:
+            Largest gap left, in ``alive`` or outside.
+        """
+        most = self.size - self.count
+        if len(alive) > _CROWD:
+            values, order = self.key[alive].topk(_CROWD + 1)
+            if values[0] > values[-1]:
+                alive, rest = alive[order[:-1]], max(rest, float(values[-1]))
+            else:  # mass ties: each pick is dear, and may thin them out
+                most = min(most, 64)
+        alive = alive[self.rows[alive].argsort()]  # argmax takes the first of equals: the lowest row
+        exact = self._exact(alive).cpu().numpy()  # (S, d)
+        key = self.key[alive].cpu().numpy().copy()
+        place = np.arange(len(alive))
+        floor, chosen = max(rest, 0.0), []
+        while len(chosen) < most:
+            if len(chosen) % 32 == 31 and (beat := key > floor).mean() < 0.7:
+                self._write(alive[torch.from_numpy(place[~beat])], key[~beat], len(chosen))
+                exact, key, place = exact[beat], key[beat], place[beat]
+            if not len(key) or key[best := key.argmax()] <= floor:
+                break
+            chosen.append(place[best])
+            gap = exact - exact[best]
+            np.minimum(key, np.einsum("sd,sd->s", gap, gap).astype(np.float32), out=key)
+            key[best] = _PICKED
+        self._write(alive[torch.from_numpy(place)], key, len(chosen))
+        self._add(alive[torch.tensor(chosen, dtype=torch.int64)])
+        return max(rest, float(key.max(initial=_PICKED)))
+
+    def _write(self, alive: Tensor, key: np.ndarray, new: int) -> None:
+        values = torch.from_numpy(key).to(self.key.device)
+        self.key[alive] = self.bound[alive] = values
+        self.known[alive] = self.seen[alive] = self.count + new
+
+    def _add(self, positions: Tensor) -> None:
+        part = slice(self.count, self.count + len(positions))
+        self.picks[part] = positions
+        self.pick_near[part], self.pick_norm[part] = self.near[positions], self.norm[positions]
+        self.count = part.stop
+
+    def _exact(self, positions: Tensor) -> Tensor:
+        return self.features[self.rows[positions]].double() * self.scale
+
+
+def _distinct_rows(features: Tensor, start: int) -> Tensor:
+    """Lowest row of each set of equal rows, ascending; ``start`` stands for its own set.
+
+    Equal rows (a constant background gives thousands) would tie in every round. A wrapping integer hash finds
+    them; rows are compared before any is set aside, so a collision only costs time.
+    """
+    wide = features.dtype == torch.float64
+    weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=torch.Generator().manual_seed(0))
+    weights = (2 * weights + 1).to(features.device)
+    bits = ((part + 0.0).view(torch.int64 if wide else torch.int32).long() for part in features.split(1 << 14))
+    hashed = torch.cat([(part * weights).sum(1) for part in bits])  # -0.0 + 0.0 is 0.0
+    value, row = hashed.sort(stable=True)
+    first = torch.ones_like(value, dtype=torch.bool)
+    first[1:] = value[1:] != value[:-1]
+    group = row[first][first.cumsum(0) - 1]  # lowest row of the hash, in hash order
+    twin = (~first).nonzero().flatten()
+    same = [(features[row[t]] == features[group[t]]).all(1) for t in twin.split(1 << 16)]
+    drop = row[twin[torch.cat(same)]] if same else twin
+    keep = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    keep[drop] = False
+    if not keep[start]:
+        keep[group[row == start]] = False
+        keep[start] = True
+    return keep.nonzero().flatten()

@@ -1,0 +1,90 @@
+"""Magnetic Tile Defects (Huang et al. 2018): folders -> records.
+
+Layout, as its authors publish it: ``MT_Free/Imgs/*.jpg`` (nominal) and ``MT_Blowhole``, ``MT_Break``, ``MT_Crack``,
+``MT_Fray``, ``MT_Uneven`` (anomalous), a mask ``.png`` of the same stem beside each image. Protocol of the PatchCore
+paper: 20 % of the nominal tiles and all anomalous ones are the test set, the other nominal tiles train. (The paper
+counts 925 nominal tiles; the published set holds 952.) Masks carry grey levels at their edges: above 127 of 255
+is defect. Four anomalous tiles have an empty mask; they count in image figures only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
+from pl_patchcore.errors import UserError
+
+DEFECTS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
+_HELP = "fetch https://github.com/abin24/Magnetic-tile-defect-datasets. and give its folder as data.root"
+
+
+class MTDDataModule(AnomalyDataModule):
+    """Magnetic Tile Defects.
+
+    Args:
+        root: Folder that holds ``MT_Free``, ``MT_Blowhole``, ...
+        train_files: Text file with the names of the nominal training tiles, one a line (published results use
+            one such list); None draws 80 % of them.
+        split_seed: Seed of that draw.
+        batch_size: Images per batch.
+        num_workers: Loader processes; None takes one per core, at most 8.
+        validation: ``none`` (no validation set), or ``test`` to run ``validate`` on the test set, knowingly.
+
+    Raises:
+        UserError: On use, if a folder is missing or empty, an image has no mask, or a listed name is not there.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/mtd",
+        train_files: str | None = None,
+        split_seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        validation: Literal["none", "test"] = "none",
+    ) -> None:
+        super().__init__(batch_size, num_workers, validation)
+        self.root = Path(root)
+        self.train_files = None if train_files is None else Path(train_files)
+        self.split_seed = split_seed
+
+    def load_records(self) -> tuple[list[Record], list[Record]]:
+        """List the tiles: nominal ones by name, then defects in alphabetical order."""
+        nominal = [Record(path, 0, NOMINAL, "magnetic_tile") for path in self._images("Free")]
+        training = self._training_names(nominal)
+        train = [record for record in nominal if record.path.name in training]
+        test = [record for record in nominal if record.path.name not in training]
+        for defect in DEFECTS:
+            for path in self._images(defect):
+                mask = path.with_suffix(".png")
+                if not mask.is_file():
+                    raise UserError(f"{path}: has no mask {mask.name} beside it; {_HELP}.")
+                test.append(Record(path, 1, defect.lower(), "magnetic_tile", mask))
+        return train, test
+
+    def _images(self, kind: str) -> list[Path]:
+        folder = self.root / f"MT_{kind}" / "Imgs"
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; {_HELP}.")
+        images = sorted(folder.glob("*.jpg"))
+        if not images:
+            raise UserError(f"{folder}: holds no .jpg image; {_HELP}.")
+        return images
+
+    def _training_names(self, nominal: list[Record]) -> set[str]:
+        names = [record.path.name for record in nominal]
+        if self.train_files is None:
+            order = np.random.default_rng(self.split_seed).permutation(len(names))
+            return {names[i] for i in order[: int(0.8 * len(names))]}
+        if not self.train_files.is_file():
+            raise UserError(f"{self.train_files}: no such list of training tiles; leave train_files out to draw them.")
+        listed = set(self.train_files.read_text(encoding="utf-8").split())
+        if strange := sorted(listed - set(names)):
+            raise UserError(
+                f"{self.train_files}: {len(strange)} names are not in {self.root / 'MT_Free' / 'Imgs'}, "
+                f"such as {strange[0]}; give the list that belongs to this data set."
+            )
+        return listed
