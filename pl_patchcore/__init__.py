@@ -1,3 +1,36 @@
-"""PatchCore anomaly detection as a PyTorch Lightning module."""
+"""PatchCore anomaly detection as a PyTorch Lightning module, with its training and evaluation pipeline.
+
+The way of an image, one file a stage::
+
+    preprocessing.py    image file               -> image (3, H, W), mask (H, W)
+    data/               folders of a data set    -> samples, batches
+    backbone.py         images (B, 3, H, W)      -> layers (B, C, h, w)
+    patch_features.py   layers                   -> patch features (B, h, w, D)
+    feature_store.py    the epoch's features     -> one store (N, D)
+    coreset.py          (N, d) projected         -> kept rows (M,)
+    memory_bank.py      kept features (M, D)     -> nearest neighbours of queries
+    anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
+    metrics/            scores, maps, masks      -> image AUROC, pixel AUROC, PRO
+    report/             figures, maps            -> tables, pictures, files
+    patchcore.py        the LightningModule that joins these; checkpoint.py, what it saves
+    cli.py              the command pl-patchcore
+"""
+
+from pl_patchcore.data import AnomalyDataModule, MTDDataModule, SyntheticDataModule
+from pl_patchcore.errors import UserError
+from pl_patchcore.memory_bank import MemoryBank
+from pl_patchcore.patch_features import PatchFeatures
+from pl_patchcore.patchcore import PatchCore
+from pl_patchcore.preprocessing import Preprocessing
 
 __version__ = "0.1.0"
+__all__ = [
+    "AnomalyDataModule",
+    "MTDDataModule",
+    "MemoryBank",
+    "PatchCore",
+    "PatchFeatures",
+    "Preprocessing",
+    "SyntheticDataModule",
+    "UserError",
+]

@@ -1,23 +1,21 @@
 from __future__ import annotations
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
 import torch.multiprocessing as mp
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy import integrate
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics import PRO, AnomalyEvaluation, ImageAUROC, PixelAUROC, auroc, curve_area, pro
-from pl_patchcore.metrics.auroc import count_above, sort_scores
+from pl_patchcore.metrics import PRO, AnomalyEvaluation, ImageAUROC, PixelAUROC, auroc, pro
 
 SHAPES = {
     "random": lambda noise: noise,
@@ -30,214 +28,159 @@ SHAPES = {
     "hundreds": lambda noise: 500 + 100 * noise,
     "negative": lambda noise: -40 + noise,
 }
+LEVELS = hnp.arrays(np.int8, (3, 5, 4), elements=st.integers(-5, 5))
+MASKS = hnp.arrays(np.uint8, (3, 5, 4), elements=st.sampled_from([0, 0, 1, 255]))
 
 
-def images(shape: str = "random", count: int = 6, size: tuple[int, int] = (13, 11), seed: int = 0):
-    """Scores, maps, labels, masks and groups of a few images; some unknown, one wholly so, one defect lost."""
-    generator = torch.Generator().manual_seed(seed)
-    maps = torch.randn(count, *size, generator=generator)
-    masks = torch.zeros(count, *size, dtype=torch.uint8)
-    labels = torch.arange(count) % 3 % 2  # 0 1 0, 0 1 0, ...
-    labels[-1] = 1
+def images(shape: str = "random", size: tuple[int, int] = (9, 10), seed: int = 0) -> tuple[Tensor, ...]:
+    """Twelve images: scores, maps, labels, masks and groups (-2 and 5 hold anomalous images)."""
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1])
+    groups = torch.tensor([11, 5, -2, -2, 5, 5, -2, -2, 11, 5, 5, 5])
+    masks = torch.zeros(12, *size, dtype=torch.uint8)
     for index in labels.nonzero().flatten().tolist():
-        masks[index, 1:4, 1 : 4 + index] = 1
-        masks[index, 4, 4 + index] = 1  # touches the first at a corner
-        masks[index, 7, 2::3] = 1  # three more
-        masks[index, 9:] = 255
+        masks[index, 1:3, 1 : 2 + index % 5] = 1
+        masks[index, 3, 2 + index % 5] = 1  # touches the first at a corner
+        masks[index, 1:6, 8] = 1  # a bar beside it: the two alternate from row to row
+        masks[index, 5, 0:6:3] = 1  # two single pixels
+        masks[index, 7:] = 255
     masks[0, 0, :5] = 255
-    maps += 0.8 * (masks == 1)
-    if count > 6:
-        masks[7], masks[8] = 255, 0
-        labels[8] = 1
-    maps = SHAPES[shape](maps)
-    groups = torch.tensor([11, -2, 5])[torch.arange(count) % 3 if count > 6 else torch.arange(count) // 3]
+    masks[7], masks[9] = 255, 0  # wholly unknown; known, and its defect lost
+    noise = torch.randn(12, *size, generator=torch.Generator().manual_seed(seed))
+    maps = SHAPES[shape](noise + 0.8 * (masks == 1))
     return maps.amax(dim=(1, 2)), maps, labels, masks, groups
 
 
-def feed(metric, *columns: Tensor, batch: int = 4):
+def feed(metric: Any, *columns: Tensor, batch: int = 5) -> Any:
     for start in range(0, len(columns[0]), batch):
         metric.update(*(column[start : start + batch] for column in columns))
-    return metric
+    return metric.compute()
 
 
-def pixels(maps: Tensor, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    return maps[masks == 0].numpy(), maps[masks == 1].numpy()
-
-
-def pairs(maps: Tensor, masks: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    return list(maps.double().numpy()), list(masks.numpy())
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape: str) -> None:
-    scores, maps, labels, masks, _ = images(shape)
-    image = feed(ImageAUROC(), scores, labels).compute()
-    pixel = feed(PixelAUROC(), maps, masks).compute()
-    assert image.dtype == pixel.dtype == torch.float64
-    assert image.item() == pytest.approx(
-        reference.auroc(scores[labels == 0].numpy(), scores[labels == 1].numpy()), abs=1e-12
-    )
-    assert pixel.item() == pytest.approx(reference.auroc(*pixels(maps, masks)), abs=1e-12)
-    for limit in (0.3, 0.05, 1.0):
-        expected = reference.pro(*pairs(maps, masks), fpr_limit=limit)
-        assert feed(PRO(limit), maps, masks).compute().item() == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "constant"])
-def test_matches_sklearn(shape: str) -> None:
-    _, maps, _, masks, _ = images(shape, seed=1)
-    known = masks != 255
-    expected = roc_auc_score(masks[known].numpy(), maps[known].double().numpy())
-    assert feed(PixelAUROC(), maps, masks).compute().item() == pytest.approx(expected, abs=1e-12)
-
-
-@given(
-    hnp.arrays(np.float32, st.integers(1, 12), elements=st.integers(-3, 3)),
-    hnp.arrays(np.float32, st.integers(1, 12), elements=st.integers(-3, 3)),
-    st.floats(0.01, 1.0),
-    st.integers(0, 9),
-)
-@settings(deadline=None)
-def test_area_is_that_of_the_curve(
-    negatives: np.ndarray, positives: np.ndarray, limit: float, seed: int
-) -> None:
-    weights = np.random.default_rng(seed).uniform(0.1, 1, len(positives))
-    thresholds = np.unique(np.concatenate([negatives, positives]))[::-1]
-    x = np.array([0.0, *[(negatives >= t).mean() for t in thresholds]])
-    y = np.array([0.0, *[weights[positives >= t].sum() / weights.sum() for t in thresholds]])
-    # np.interp takes the highest of several values at the limit, which is where the curve leaves it.
-    end = np.append(x[x < limit], limit), np.append(y[x < limit], np.interp(limit, x, y))
-    if (x == limit).any():
-        end = x[x <= limit], y[x <= limit]
-    counts = count_above(sort_scores([torch.from_numpy(negatives)]), torch.from_numpy(positives))
-    area = curve_area(*counts, len(negatives), torch.from_numpy(weights), limit)
-    assert area.item() == pytest.approx(integrate.trapezoid(end[1], end[0]) / limit, abs=1e-12)
-
-
-@pytest.mark.parametrize("subset", ["all", -2, 5, 11])
-def test_evaluation_equals_the_single_metrics_on_subsets(subset: str | int) -> None:
-    scores, maps, labels, masks, groups = images("tied", count=12)
-    result = feed(AnomalyEvaluation(), scores, maps, labels, masks, groups).compute()
-    row = result if subset == "all" else result["by_group"][subset]
-    keep = (
-        torch.ones_like(labels, dtype=torch.bool) if subset == "all" else (labels == 0) | (groups == subset)
-    )
-    singles = {
-        "image_auroc": feed(ImageAUROC(), scores[keep], labels[keep]),
-        "pixel_auroc": feed(PixelAUROC(), maps[keep], masks[keep]),
-        "pro": feed(PRO(), maps[keep], masks[keep]),
+def figures(columns: tuple[Tensor, ...], batch: int = 5, limit: float = 0.3) -> dict[str, Any]:
+    """What every metric says about the images."""
+    scores, maps, labels, masks, _ = columns
+    return {
+        "image_auroc": feed(ImageAUROC(), scores, labels, batch=batch),
+        "pixel_auroc": feed(PixelAUROC(), maps, masks, batch=batch),
+        "pro": feed(PRO(limit), maps, masks, batch=batch),
+        "evaluation": feed(AnomalyEvaluation(limit), *columns, batch=batch),
     }
-    for name, metric in singles.items():
-        torch.testing.assert_close(row[name], metric.compute(), rtol=0, atol=1e-12, equal_nan=True)
-    assert row["nominal"] == int((labels == 0).sum())
-    assert row["anomalous"] == int(labels[keep].sum())
 
 
-def test_evaluation_groups_and_lost_images() -> None:
-    scores, maps, labels, masks, groups = images(count=12)
-    result = feed(AnomalyEvaluation(), scores, maps, labels, masks, groups).compute()
+def assert_same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12, equal_nan=True, check_device=False)
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.05])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape: str, limit: float) -> None:
+    scores, maps, labels, masks, _ = (column.numpy() for column in images(shape))
+    actual = figures(images(shape), limit=limit)
+    expected = {
+        "image_auroc": reference.auroc(scores[labels == 0], scores[labels == 1]),
+        "pixel_auroc": reference.auroc(maps[masks == 0], maps[masks == 1]),
+        "pro": reference.pro(list(maps), list(masks), limit),
+    }
+    for name, figure in expected.items():
+        assert_same(actual[name], torch.tensor(figure, dtype=torch.float64))
+        assert_same(actual["evaluation"][name], actual[name])
+    theirs = roc_auc_score(masks[masks != 255], maps[masks != 255].astype(np.float64))
+    assert actual["pixel_auroc"].item() == pytest.approx(theirs, abs=1e-12)
+
+
+@given(LEVELS, MASKS, st.floats(0.01, 1.0) | st.sampled_from([0.25, 0.5, 1.0]))
+@settings(deadline=None)
+def test_matches_reference_on_ties_and_limits(levels: np.ndarray, masks: np.ndarray, limit: float) -> None:
+    assume((masks == 0).any() and (masks == 1).any())
+    maps, truth = torch.from_numpy(levels).float(), torch.from_numpy(masks)
+    area = reference.auroc(levels[masks == 0], levels[masks == 1])
+    assert feed(PixelAUROC(), maps, truth).item() == pytest.approx(area, abs=1e-12)
+    overlap = reference.pro(list(levels), list(masks), limit)
+    assert feed(PRO(limit), maps, truth).item() == pytest.approx(overlap, abs=1e-12)
+
+
+@pytest.mark.parametrize("subset", ["all", -2, 5])
+def test_evaluation_equals_the_single_metrics_on_subsets(subset: str | int) -> None:
+    _, _, labels, _, groups = columns = images("tied")
+    keep = torch.full((12,), True) if subset == "all" else (labels == 0) | (groups == subset)
+    expected = figures(tuple(column[keep] for column in columns))
+    result = figures(columns)["evaluation"]
+    row = result if subset == "all" else result["by_group"][subset]
+    for name in ("image_auroc", "pixel_auroc", "pro"):
+        assert_same(row[name], expected[name])
+    assert (row["nominal"], row["anomalous"]) == (4, {"all": 8, -2: 3, 5: 5}[subset])
+    assert row["lost"] == {"all": 1, -2: 0, 5: 1}[subset]  # a wholly unknown mask is not lost
     assert sorted(result["by_group"]) == [-2, 5]  # 11 holds nominal images only
-    assert (labels[7], labels[8]) == (1, 1)  # 7 is wholly unknown, which is not lost; 8 has an empty mask
-    assert result["lost"] == 1
-    assert {group: row["lost"] for group, row in result["by_group"].items()} == {-2: 0, 5: 1}
-    assert not any(value.isnan() for value in result.values() if isinstance(value, Tensor))
-
-
-def test_groups_of_nominal_images_are_ignored() -> None:
-    scores, maps, labels, masks, groups = images(count=12)
-    moved = torch.where(labels == 0, 5, groups)
-    one, other = (
-        feed(AnomalyEvaluation(), scores, maps, labels, masks, g).compute() for g in (groups, moved)
-    )
-    assert one == other
 
 
 @pytest.mark.parametrize("shape", ["random", "tied"])
-def test_batches_and_their_order_do_not_matter(shape: str) -> None:
-    columns = images(shape, count=12)
-    expected = feed(AnomalyEvaluation(), *columns, batch=12).compute()
+def test_neither_batches_nor_order_matter(shape: str) -> None:
+    columns = images(shape)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-    for batch in (1, 5):
-        for taken in (columns, tuple(column[order] for column in columns)):
-            assert_same(feed(AnomalyEvaluation(), *taken, batch=batch).compute(), expected)
+    for batch in (1, 5, 12):
+        assert_same(figures(columns, batch), figures(columns))
+        assert_same(figures(tuple(column[order] for column in columns), batch), figures(columns))
 
 
-def assert_same(actual, expected) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12, equal_nan=True)
-
-
-@given(
-    hnp.arrays(np.int8, (3, 5, 4), elements=st.integers(-5, 5)),
-    hnp.arrays(np.uint8, (3, 5, 4), elements=st.sampled_from([0, 0, 1, 255])),
-)
+@given(LEVELS, MASKS)
 @settings(deadline=None)
 def test_only_the_order_of_scores_matters(levels: np.ndarray, masks: np.ndarray) -> None:
     maps, truth = torch.from_numpy(levels).float(), torch.from_numpy(masks)
-    for metric in (PixelAUROC(), PRO()):
-        expected = feed(metric, maps, truth).compute()
-        for transformed in (maps**3 * 1e3, (maps * 1.5).exp(), maps / 8192 + 300, maps * 1e-42):
-            assert_same(
-                feed(copy.deepcopy(metric).reset() or type(metric)(), transformed, truth).compute(), expected
-            )
+    for make in (PixelAUROC, PRO):
+        expected = feed(make(), maps, truth)
+        for same_order in (maps**3 * 1e3, (maps * 1.5).exp(), maps / 8192 + 300, maps * 1e-42):
+            assert_same(feed(make(), same_order, truth), expected)
 
 
 def test_maps_of_different_sizes() -> None:
     _, maps, _, masks, _ = images()
     _, wide, _, wide_masks, _ = images(size=(16, 21), seed=2)
-    pixel, overlap = feed(PixelAUROC(), maps, masks), feed(PRO(), maps, masks)
-    pixel.update(wide, wide_masks)
-    overlap.update(wide, wide_masks)
-    both = [*maps.double().numpy(), *wide.double().numpy()], [*masks.numpy(), *wide_masks.numpy()]
-    assert overlap.compute().item() == pytest.approx(reference.pro(*both), abs=1e-12)
-    split = [np.concatenate(part) for part in zip(pixels(maps, masks), pixels(wide, wide_masks), strict=True)]
-    assert pixel.compute().item() == pytest.approx(reference.auroc(*split), abs=1e-12)
+    metric = PRO()
+    metric.update(wide, wide_masks)
+    expected = reference.pro([*wide.numpy(), *maps.numpy()], [*wide_masks.numpy(), *masks.numpy()])
+    assert feed(metric, maps, masks).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_low_precision_labels_of_any_type_and_gradients() -> None:
-    scores, _, labels, _, _ = images("tied")
-    expected = feed(ImageAUROC(), scores, labels).compute()
-    for kind in (torch.bool, torch.uint8, torch.int8, torch.float32):
-        assert feed(ImageAUROC(), scores.bfloat16(), labels.to(kind)).compute() == expected
-    assert feed(ImageAUROC(), scores.clone().requires_grad_(), labels).compute() == expected
+def test_any_dtype_and_gradients() -> None:
+    scores, maps, labels, masks, groups = images("tied")
+    expected = figures((scores, maps, labels, masks, groups))
+    for kind in (torch.bool, torch.int8, torch.float32):
+        low = scores.bfloat16(), maps.half(), labels.to(kind), masks.float(), groups.int()
+        assert_same(figures(low), expected)
+    tracked = scores.double().requires_grad_(), maps.clone().requires_grad_(), labels, masks, groups
+    assert_same(figures(tracked), expected)
 
 
-def test_reset_forgets() -> None:
-    columns = images(count=12)
-    metric = feed(AnomalyEvaluation(), *images("tied", seed=5))
-    metric.compute()
-    metric.reset()
-    assert_same(feed(metric, *columns).compute(), feed(AnomalyEvaluation(), *columns).compute())
-
-
-def test_later_changes_of_the_batch_do_not_reach_the_state() -> None:
-    columns = images()
-    metric = feed(AnomalyEvaluation(), *columns)
-    expected = feed(AnomalyEvaluation(), *columns).compute()
+def test_state_is_a_copy_that_reset_forgets() -> None:
+    columns = tuple(column.clone() for column in images())
+    metric = AnomalyEvaluation()
+    for batch in (columns, [column[:0] for column in columns]):
+        metric.update(*batch)
     for column in columns:
         column.zero_()
-    assert_same(metric.compute(), expected)
+    assert_same(metric.compute(), figures(images())["evaluation"])
+    metric.reset()
+    assert_same(feed(metric, *images("tied", seed=4)), figures(images("tied", seed=4))["evaluation"])
 
 
-def test_missing_positives_or_negatives_give_nan() -> None:
-    scores, maps, labels, masks, groups = images()
+def test_without_positives_or_negatives_is_nan() -> None:
+    _, maps, labels, masks, _ = columns = images()
     for chosen in (0, 1):
-        keep = labels == chosen
-        assert feed(ImageAUROC(), scores[keep], labels[keep]).compute().isnan()
+        result = figures(tuple(column[labels == chosen] for column in columns))
+        assert result["image_auroc"].isnan()
+        assert result["evaluation"]["image_auroc"].isnan()
         alone = torch.where(masks == chosen, masks, 255)
-        assert feed(PixelAUROC(), maps, alone).compute().isnan()
-        assert feed(PRO(), maps, alone).compute().isnan()
-    nominal = feed(AnomalyEvaluation(), *(c[labels == 0] for c in (scores, maps, labels, masks, groups)))
-    result = nominal.compute()
-    assert result["image_auroc"].isnan()
-    assert result["pro"].isnan()
-    assert (result["nominal"], result["anomalous"], result["by_group"]) == (3, 0, {})
+        assert feed(PixelAUROC(), maps, alone).isnan()
+        assert feed(PRO(), maps, alone).isnan()
+    nominal = figures(tuple(column[labels == 0] for column in columns))["evaluation"]
+    assert all(nominal[name].isnan() for name in ("pixel_auroc", "pro"))
+    assert (nominal["nominal"], nominal["anomalous"], nominal["by_group"]) == (4, 0, {})
     assert auroc(torch.empty(0), torch.empty(0)).isnan()
     assert pro(torch.ones(3), torch.empty(0), torch.empty(0, dtype=torch.int64)).isnan()
 
 
 def test_constant_scores() -> None:
-    scores, maps, labels, masks, groups = images("constant")
-    result = feed(AnomalyEvaluation(), scores, maps, labels, masks, groups).compute()
+    result = figures(images("constant"))["evaluation"]
     assert result["image_auroc"] == result["pixel_auroc"] == 0.5
     assert result["pro"].item() == pytest.approx(0.15, abs=1e-15)
 
@@ -246,111 +189,62 @@ def test_counts_beyond_float32() -> None:
     nominal = torch.zeros(2**24 + 3)
     nominal[0] = 2.0
     assert auroc(nominal, torch.ones(1)).item() == 1 - 1 / (2**24 + 3)
+    assert nominal[0] == 2.0  # sorted in a copy
 
 
-@pytest.mark.parametrize(
-    ("make", "change", "message"),
-    [
-        (ImageAUROC, {"scores": torch.ones(6, 1)}, r"scores must have dimensions B, got shape \(6, 1\)"),
-        (
-            ImageAUROC,
-            {"scores": torch.tensor([1.0, torch.nan, 1, 1, 1, 1])},
-            "scores must be finite.* got nan",
-        ),
-        (
-            ImageAUROC,
-            {"scores": torch.full((6,), 1e39, dtype=torch.float64)},
-            "finite float32 numbers, got 1e",
-        ),
-        (
-            ImageAUROC,
-            {"labels": torch.tensor([0, 1, 2, 0, 1, 1])},
-            r"labels must hold 0 \(nominal\), .* got 2",
-        ),
-        (ImageAUROC, {"labels": torch.ones(5)}, r"labels must have the shape .* got \(5,\) for \(6,\)"),
-        (
-            PixelAUROC,
-            {"maps": torch.ones(6, 1, 13, 11)},
-            r"maps must have dimensions B H W, got shape \(6, 1, ",
-        ),
-        (
-            PixelAUROC,
-            {"maps": torch.full((6, 13, 11), -torch.inf)},
-            "maps must be finite.* got -inf among 858",
-        ),
-        (PixelAUROC, {"masks": torch.full((6, 13, 11), 254)}, r"masks must hold .*255 \(unknown\), got 254"),
-        (PRO, {"masks": torch.zeros(6, 11, 13)}, r"masks must have the shape .* got \(6, 11, 13\)"),
-        (PRO, {"masks": torch.full((6, 13, 11), 0.5)}, "masks must hold .* got 0.5; convert"),
-        (
-            AnomalyEvaluation,
-            {"scores": torch.ones(5), "labels": torch.ones(5)},
-            "one for each score, got 6 for 5",
-        ),
-        (AnomalyEvaluation, {"labels": torch.zeros(6)}, "masks of nominal images must hold no 1, got"),
-        (AnomalyEvaluation, {"groups": torch.zeros(6)}, "groups must be integers .* got torch.float32"),
-        (
-            AnomalyEvaluation,
-            {"groups": torch.zeros(6, 1, dtype=torch.int64)},
-            r"groups must .* shape \(6, 1\)",
-        ),
-    ],
-)
-def test_bad_input(make, change: dict[str, Tensor], message: str) -> None:
-    names = {ImageAUROC: ("scores", "labels"), PixelAUROC: ("maps", "masks"), PRO: ("maps", "masks")}
+ONES = torch.ones(12, 9, 10)
+BAD_INPUT = [
+    (ImageAUROC, "scores", ONES[:, :1, 0], r"scores must have dimensions B, got shape \(12, 1\); reshape"),
+    (ImageAUROC, "scores", ONES[:, 0, 0] * torch.nan, "scores must be finite .* got nan among 12 such"),
+    (ImageAUROC, "scores", ONES[:, 0, 0].double() * 1e39, r"finite float32 numbers, got 1e\+39 among"),
+    (ImageAUROC, "labels", ONES[:, 0, 0] * 2, r"labels must hold 0 \(nominal\), 1 .* got 2.0; convert"),
+    (ImageAUROC, "labels", ONES[:5, 0, 0], r"labels must have the shape .* got \(5,\) for \(12,\); pass"),
+    (PixelAUROC, "maps", ONES[:, None], r"maps must have dimensions B H W, got shape \(12, 1, 9, 10\)"),
+    (PixelAUROC, "maps", ONES * -torch.inf, "maps must be finite .* got -inf among 1080 such of 1080"),
+    (PixelAUROC, "masks", ONES.int() * 254, r"masks must hold .*255 \(unknown\), got 254; convert"),
+    (PRO, "masks", ONES.mT, r"masks must have the shape .* got \(12, 10, 9\) for \(12, 9, 10\)"),
+    (PRO, "masks", ONES / 2, "masks must hold .* got 0.5; convert"),
+    (AnomalyEvaluation, "maps", ONES[:5], "maps must be one for each score, got 5 for 12 scores; pass"),
+    (AnomalyEvaluation, "labels", ONES[:, 0, 0] * 0, "masks of nominal images must hold no 1, got .* label"),
+    (AnomalyEvaluation, "groups", ONES[:, 0, 0], "groups must be integers .* got torch.float32 of shape"),
+    (AnomalyEvaluation, "groups", ONES[:5, 0, 0].int(), r"groups must .* shape \(12,\), got .*\(5,\); num"),
+]
+
+
+@pytest.mark.parametrize(("make", "name", "value", "message"), BAD_INPUT)
+def test_bad_input(make: Any, name: str, value: Tensor, message: str) -> None:
     every = ("scores", "maps", "labels", "masks", "groups")
-    given = dict(zip(every, images(), strict=True)) | change
-    metric = make()
+    values = dict(zip(every, images(), strict=True)) | {name: value}
+    taken = {ImageAUROC: ("scores", "labels"), AnomalyEvaluation: every}.get(make, ("maps", "masks"))
     with pytest.raises(UserError, match=message):
-        metric.update(*(given[name] for name in names.get(make, every)))
+        make().update(*(values[argument] for argument in taken))
 
 
 @pytest.mark.parametrize("limit", [0.0, -0.3, 1.01, float("nan")])
 @pytest.mark.parametrize("make", [PRO, AnomalyEvaluation])
-def test_bad_limit(make, limit: float) -> None:
-    with pytest.raises(UserError, match=r"fpr_limit must be in \(0, 1\], got"):
+def test_bad_limit(make: Any, limit: float) -> None:
+    with pytest.raises(UserError, match=r"fpr_limit must be in \(0, 1\], got .*; published"):
         make(fpr_limit=limit)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_equals_cpu() -> None:
-    columns = images("tied", count=12)
-    there = feed(AnomalyEvaluation().cuda(), *(column.cuda() for column in columns)).compute()
-    assert there["pro"].is_cuda
-    torch.testing.assert_close(
-        there, feed(AnomalyEvaluation(), *columns).compute(), rtol=0, atol=1e-12, check_device=False
-    )
+    result = feed(AnomalyEvaluation().cuda(), *(column.cuda() for column in images("tied")))
+    assert result["pro"].is_cuda
+    assert_same(result, figures(images("tied"))["evaluation"])
 
 
-SHARDS = {"uneven": (9, 3), "one process without images": (12, 0)}
-
-
-def _evaluate_shard(rank: int, folder: Path) -> None:
-    """What each of the two processes runs: its images in, everybody's figures out."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    results = {}
-    for name, (first, _) in SHARDS.items():
-        mine = slice(0, first) if rank == 0 else slice(first, None)
-        scores, maps, labels, masks, groups = (column[mine] for column in images("tied", count=12))
-        results[name] = {
-            "evaluation": feed(AnomalyEvaluation(), scores, maps, labels, masks, groups, batch=2).compute(),
-            "image": feed(ImageAUROC(), scores, labels).compute(),
-            "pixel": feed(PixelAUROC(), maps, masks).compute(),
-            "pro": feed(PRO(), maps, masks).compute(),
-        }
-    torch.save(results, folder / f"{rank}.pt")
+def _shard(rank: int, folder: Path) -> None:
+    """One of two processes: an uneven share of the images in (once none at all), everybody's figures out."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    for first in (9, 12):
+        mine = slice(first) if rank == 0 else slice(first, None)
+        torch.save(figures(tuple(column[mine] for column in images("tied"))), folder / f"{rank}_{first}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_evaluate_shard, args=(tmp_path,), nprocs=2)
-    scores, maps, labels, masks, groups = images("tied", count=12)
-    expected = {
-        "evaluation": feed(AnomalyEvaluation(), scores, maps, labels, masks, groups).compute(),
-        "image": feed(ImageAUROC(), scores, labels).compute(),
-        "pixel": feed(PixelAUROC(), maps, masks).compute(),
-        "pro": feed(PRO(), maps, masks).compute(),
-    }
-    for rank in (0, 1):
-        for results in torch.load(tmp_path / f"{rank}.pt").values():
-            assert_same(results, expected)
+    mp.spawn(_shard, args=(tmp_path,), nprocs=2)
+    for name in ("0_9", "1_9", "0_12", "1_12"):
+        assert_same(torch.load(tmp_path / f"{name}.pt"), figures(images("tied")))

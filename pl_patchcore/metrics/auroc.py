@@ -54,12 +54,10 @@ def curve_area(
     if total == 0 or above.numel() == 0:
         return torch.tensor(torch.nan, dtype=torch.float64)
     low, high = above.double() / total, at_least.double() / total
-    part = (fpr_limit - low).clamp(min=0).square() / (
-        2 * (high - low)
-    )  # unused (0 / 0) where nothing is tied
-    area = torch.where(
-        high <= fpr_limit, fpr_limit - (low + high) / 2, torch.where(low < fpr_limit, part, 0.0)
-    )
+    whole = fpr_limit - (low + high) / 2
+    tied = (at_least - above).clamp(min=1).double() / total  # at least one, lest 0 / 0
+    part = (fpr_limit - low).clamp(min=0).square() / (2 * tied)
+    area = torch.where(high <= fpr_limit, whole, part)
     mean = area.mean() if weights is None else (area * weights).sum() / weights.sum()
     return mean / fpr_limit
 
@@ -160,14 +158,14 @@ class ScoreMetric(Metric):
             raise UserError(
                 f"{name} must have dimensions {dims}, got shape {tuple(scores.shape)}; reshape them."
             )
-        kept = scores.detach().to(self.device, torch.float32)
+        kept = scores.detach().float()
         finite = torch.isfinite(kept)
         if not finite.all():
             raise UserError(
                 f"{name} must be finite float32 numbers, got {scores[~finite][0].item()} among "
                 f"{int((~finite).sum())} such of {scores.numel()}; look for broken images or features."
             )
-        return kept
+        return kept.to(self.device)
 
     def check_truth(self, name: str, truth: Tensor, allowed: dict[int, str], scores: Tensor) -> Tensor:
         """Check that ``truth`` holds an ``allowed`` value for each score; returns it on the metric's device.
@@ -216,7 +214,7 @@ class ImageAUROC(_AUROC):
     """
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Add images: raw anomaly scores ``(B,)`` and labels ``(B,)``, 0 nominal or 1 anomalous."""
+        """Add images: raw scores ``(B,)`` and labels ``(B,)``, 0 or 1, else a `UserError`."""
         scores = self.check_scores("scores", scores, "B")
         labels = self.check_truth("labels", labels, LABELS, scores)
         self.nominal.append(scores[labels == 0])
@@ -236,7 +234,7 @@ class PixelAUROC(_AUROC):
     """
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
-        """Add images: raw anomaly maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255 (unknown)."""
+        """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
         maps = self.check_scores("maps", maps, "B H W")
         masks = self.check_truth("masks", masks, MASKS, maps)
         self.nominal.append(maps[masks == 0])

@@ -134,10 +134,13 @@ class AnomalyEvaluation(ScoreMetric):
             UserError: If a shape or a value is not as above, or a score is not finite.
         """
         scores, maps = self.check_scores("scores", scores, "B"), self.check_scores("maps", maps, "B H W")
+        if len(maps) != len(scores):
+            raise UserError(
+                f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; "
+                "pass both of one batch."
+            )
         labels = self.check_truth("labels", labels, LABELS, scores)
         masks = self.check_truth("masks", masks, MASKS, maps)
-        if len(maps) != len(scores):
-            raise UserError(f"maps must be one for each score, got {len(maps)} for {len(scores)} scores.")
         if groups.shape != labels.shape or groups.is_floating_point():
             raise UserError(
                 f"groups must be integers of shape {tuple(labels.shape)}, got {groups.dtype} of shape "
@@ -149,16 +152,13 @@ class AnomalyEvaluation(ScoreMetric):
                 f"masks of nominal images must hold no 1, got {stray} such pixels; "
                 "label the image 1 or clear its mask."
             )
-        regions = []
-        for anomaly_map, mask in zip(maps, masks, strict=True):
-            nominal, anomalous, areas = split_regions(anomaly_map, mask)
-            self.nominal.append(nominal)
-            self.anomalous.append(anomalous)
-            self.areas.append(areas)
-            regions.append(len(areas))
+        nominal, anomalous, areas, regions = split_regions(maps, masks)
+        self.nominal.append(nominal)
+        self.anomalous.append(anomalous)
+        self.areas.append(areas)
         pixels = (masks == 0).flatten(1).sum(dim=1)
         known = (masks != UNKNOWN).flatten(1).any(dim=1)
-        rows = (labels, groups.to(self.device), pixels, torch.tensor(regions, device=self.device), known)
+        rows = (labels, groups.to(self.device), pixels, regions, known)
         self.images.append(torch.stack([row.to(torch.int64) for row in rows], dim=1))
         self.image_scores.append(scores.clone())
 

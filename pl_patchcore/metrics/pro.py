@@ -21,30 +21,34 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.auroc import MASKS, ScoreMetric, count_above, curve_area, sort_scores
 
 
-def split_regions(anomaly_map: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split one map into the scores of its nominal pixels and those of its regions.
+def split_regions(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split maps into the scores of their nominal pixels and those of their regions.
 
     Args:
-        anomaly_map: Raw scores, ``(H, W)``.
-        mask: 0 nominal, 1 anomalous, 255 unknown (in neither result), ``(H, W)``, on the map's device.
+        maps: Raw anomaly maps, ``(B, H, W)``.
+        masks: 0 nominal, 1 anomalous, 255 unknown (in no result), ``(B, H, W)``, on the maps' device.
 
     Returns:
-        Scores of the nominal pixels ``(n,)``; scores of the anomalous pixels ``(P,)``, region after region;
-        area of each region in pixels ``(K,)``, int64, summing to P.
+        Scores of the nominal pixels ``(n,)``, image after image; scores of the anomalous pixels ``(P,)``,
+        image after image and region after region; area of each region in pixels ``(K,)``, int64; number of
+        regions of each image ``(B,)``, int64. Regions are labelled on the CPU.
 
     Example:
-        >>> mask = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 255]])
-        >>> nominal, anomalous, areas = split_regions(torch.arange(9.0).reshape(3, 3), mask)
-        >>> nominal.tolist(), anomalous.tolist(), areas.tolist()
-        ([1.0, 3.0, 5.0, 6.0, 7.0], [0.0, 2.0, 4.0], [3])
+        >>> masks = torch.tensor([[[1, 0, 1], [0, 1, 0], [0, 0, 255]]])
+        >>> [part.tolist() for part in split_regions(torch.arange(9.0).reshape(1, 3, 3), masks)]
+        [[1.0, 3.0, 5.0, 6.0, 7.0], [0.0, 2.0, 4.0], [3], [1]]
     """
-    labels, _ = ndimage.label((mask == 1).cpu().numpy(), structure=np.ones((3, 3)))  # (H, W), 0 outside
-    regions = labels.ravel()
-    pixels = np.flatnonzero(regions)
-    pixels = pixels[np.argsort(regions[pixels], kind="stable")]  # (P,) region after region
-    areas = torch.from_numpy(np.bincount(regions, minlength=1)[1:])
-    anomalous = anomaly_map.flatten()[torch.from_numpy(pixels).to(anomaly_map.device)]
-    return anomaly_map[mask == 0], anomalous, areas.to(anomaly_map.device)
+    empty = np.empty(0, np.int64)  # so that a batch of no images passes
+    pixels, areas = [empty], [empty]
+    for index, mask in enumerate((masks == 1).cpu().numpy()):
+        labels = ndimage.label(mask, structure=np.ones((3, 3)))[0].ravel()  # 1, 2, ... inside, 0 outside
+        inside = np.flatnonzero(labels)
+        inside = inside[np.argsort(labels[inside], kind="stable")]  # region after region
+        pixels.append(index * mask.size + inside)
+        areas.append(np.bincount(labels, minlength=1)[1:])
+    anomalous = maps.flatten()[torch.from_numpy(np.concatenate(pixels)).to(maps.device)]
+    regions = torch.tensor([len(area) for area in areas[1:]], dtype=torch.int64, device=maps.device)
+    return maps[masks == 0], anomalous, torch.from_numpy(np.concatenate(areas)).to(maps.device), regions
 
 
 def region_weights(areas: Tensor) -> Tensor:
@@ -124,14 +128,13 @@ class PRO(ScoreMetric):
         self.add_list("areas", torch.int64)
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
-        """Add images: raw anomaly maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255 (unknown)."""
+        """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
         maps = self.check_scores("maps", maps, "B H W")
         masks = self.check_truth("masks", masks, MASKS, maps)
-        for anomaly_map, mask in zip(maps, masks, strict=True):
-            nominal, anomalous, areas = split_regions(anomaly_map, mask)
-            self.nominal.append(nominal)
-            self.anomalous.append(anomalous)
-            self.areas.append(areas)
+        nominal, anomalous, areas, _ = split_regions(maps, masks)
+        self.nominal.append(nominal)
+        self.anomalous.append(anomalous)
+        self.areas.append(areas)
 
     def compute(self) -> Tensor:
         """PRO of all updates, 0-d float64."""
