@@ -26,12 +26,10 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.gabor import GaborBank
 
 log = logging.getLogger(__name__)
 
 PAPER_WEIGHTS = "IMAGENET1K_V1"
-_OWN = {"gabor": GaborBank}  # backbones by name beside torchvision's; they have no weights to load
 _FILES = (".pth", ".pt", ".safetensors")
 
 
@@ -45,10 +43,10 @@ class Backbone(nn.Module):
     Always in eval mode, batch norm included, and without gradients, whatever the Trainer does.
 
     Args:
-        backbone: Name of a torchvision classification model, ``gabor``, or a module (a copy of it is used).
+        backbone: Name of a torchvision classification model, or a module (a copy of it is used).
         layers: Dotted names of the layers, as ``named_modules()`` gives them.
         weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or None
-            for random weights. A module keeps the weights it has unless a path is given; ``gabor`` has none.
+            for random weights. A module keeps the weights it has unless a path is given.
         seed: Seed of random weights.
 
     Raises:
@@ -133,21 +131,16 @@ def _is_file(weights: str) -> bool:
 
 
 def _build(backbone: str | nn.Module, weights: str | None, from_file: bool, seed: int) -> nn.Module:
-    named = weights not in (None, PAPER_WEIGHTS)
     if isinstance(backbone, nn.Module):
-        if named:
+        if weights not in (None, PAPER_WEIGHTS):
             raise UserError(f"weights {weights!r} name torchvision's own; for a module give a path or null.")
         return copy.deepcopy(backbone)
-    if backbone in _OWN:
-        if named or from_file:
-            raise UserError(f"backbone {backbone!r} has no weights to load; leave weights at null.")
-        return _OWN[backbone]()
     known = torchvision.models.list_models(module=torchvision.models)
     if backbone not in known:
-        nearest = difflib.get_close_matches(backbone, [*known, *_OWN], 1, 0)[0]
+        nearest = difflib.get_close_matches(backbone, known, 1, 0)[0]
         raise UserError(
             f"backbone {backbone!r} is unknown; did you mean {nearest!r}? Take a torchvision classification model "
-            f"({', '.join(known[:3])}, ...), one of {', '.join(_OWN)}, or a module of your own."
+            f"({', '.join(known[:3])}, ...) or a module of your own."
         )
     if weights is None and not from_file:
         warnings.warn(

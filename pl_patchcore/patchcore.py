@@ -15,7 +15,7 @@ import logging
 import time
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from pl_patchcore.anomaly_map import AnomalyScorer, Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
 from pl_patchcore.checkpoint import check_identity, read_checkpoint, rewrite_checkpoints
 from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
+from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.memory_bank import MemoryBank, Search
@@ -76,8 +77,7 @@ class PatchCore(L.LightningModule):
     The defaults are the recipe ``paper``; `from_recipe` gives it and ``official``, the authors' code.
 
     Args:
-        backbone: Name of a torchvision classification model, ``gabor`` (fixed filters, nothing to download), or a
-            module of your own (a copy is used).
+        backbone: Name of a torchvision classification model, or a module of your own (a copy is used).
         layers: Layers by dotted name, such as ``layer2`` or ``features.6``; the first gives the patch grid.
         weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or null for
             random weights. A module keeps the weights it has unless a path is given.
@@ -112,9 +112,10 @@ class PatchCore(L.LightningModule):
         UserError: For a value out of range, an unknown name, or weights that cannot be had or do not fit.
 
     Example:
-        >>> model = PatchCore(backbone="gabor", layers=["scales.0"], weights=None, crop=None, resize=64)
-        >>> model.transform.resize
-        64
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU())
+        >>> model = PatchCore(network, layers=["1"], resize=64, crop=None)
+        >>> model.patch_features(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 16, 16, 8])
     """
 
     calibration_scores: Tensor
@@ -379,7 +380,7 @@ class PatchCore(L.LightningModule):
         size = coreset_rows(len(store), hp["coreset_ratio"], hp["coreset_size"])
         projection = random_projection(store.dimension, hp["projection_dim"], hp["seed"])
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
-        with tqdm(total=size, desc="Coreset", unit=" patches", disable=not shown) as bar:
+        with tqdm(total=size, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
             if hp["coreset_method"] in ("greedy", "approximate"):
                 projected = store.project(projection).to(self.device)
             else:
@@ -446,27 +447,6 @@ class PatchCore(L.LightningModule):
         check_identity(checkpoint, self.identity(), holds_backbone)
         checkpoint["state_dict"] = own | state
         self.calibration_scores = torch.empty_like(state["calibration_scores"], device=self.device)
-
-
-def as_batch(batch: Any) -> dict[str, Any]:
-    """Read a batch of any of the accepted forms as a dict.
-
-    Args:
-        batch: A dict with at least ``image``; a tensor of images; or a tuple ``(image,)``, ``(image, label)``,
-            ``(image, label, mask)``.
-
-    Raises:
-        UserError: If it is none of these, or the images are not ``(B, 3, H, W)``.
-    """
-    if isinstance(batch, Tensor):
-        batch = {"image": batch}
-    elif isinstance(batch, tuple | list) and 1 <= len(batch) <= 3:
-        batch = dict(zip(("image", "label", "mask"), batch, strict=False))
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
-        raise UserError("a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]).")
-    if batch["image"].ndim != 4 or batch["image"].shape[1] != 3:
-        raise UserError(f"images must be (B, 3, H, W), got {tuple(batch['image'].shape)}.")
-    return dict(batch)
 
 
 def _held_out(index: int, share: float, seed: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pl_patchcore.errors import UserError
@@ -133,6 +134,27 @@ def collate(samples: list[Sample]) -> Sample:
             )
     batch: Sample = default_collate(samples)
     return batch
+
+
+def as_batch(batch: Any) -> dict[str, Any]:
+    """Read a batch of any of the accepted forms as a dict.
+
+    Args:
+        batch: A dict with at least ``image``; a tensor of images; or a tuple ``(image,)``, ``(image, label)``,
+            ``(image, label, mask)``.
+
+    Raises:
+        UserError: If it is none of these, or the images are not ``(B, 3, H, W)``.
+    """
+    if isinstance(batch, Tensor):
+        batch = {"image": batch}
+    elif isinstance(batch, tuple | list) and 1 <= len(batch) <= 3:
+        batch = dict(zip(("image", "label", "mask"), batch, strict=False))
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
+        raise UserError("a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]).")
+    if batch["image"].ndim != 4 or batch["image"].shape[1] != 3:
+        raise UserError(f"images must be (B, 3, H, W), got {tuple(batch['image'].shape)}.")
+    return dict(batch)
 
 
 class AnomalyDataModule(L.LightningDataModule):

@@ -30,7 +30,7 @@ from pl_patchcore.errors import UserError
 Array = NDArray[np.float64]
 Rng = np.random.Generator
 Texture = Literal["brick", "gravel", "grass"]
-_SPLIT = 300  # column of the photograph: training images from the left of it, test images from the right
+_SPLIT = 256  # column of the photograph: training images from the left of it, test images from the right
 TEXTURES = ("brick", "gravel", "grass")
 _VISIBLE = 0.03  # least mean change of grey inside a defect, of 1; three times the sensor's noise
 

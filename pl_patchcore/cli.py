@@ -1,0 +1,255 @@
+"""The command ``pl-patchcore``: fit, validate, test, predict, and run (fit, then test).
+
+Lightning's command line, with three things of its own: option names are checked before anything else, so that a
+misspelt one, on the command line or anywhere in a YAML file, is answered with one line; what a user can put right
+(`UserError`) is shown as one line without a traceback; reports are written after test and predict.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import import_object
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from pl_patchcore.checkpoint import read_checkpoint
+from pl_patchcore.data import AnomalyDataModule
+from pl_patchcore.errors import UserError
+from pl_patchcore.patchcore import PatchCore
+from pl_patchcore.report import PredictionWriter, TestReport
+
+_QUIET = (
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
+    ".*in eval mode at the start of training.*",  # as it should be: the backbone is frozen
+    ".*Total length of `list` across ranks is zero.*",  # no validation set
+    ".*is smaller than the logging interval.*",
+    ".*does not have many workers.*",  # num_workers is the data module's business
+    ".*`max_epochs` was not set.*",  # PatchCore sets it
+    "LightningCLI's args parameter is intended.*",  # the arguments are looked through first
+)
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer with ``run``."""
+
+    def run(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
+        """Fit, then test, in one process.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+        """
+        self.fit(model, datamodule=datamodule)
+        self.test(model, datamodule=datamodule, verbose=False)
+
+
+class PatchCoreCLI(LightningCLI):
+    """Lightning's command line for `PatchCore` and the data modules."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        self.arguments = list(sys.argv[1:] if args is None else args)
+        super().__init__(
+            PatchCore,
+            AnomalyDataModule,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            seed_everything_default=False,
+            parser_kwargs={"prog": "pl-patchcore", "description": "PatchCore anomaly detection."},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=self.arguments,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer methods offered, and their arguments that are not options."""
+        return LightningCLI.subcommands() | {"run": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the reports and their options."""
+        parser.add_lightning_class_args(TestReport, "report")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.set_defaults({"trainer.max_epochs": 1})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check the names of all options, take the model of ``ckpt_path`` as default, then parse."""
+        check_options(parser, self.arguments)
+        super().parse_arguments(parser, self._with_checkpoint())
+
+    def _with_checkpoint(self) -> list[str]:
+        """Put the model's settings of the checkpoint to be loaded before the user's own, which win."""
+        arguments = self.arguments
+        path = next((value for key, value in _options(arguments) if key == "ckpt_path"), None)
+        if not path or path in ("best", "last", "hpc") or arguments[0] == "fit":
+            return arguments
+        saved = read_checkpoint(path)["hyper_parameters"]
+        if "backbone" not in saved:
+            raise UserError(f"{path} was fitted with a module as backbone; load it in Python, where it can be passed.")
+        given = [f"--model.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in saved.items()]
+        return [arguments[0], *given, *arguments[1:]]
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: `_with_checkpoint` has done it, and lets the user's options win."""
+
+    def before_instantiate_classes(self) -> None:
+        """Do not collect predictions, maps and all, in memory: they are written as they come."""
+        if self.subcommand == "predict":
+            self.config["predict"]["return_predictions"] = False
+        if self.subcommand in ("test", "validate"):
+            self.config[self.subcommand]["verbose"] = False
+
+
+def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> None:
+    """Refuse option names that do not exist, wherever they stand.
+
+    Args:
+        parser: The parser of the whole command line.
+        arguments: The command line, without the program's name.
+
+    Raises:
+        UserError: Naming the option, the file it is in, and the nearest right one.
+    """
+    commands = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
+    if not arguments or arguments[0] not in commands:
+        words = [argument for argument in arguments[:1] if not argument.startswith("-")]
+        if words:
+            raise UserError(f"unknown command {words[0]!r}; did you mean {_nearest(words[0], list(commands))!r}?")
+        return
+    known = {action.dest for action in commands[arguments[0]]._actions} | {"config", "help", "data.class_path", "data.init_args"}
+    given = list(_options(arguments[1:]))
+    options = [(key, value, "") for key, value in given]
+    for name in (value for key, value in given if key in ("config", "c")):
+        if name is not None:
+            options += [(key, value, f" in {name}") for key, value in _file_options(Path(name))]
+    data = next((v for k, v, _ in reversed(options) if k in ("data", "data.class_path") and isinstance(v, str)), None)
+    for key, value, where in options:
+        if key not in ("c", "h") and not key.startswith(("help", "print_")):
+            _check_name(key, known, data, where)
+        for place, inner in _nested(key, value):
+            _check_name(place, _arguments(inner), None, where)
+
+
+def _check_name(key: str, known: set[str], data: str | None, where: str) -> None:
+    if key in known or any(key.startswith(f"{name}.") for name in known & _OPEN) or f"{key}." in _OPEN:
+        return
+    if any(name.startswith(f"{key}.") for name in known):
+        return  # a group
+    if key.startswith("data."):
+        if data is None:
+            return  # jsonargparse says that data is missing
+        known = {f"data.{name}" for name in _arguments(data)}
+        short = key.replace("data.init_args.", "data.")
+        if short in known:
+            return
+        key = short
+    raise UserError(f"unknown option {key!r}{where}; did you mean {_nearest(key, sorted(known))!r}?")
+
+
+_OPEN = {
+    "trainer.accelerator", "trainer.strategy", "trainer.logger", "trainer.callbacks", "trainer.plugins",
+    "trainer.profiler", "trainer.barebones", "model.backbone",
+}  # fmt: skip
+
+
+def _arguments(class_path: str) -> set[str]:
+    """Names of a class's constructor arguments; empty where the class is not found (jsonargparse says so)."""
+    import inspect
+
+    if "." not in class_path:
+        for module in ("pl_patchcore.data", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"):
+            if hasattr(sys.modules.get(module), class_path):
+                class_path = f"{module}.{class_path}"
+                break
+        else:
+            return set()
+    try:
+        signature = inspect.signature(import_object(class_path))
+    except (ImportError, ValueError, AttributeError, TypeError):
+        return set()
+    return set(signature.parameters)
+
+
+def _nested(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Init arguments of classes inside an option's value: their name and the class they are for."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _nested(key, item)
+    elif isinstance(value, dict):
+        if isinstance(value.get("class_path"), str) and isinstance(value.get("init_args"), dict):
+            names = _arguments(value["class_path"])
+            if names and "kwargs" not in names:
+                for name in value["init_args"]:
+                    yield name, value["class_path"]
+        for inner in value.values():
+            yield from _nested(key, inner)
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Options of a command line: name without dashes, and value."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit():
+            name, equals, value = argument.lstrip("-").partition("=")
+            yield name.removesuffix("+"), value if equals else None if following.startswith("--") else following
+
+
+def _file_options(path: Path) -> Iterator[tuple[str, Any]]:
+    """Options of a YAML file, dotted; lists and what belongs to a class of its own stay values."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold options as 'name: value'.")
+    yield from _flat("", content)
+
+
+def _flat(prefix: str, content: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in _OPEN and value:
+            yield from _flat(f"{name}.", value)
+        else:
+            yield name, value
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    last = name.rsplit(".", 1)[-1]
+    alike = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    return (alike or difflib.get_close_matches(name, known, 1, 0) or [""])[0]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; exit status 2 for what a user can put right.
+
+    Args:
+        args: Arguments, the process's own if None.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for message in _QUIET:
+        warnings.filterwarnings("ignore", message)
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    try:
+        PatchCoreCLI(args)
+    except UserError as error:
+        # a loader process's error carries the traceback it had there; the last line is the message
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        text = lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error)
+        sys.stderr.write(f"pl-patchcore: error: {text}\n")
+        raise SystemExit(2) from None
+
+
+__all__ = ["Namespace", "PatchCoreCLI", "Trainer", "check_options", "main"]

@@ -1,0 +1,142 @@
+"""Anomaly maps as pictures: image, mask, map and overlay side by side.
+
+Only the images a report shows are kept while the test runs, in four short lists.
+"""
+
+from __future__ import annotations
+
+import heapq
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pl_patchcore.preprocessing import UNKNOWN
+from pl_patchcore.report.files import whole_file
+
+_GROUPS = {  # group: (label, sign of the score)
+    "most_anomalous": (1, 1),
+    "missed": (1, -1),
+    "least_anomalous": (0, -1),
+    "false_alarm": (0, 1),
+}
+
+
+@dataclass(order=True)
+class Shown:
+    """An image that may be shown; compared by rank alone."""
+
+    rank: float
+    order: int
+    score: float = field(compare=False)
+    title: str = field(compare=False)
+    image: Tensor = field(compare=False)  # (3, H, W) in [0, 1]
+    anomaly_map: Tensor = field(compare=False)  # (H, W)
+    mask: Tensor | None = field(compare=False)  # (H, W)
+
+
+class Gallery:
+    """The most and least anomalous images and the errors, a few of each.
+
+    ``most_anomalous`` and ``missed`` are the anomalous images with the highest and lowest scores,
+    ``false_alarm`` and ``least_anomalous`` the nominal ones.
+
+    Args:
+        size: Images per group.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.groups: dict[str, list[Shown]] = {name: [] for name in _GROUPS}
+        self.seen: list[tuple[float, int]] = []  # score and label of every image
+
+    def add(
+        self, score: float, label: int, title: str, image: Tensor, anomaly_map: Tensor, mask: Tensor | None
+    ) -> None:
+        """Consider an image; tensors are copied to main memory only if it is kept."""
+        self.seen.append((score, label))
+        for name, (wanted, sign) in _GROUPS.items():
+            group = self.groups[name]
+            if wanted != label or (len(group) == self.size and (not group or sign * score <= group[0].rank)):
+                continue
+            kept = Shown(
+                rank=sign * score,
+                order=len(self.seen),
+                score=score,
+                title=title,
+                image=image.cpu().clone(),
+                anomaly_map=anomaly_map.float().cpu().clone(),
+                mask=None if mask is None else mask.cpu().clone(),
+            )
+            (heapq.heappush if len(group) < self.size else heapq.heapreplace)(group, kept)
+
+    def write(self, folder: Path) -> int:
+        """Draw all groups into ``folder``, replacing an earlier run's; returns the number of pictures.
+
+        One colour scale serves all: from the lowest value shown to the 99.5 % quantile of the values shown. The
+        contour stands at its middle. Neither knows of labels.
+        """
+        shown = [item for group in self.groups.values() for item in group]
+        if not shown:
+            return 0
+        values = np.concatenate([item.anomaly_map.numpy().ravel() for item in shown])
+        low, high = float(values.min()), float(np.quantile(values, 0.995))
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        for name, group in self.groups.items():
+            for place, item in enumerate(sorted(group, reverse=True), 1):
+                with whole_file(folder / f"{name}_{place}.png") as partial:
+                    _draw(item, name, (low, max(high, low + 1e-12)), partial)
+        with whole_file(folder / "scores.png") as partial:
+            _draw_scores(self.seen, partial)
+        return len(shown) + 1
+
+
+def _draw(item: Shown, group: str, scale: tuple[float, float], path: Path) -> None:
+    figure = Figure(figsize=(13, 3.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 4)
+    image = item.image.permute(1, 2, 0).numpy()
+    level = 0.5 * (scale[0] + scale[1])
+    panels: Sequence[tuple[str, np.ndarray | None]] = (
+        ("image", image),
+        ("mask", None if item.mask is None or (item.mask == UNKNOWN).all() else item.mask.numpy() == 1),
+        ("anomaly map", item.anomaly_map.numpy()),
+        ("overlay, contour at mid-scale", image),
+    )
+    for axis, (title, pixels) in zip(axes, panels, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+        if pixels is None:
+            axis.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axis.transAxes)
+        elif title == "anomaly map":
+            drawn = axis.imshow(pixels, cmap="inferno", vmin=scale[0], vmax=scale[1])
+            figure.colorbar(drawn, ax=axis, shrink=0.8)
+        else:
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+    heat = item.anomaly_map.numpy()
+    strength = np.clip((heat - scale[0]) / (scale[1] - scale[0]), 0, 1)
+    axes[3].imshow(heat, cmap="inferno", vmin=scale[0], vmax=scale[1], alpha=0.55 * strength)
+    if heat.min() < level < heat.max():
+        axes[3].contour(heat, levels=[level], colors="cyan", linewidths=1.2)
+    figure.suptitle(f"{group.replace('_', ' ')}: {item.title}, anomaly score {item.score:.4g}", fontsize=11)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_scores(seen: Sequence[tuple[float, int]], path: Path) -> None:
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    bins = np.histogram_bin_edges([score for score, _ in seen], bins=40)
+    for label, name, colour in ((0, "nominal", "tab:green"), (1, "anomalous", "tab:red")):
+        scores = [score for score, found in seen if found == label]
+        axis.hist(scores, bins=bins, alpha=0.6, color=colour, label=f"{name} ({len(scores)})")
+    axis.set_xlabel("anomaly score")
+    axis.set_ylabel("test images")
+    axis.legend()
+    figure.savefig(path, dpi=100)

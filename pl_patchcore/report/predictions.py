@@ -1,0 +1,91 @@
+"""After a prediction: ``predictions.csv``, and anomaly maps on request."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+
+from pl_patchcore.anomaly_map import to_original
+from pl_patchcore.report.files import output_folder
+
+
+class PredictionWriter(Callback):
+    """Writes the anomaly score of every image as it comes.
+
+    The CSV has the columns ``path``, ``score`` and, with maps, ``map``; it gets its name when it is whole. With
+    several processes each writes its own share, ``predictions-<rank>.csv``.
+
+    Args:
+        maps: Also write each anomaly map, on the original image's pixels (NaN where the crop left them out), as
+            float32 ``maps/<number>-<name>.npy``.
+    """
+
+    def __init__(self, maps: bool = False) -> None:
+        self.maps = maps
+        self._file: IO[str] | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the file under a temporary name."""
+        folder = output_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        self._path = folder / f"predictions{rank}.csv"
+        self._partial = self._path.with_suffix(".csv.partial")
+        self._maps = folder / f"maps{rank}"
+        if self.maps and self._maps.is_dir():
+            shutil.rmtree(self._maps)
+        self._file = self._partial.open("w", newline="", encoding="utf-8")
+        self._csv = csv.writer(self._file)
+        self._csv.writerow(["path", "score", *(["map"] if self.maps else [])])
+        self._images = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write a batch."""
+        for i, score in enumerate(outputs["score"].tolist()):
+            path = outputs["path"][i] if "path" in outputs else str(self._images)
+            row = [path, repr(score)]
+            if self.maps:
+                row.append(self._write_map(outputs, i, path))
+            self._csv.writerow(row)
+            self._images += 1
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the file its name."""
+        self._close()
+        self._partial.replace(self._path)
+        if trainer.is_global_zero:
+            Console(soft_wrap=True).print(f"{self._images} anomaly scores written to {self._path}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave an unfinished file under its temporary name."""
+        self._close()
+
+    def _write_map(self, outputs: dict[str, Any], i: int, path: str) -> str:
+        heat = outputs["anomaly_map"][i]
+        if "crop_box" in outputs:
+            size = outputs["original_size"][i].tolist()
+            heat = to_original(heat, (size[0], size[1]), tuple(outputs["crop_box"][i].tolist()))
+        target = self._maps / f"{self._images:06d}-{Path(path).stem}.npy"
+        target.parent.mkdir(exist_ok=True)
+        np.save(target, heat.float().cpu().numpy())
+        return f"{self._maps.name}/{target.name}"
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,132 @@
+"""After a test: a table on the console, ``metrics.json``, and pictures.
+
+Reads the figures that `patchcore.py` has computed; files go to the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pl_patchcore.data.base import as_batch
+from pl_patchcore.errors import UserError
+from pl_patchcore.report.files import output_folder, whole_file
+from pl_patchcore.report.pictures import Gallery
+
+_FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
+
+
+class TestReport(Callback):
+    """Report of a test.
+
+    Prints a table (all test images, then each defect type) and a plain line a figure; writes ``metrics.json``,
+    and ``pictures/`` with the most and least anomalous images and the errors. With several processes the first
+    one reports, with pictures from its own share of the images.
+
+    Args:
+        pictures: Images shown per group; 0 for none.
+    """
+
+    __test__ = False  # no test class, whatever its name suggests to pytest
+
+    def __init__(self, pictures: int = 4) -> None:
+        if pictures < 0:
+            raise UserError(f"pictures must be 0 or more, got {pictures}.")
+        self.pictures = pictures
+        self._reset()
+
+    def _reset(self) -> None:
+        self._gallery = Gallery(self.pictures)
+        self._seconds, self._images, self._started = 0.0, 0, 0.0
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last test."""
+        self._reset()
+
+    def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        _finish()
+        self._started = time.perf_counter()
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Stop the clock; consider the batch's images for pictures."""
+        _finish()
+        self._seconds += time.perf_counter() - self._started
+        batch = as_batch(batch)
+        scores = outputs["score"].tolist()
+        self._images += len(scores)
+        if not self.pictures or not trainer.is_global_zero:
+            return
+        labels = torch.as_tensor(batch["label"]).tolist()
+        images: Tensor = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
+        for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
+            name = Path(batch["path"][i]).name if "path" in batch else f"image {self._images - len(scores) + i}"
+            kind = batch["defect"][i] if "defect" in batch else ("nominal", "anomalous")[label]
+            mask = batch["mask"][i] if "mask" in batch else None
+            self._gallery.add(score, label, f"{name} ({kind})", images[i], outputs["anomaly_map"][i], mask)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print and write."""
+        if not trainer.is_global_zero:
+            return
+        figures: dict[str, dict[str, Any]] = pl_module.figures  # type: ignore[assignment]
+        seconds = self._seconds / max(1, self._images)
+        folder = output_folder(trainer)
+        with whole_file(folder / "metrics.json") as partial:
+            content = {
+                **_for_json(figures["all"]),
+                "defects": {name: _for_json(row) for name, row in figures.items() if name != "all"},
+                "seconds_per_image": seconds,
+                "memory_bank": list(pl_module.memory_bank.features.shape),  # type: ignore[union-attr]
+                "model": dict(pl_module.hparams),
+            }
+            partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        written = self._gallery.write(folder / "pictures")
+        console = Console(soft_wrap=True)
+        console.print(_table(figures, seconds))
+        if lost := figures["all"]["lost"]:
+            console.print(
+                f"{lost} anomalous images have lost their whole defect to the centre crop, and count as anomalous "
+                "all the same; --model.crop null keeps the whole image."
+            )
+        console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
+        for key, name in _FIGURES.items():
+            console.print(f"{name} {figures['all'][key]:.4f}", highlight=False)
+
+
+def _finish() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _for_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def _table(figures: dict[str, dict[str, Any]], seconds: float) -> Table:
+    table = Table("defect", *_FIGURES.values(), "nominal", "anomalous", "s / image")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in figures.items():
+        values = ["–" if math.isnan(row[key]) else f"{row[key]:.4f}" for key in _FIGURES]
+        per_image = f"{seconds:.4f}" if name == "all" else ""
+        table.add_row(name, *values, str(row["nominal"]), str(row["anomalous"]), per_image, end_section=name == "all")
+    return table
