@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy.ndimage
 
 
 def auroc(nominal: np.ndarray, anomalous: np.ndarray) -> float:
@@ -48,3 +49,76 @@ def pro(maps: list[np.ndarray], masks: list[np.ndarray], fpr_limit: float = 0.3)
             end = low + (high - low) * (fpr_limit - left) / (right - left)
             area += (fpr_limit - left) * (low + end) / 2
     return area / fpr_limit
+
+
+def greedy(features: np.ndarray, size: int, start: int | None = 0, gaps: np.ndarray | None = None) -> list[int]:
+    """Farthest-first traversal: float64 differences, rounded to float32, ties to the lowest row, none twice."""
+    exponent = np.frexp(np.abs(features).max())[1]
+    rows = np.ldexp(features.astype(np.float64), -exponent)
+    gap = np.full(len(rows), np.inf, np.float32)
+    if gaps is not None:
+        gap = (gaps.astype(np.float64) * np.ldexp(1.0, -exponent) ** 2).astype(np.float32)
+    picks: list[int] = []
+    while len(picks) < size:
+        candidates = np.where(np.isin(np.arange(len(rows)), picks), -1, gap)
+        pick = int(candidates.argmax()) if picks or gaps is not None else int(start or 0)
+        picks.append(pick)
+        gap = np.minimum(gap, ((rows - rows[pick]) ** 2).sum(1).astype(np.float32))
+    return picks
+
+
+def mean_neighbourhood(layer: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """Mean over size x size cells around every stride-th cell of (C, h, w); outside the map are zeros."""
+    channels, h, w = layer.shape
+    reach = size // 2
+    out = np.zeros((channels, (h - 1) // stride + 1, (w - 1) // stride + 1))
+    for i in range(out.shape[1]):
+        for j in range(out.shape[2]):
+            for y in range(i * stride - reach, i * stride + reach + 1):
+                for x in range(j * stride - reach, j * stride + reach + 1):
+                    if 0 <= y < h and 0 <= x < w:
+                        out[:, i, j] += layer[:, y, x]
+    return out / size**2
+
+
+def bilinear(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear resize of (..., h, w), pixel centres at half numbers, edges held."""
+    for axis, length in ((-2, size[0]), (-1, size[1])):
+        old = grid.shape[axis]
+        place = np.clip((np.arange(length) + 0.5) * old / length - 0.5, 0, None)
+        low = np.minimum(place.astype(int), old - 1)
+        high = np.minimum(low + 1, old - 1)
+        part = (place - low).reshape((-1, 1) if axis == -2 else (-1,))
+        grid = (1 - part) * np.take(grid, low, axis) + part * np.take(grid, high, axis)
+    return grid
+
+
+def score_and_map(
+    patches: np.ndarray,
+    bank: np.ndarray,
+    size: tuple[int, int],
+    neighbours: int = 1,
+    squared: bool = False,
+    b: int = 9,
+    sigma: float = 4.0,
+) -> tuple[float, np.ndarray]:
+    """Equations 6 and 7 and the anomaly map of one image, from its patch features (h, w, D)."""
+    h, w, dimension = patches.shape
+    queries = patches.reshape(-1, dimension).astype(np.float64)
+    bank = bank.astype(np.float64)
+    distances = np.stack([np.sqrt(((bank - query) ** 2).sum(1)) for query in queries])  # (P, M)
+    nearest = np.sort(distances, 1)[:, :neighbours]
+    values = (nearest**2 if squared else nearest).mean(1)
+    star = int(values.argmax())
+    m_star = int(distances[star].argmin())
+    weight = 1.0
+    b = min(b, len(bank))
+    if b > 1:
+        to_star = np.sqrt(((bank - bank[m_star]) ** 2).sum(1))
+        to_star[m_star] = -1  # itself, first
+        company = np.argsort(to_star, kind="stable")[:b]
+        exponent = distances[star][company] - distances[star][m_star]
+        weight = 1 - 1 / np.exp(exponent).sum()
+    upsampled = bilinear(values.reshape(h, w), size)
+    smooth = scipy.ndimage.gaussian_filter(upsampled, sigma, mode="reflect", truncate=4.0) if sigma else upsampled
+    return weight * values[star], smooth

@@ -1,0 +1,41 @@
+"""What several test modules use: a tiny backbone, and a Trainer that is quiet."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+
+class TinyBackbone(nn.Module):
+    """Two convolutions, 4 and 8 pixels a cell, with weights drawn once."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.fine = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+            self.coarse = nn.Sequential(nn.Conv2d(8, 12, 2, 2), nn.ReLU(inplace=True))
+            self.head = nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.head(self.coarse(self.fine(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def tiny():
+    return TinyBackbone()
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    def make(**options):
+        defaults = {
+            "accelerator": "cpu",
+            "logger": False,
+            "default_root_dir": tmp_path,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return L.Trainer(**(defaults | options))
+
+    return make

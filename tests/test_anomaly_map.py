@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import reference
+import torch
+from pl_patchcore import MemoryBank, UserError
+from pl_patchcore.anomaly_map import AnomalyScorer, anomaly_map, reweighting, to_original
+
+
+def made(rows=200, b=3, h=7, w=9, d=12, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, d, generator=g)
+    features[20:40] = features[0]
+    bank = MemoryBank()
+    bank.fill(features)
+    return bank, torch.randn(b, h, w, d, generator=g)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"neighbours": 3, "squared": True, "b": 1},
+        {"b": 2, "sigma": 0.0},
+        {"b": 500, "sigma": 1.5},
+        {"neighbours": 2, "b": 30},
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 5, 200])
+def test_matches_reference(options, rows):
+    bank, patches = made(max(rows, 40))
+    bank.fill(bank.features[:rows])
+    names = {"neighbours": "num_neighbors", "b": "reweighting_neighbors", "sigma": "sigma"}
+    given = {names[k]: v for k, v in options.items() if k in names}
+    scorer = AnomalyScorer(**given, distance="squared" if options.get("squared") else "euclidean")
+    scores, maps = scorer(patches, bank, (56, 70))
+    for i in range(len(patches)):
+        score, heat = reference.score_and_map(patches[i].numpy(), bank.features.numpy(), (56, 70), **options)
+        assert scores[i].item() == pytest.approx(score, rel=1e-5)
+        np.testing.assert_allclose(maps[i].numpy(), heat, rtol=1e-5)
+
+
+def test_equation_7_by_hand():
+    bank = MemoryBank()
+    bank.fill(torch.tensor([[0.0], [1.0], [10.0]]))
+    weight = reweighting(torch.tensor([[-1.0]]), torch.tensor([0]), bank, 2)  # m* = 0, N_2 = {0, 1}
+    assert weight.item() == pytest.approx(1 - np.e / (np.e + np.e**2), rel=1e-6)
+    assert reweighting(torch.tensor([[-1.0]]), torch.tensor([0]), bank, 1).item() == 1
+
+
+def test_equation_7_with_duplicates_of_the_nearest():
+    bank = MemoryBank()
+    bank.fill(torch.tensor([[0.0], [0.0], [0.0], [5.0]]))
+    weights = [reweighting(torch.tensor([[1.0]]), torch.tensor([row]), bank, 2).item() for row in range(3)]
+    assert weights == pytest.approx([0.5] * 3)
+
+
+def test_large_distances_do_not_overflow():
+    bank, patches = made()
+    scores, _ = AnomalyScorer()(patches * 1e4, bank, (28, 36))
+    assert torch.isfinite(scores).all()
+    assert (scores > 1000).all()
+
+
+def test_score_does_not_depend_on_the_batch():
+    bank, patches = made(b=6)
+    scorer = AnomalyScorer()
+    scores, maps = scorer(patches, bank, (28, 36))
+    for i in range(6):
+        score, heat = scorer(patches[i : i + 1], bank, (28, 36))
+        assert score[0] == scores[i]
+        torch.testing.assert_close(heat[0], maps[i], rtol=1e-6, atol=0)
+
+
+def test_maps_are_never_reweighted():
+    bank, patches = made()
+    assert torch.equal(
+        AnomalyScorer(reweighting_neighbors=1)(patches, bank, (28, 36))[1],
+        AnomalyScorer(reweighting_neighbors=9)(patches, bank, (28, 36))[1],
+    )
+
+
+def test_map_smaller_than_the_gaussian():
+    assert anomaly_map(torch.ones(1, 2, 2), (5, 3)) == pytest.approx(1, abs=1e-5)
+
+
+def test_to_original():
+    heat = torch.arange(16.0).view(4, 4)
+    assert torch.equal(to_original(heat, (4, 4), (0.0, 0.0, 4.0, 4.0)), heat)
+    full = to_original(heat, (8, 12), (0.0, 2.0, 8.0, 10.0))  # twice the pixels, 2 columns cropped on each side
+    assert full.isnan().all(0).nonzero().flatten().tolist() == [0, 1, 10, 11]
+    torch.testing.assert_close(full[:, 2:10], torch.from_numpy(reference.bilinear(heat.numpy(), (8, 8))).float())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_neighbors": 0}, "num_neighbors must be at least 1"),
+        ({"distance": "cosine"}, "euclidean or squared"),
+        ({"reweighting_neighbors": 0}, "1 switches equation 7 off"),
+        ({"sigma": -1}, "sigma must be 0 or more"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        AnomalyScorer(**options)

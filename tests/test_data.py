@@ -1,0 +1,252 @@
+import shutil
+
+import fakes
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
+from pl_patchcore.data.base import as_batch
+
+
+@pytest.fixture
+def mtd(tmp_path):
+    return fakes.mtd(tmp_path / "mtd")
+
+
+def ready(data, **transform):
+    data.transform = Preprocessing(**(dict(resize=32, crop=None) | transform))
+    data.prepare_data()
+    data.setup("test")
+    return data
+
+
+def test_mtd_split(mtd):
+    data = MTDDataModule(mtd, num_workers=0)
+    train, test = data.records
+    assert len(train) == 8
+    assert [r.defect for r in test] == ["nominal"] * 2 + [d for d in ("blowhole", "break", "crack", "fray", "uneven") for _ in "ab"]
+    assert all(r.label == (r.defect != "nominal") for r in test)
+    assert not {r.path for r in train} & {r.path for r in test}
+    other = MTDDataModule(mtd, split_seed=5).records[0]
+    assert [r.path for r in other] != [r.path for r in train]
+    assert [r.path for r in MTDDataModule(mtd).records[0]] == [r.path for r in train]
+    assert data.describe().startswith("8 nominal training images; 12 test images (2 nominal, 2 blowhole")
+
+
+def test_mtd_split_from_file(mtd, tmp_path):
+    listed = tmp_path / "names.txt"
+    listed.write_text("exp3_num_1003.jpg\nexp1_num_1001.jpg\n")
+    train, test = MTDDataModule(mtd, train_files=listed).records
+    assert [r.path.name for r in train] == ["exp1_num_1001.jpg", "exp3_num_1003.jpg"]
+    assert sum(r.label == 0 for r in test) == 8
+    listed.write_text("exp3_num_1003.jpg\nother.jpg\n")
+    with pytest.raises(UserError, match=r"1 names are not in .*such as other\.jpg"):
+        _ = MTDDataModule(mtd, train_files=listed).records
+    with pytest.raises(UserError, match="no such list"):
+        _ = MTDDataModule(mtd, train_files=tmp_path / "none.txt").records
+
+
+def test_sample_and_batch(mtd):
+    data = ready(MTDDataModule(mtd, batch_size=5, num_workers=0))
+    batches = list(data.test_dataloader())
+    assert [len(b["image"]) for b in batches] == [5, 5, 2]
+    batch = batches[0]
+    assert batch["image"].shape == (5, 3, 32, 32)
+    assert batch["image"].dtype == torch.float32
+    assert batch["mask"].shape == (5, 32, 32)
+    assert batch["mask"].dtype == torch.uint8
+    assert batch["label"].tolist() == [0, 0, 1, 1, 1]
+    assert batch["index"].tolist() == [0, 1, 2, 3, 4]
+    assert batch["mask"].flatten(1).any(1).tolist() == [False, False, True, True, True]
+    record = data.records[1][2]
+    height, width = np.asarray(record.image()).shape[:2]
+    assert batch["original_size"][2].tolist() == [height, width]
+    assert batch["crop_box"][2].tolist() == [0, 0, height, width]
+    assert (batch["defect"][2], batch["category"][2], batch["path"][2]) == ("blowhole", "magnetic_tile", str(record.path))
+
+
+def test_masks_are_aligned_with_images(mtd):
+    data = ready(MTDDataModule(mtd, num_workers=0), resize=48, crop=32)
+    for sample in (data.test_set[i] for i in range(2, 12)):
+        bright = sample["image"].mean(0) > 1.2  # the drawn defect is brighter than all else
+        overlap = (bright & (sample["mask"] == 1)).sum() / (bright | (sample["mask"] == 1)).sum()
+        assert overlap > 0.6
+
+
+def test_empty_mask_is_unknown(mtd):
+    path = mtd / "MT_Crack" / "Imgs" / "exp0_num_1000.png"
+    Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    data = ready(MTDDataModule(mtd, num_workers=0))
+    masks = {s["path"]: s["mask"] for s in (data.test_set[i] for i in range(len(data.test_set)))}
+    assert (masks[str(path.with_suffix(".jpg"))] == 255).all()
+
+
+def broken_image(mtd):
+    path = mtd / "MT_Free" / "Imgs" / "exp2_num_1002.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    return r"exp2_num_1002\.jpg: cannot be read"
+
+
+def mask_of_another_size(mtd):
+    Image.new("L", (5, 5), 255).save(mtd / "MT_Fray" / "Imgs" / "exp0_num_1000.png")
+    return r"exp0_num_1000\.png: mask of 5x5 pixels for an image of"
+
+
+def missing_category(mtd):
+    shutil.rmtree(mtd / "MT_Uneven")
+    return "MT_Uneven.*no such folder; fetch"
+
+
+def empty_folder(mtd):
+    shutil.rmtree(mtd / "MT_Free")
+    (mtd / "MT_Free" / "Imgs").mkdir(parents=True)
+    return r"holds no \.jpg image"
+
+
+def missing_mask(mtd):
+    (mtd / "MT_Break" / "Imgs" / "exp1_num_1001.png").unlink()
+    return r"exp1_num_1001\.jpg: has no mask exp1_num_1001\.png"
+
+
+def folder_for_a_file(mtd):
+    path = mtd / "MT_Free" / "Imgs" / "exp2_num_1002.jpg"
+    path.unlink()
+    path.mkdir()
+    return "is a folder where an image file should be"
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [broken_image, mask_of_another_size, missing_category, empty_folder, missing_mask, folder_for_a_file],
+)
+def test_broken_data_is_refused_before_fitting(mtd, break_it):
+    message = break_it(mtd)
+    with pytest.raises(UserError, match=message):
+        MTDDataModule(mtd).prepare_data()
+
+
+def test_missing_root(tmp_path):
+    with pytest.raises(UserError, match=r"MT_Free.*no such folder; fetch https://github\.com"):
+        MTDDataModule(tmp_path / "nowhere").prepare_data()
+
+
+def test_images_of_different_shapes_are_refused_by_name(mtd):
+    data = ready(MTDDataModule(mtd, num_workers=0), resize=None)
+    with pytest.raises(UserError, match=r"exp\d_num_\d+\.jpg is .* pixels after preprocessing.*set crop"):
+        next(iter(data.test_dataloader()))
+
+
+def test_validation_set_is_asked_for_explicitly(mtd):
+    data = ready(MTDDataModule(mtd, num_workers=0))
+    assert data.val_dataloader() == []
+    with pytest.raises(UserError, match=r"data\.validation=test"):
+        data.setup("validate")
+    data = ready(MTDDataModule(mtd, num_workers=0, validation="test"))
+    data.setup("validate")
+    assert len(data.val_dataloader().dataset) == 12
+
+
+def test_workers_give_the_same_samples():
+    one = ready(SyntheticDataModule(train_images=2, test_nominal=3, test_per_defect=1, num_workers=0))
+    two = ready(SyntheticDataModule(train_images=2, test_nominal=3, test_per_defect=1, num_workers=1))
+    for a, b in zip(one.test_dataloader(), two.test_dataloader(), strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["mask"], b["mask"])
+
+
+def test_synthetic_images_depend_on_seed_and_number_alone():
+    first = SyntheticDataModule(train_images=3, test_nominal=2, test_per_defect=2)
+    np.random.default_rng(1).random()
+    again = SyntheticDataModule(train_images=5, test_nominal=1, test_per_defect=3, texture="brick")
+    by_path = {r.path: r for part in again.records for r in part}
+    shared = [r for part in first.records for r in part if r.path in by_path]
+    assert len(shared) == 3 + 1 + 8
+    for record in reversed(shared):
+        assert np.array_equal(np.asarray(record.image()), np.asarray(by_path[record.path].image()))
+    other = SyntheticDataModule(seed=1).records[0][0]
+    assert not np.array_equal(np.asarray(other.image()), np.asarray(shared[0].image()))
+
+
+@pytest.mark.parametrize("texture", ["brick", "gravel", "grass"])
+def test_synthetic_defects_are_where_the_mask_is(texture, monkeypatch):
+    from pl_patchcore.data import synthetic
+
+    data = SyntheticDataModule(texture, train_images=1, test_nominal=1, test_per_defect=3)
+    damaged = [(r, *r.make()) for r in data.records[1] if r.label]
+    monkeypatch.setattr(synthetic, "_VISIBLE", 0.0)
+    coverages = []
+    real = synthetic._damage
+
+    def harmless(image, draw, rng):
+        drawn, alpha = real(image, draw, rng)
+        coverages.append((image, drawn, alpha))
+        return drawn, alpha
+
+    monkeypatch.setattr(synthetic, "_damage", harmless)
+    assert {r.defect for r, _, _ in damaged} == {"scratch", "stain", "foreign", "blur"}
+    for record, _, _ in damaged:
+        _, mask = record.make()
+        image, drawn, alpha = coverages[-1]
+        assert np.array_equal(mask == 1, alpha >= 0.5)
+        assert mask.any()
+        assert not mask.all()
+        changed = np.abs(drawn - image)
+        assert changed[alpha < 0.01].max() < 0.01
+        assert changed[mask == 1].mean() > changed[mask == 0].mean() * 5
+
+
+def test_synthetic_training_and_test_crops_share_no_pixel(monkeypatch):
+    from pl_patchcore.data import synthetic
+
+    halves = np.zeros((512, 512))
+    halves[:, 256:] = 1
+    monkeypatch.setattr(synthetic, "_photograph", lambda name: halves)
+    train, test = SyntheticDataModule(train_images=10, test_nominal=10, test_per_defect=0).records
+    assert all(np.asarray(r.image()).max() < 30 for r in train)
+    assert all(np.asarray(r.image()).min() > 225 for r in test)
+
+
+def test_synthetic_export(tmp_path):
+    data = SyntheticDataModule("gravel", image_size=64, train_images=2, test_nominal=1, test_per_defect=1)
+    folder = data.export(tmp_path)
+    assert folder == tmp_path / "gravel"
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png")) == sorted(
+        ["train/good/000.png", "train/good/001.png", "test/good/000.png"]
+        + [f"test/{d}/000.png" for d in ("scratch", "stain", "foreign", "blur")]
+        + [f"ground_truth/{d}/000_mask.png" for d in ("scratch", "stain", "foreign", "blur")]
+    )
+    record = data.records[1][1]
+    image, mask = record.make()
+    assert np.array_equal(np.asarray(Image.open(folder / "test" / "scratch" / "000.png")), np.asarray(image))
+    assert np.array_equal(np.asarray(Image.open(folder / "ground_truth" / "scratch" / "000_mask.png")) > 0, mask == 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["gravel"]
+    with pytest.raises(UserError, match="exists already"):
+        data.export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texture": "wood"}, "one of brick, gravel, grass"),
+        ({"image_size": 300}, "from 64 to 256"),
+        ({"train_images": 0}, "train_images must be at least 1"),
+        ({"test_per_defect": -1}, "0 or more"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_workers": -1}, "num_workers must be 0 or more"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        SyntheticDataModule(**options)
+
+
+def test_as_batch():
+    image, label, mask = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.zeros(2, 8, 8)
+    assert list(as_batch(image)) == ["image"]
+    assert list(as_batch((image, label))) == ["image", "label"]
+    assert list(as_batch([image, label, mask])) == ["image", "label", "mask"]
+    with pytest.raises(UserError, match="a batch must be"):
+        as_batch({"picture": image})
+    with pytest.raises(UserError, match=r"must be \(B, 3, H, W\), got \(2, 8, 8\)"):
+        as_batch(mask)
