@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from pl_patchcore.errors import UserError
 
@@ -40,6 +41,49 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not len(checkpoint["state_dict"].get("memory_bank.features", ())):
         raise UserError(f"{path}: holds an empty memory bank, as written before a fit has ended; fit again.")
     return checkpoint
+
+
+class _CheckpointIO(_WrappingCheckpointIO):
+    """Reads checkpoints through `read_checkpoint` first, for its errors; remembers the files written."""
+
+    def __init__(self, checkpoint_io: CheckpointIO) -> None:
+        super().__init__(checkpoint_io)
+        self.written: dict[str, bool] = {}  # path: whether it holds weights only
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(checkpoint, path, *args, **kwargs)
+        self.written[str(path)] = "optimizer_states" not in checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        self.written.pop(str(path), None)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if "://" not in str(path):
+            read_checkpoint(path)
+        loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return loaded
+
+
+def watch_checkpoints(trainer: Trainer) -> None:
+    """Answer a damaged ``ckpt_path`` by the errors of `read_checkpoint`, and remember the files a fit writes.
+
+    Lightning has no hook between the choice of a checkpoint and its loading, hence the wrapper.
+    """
+    if isinstance(trainer.strategy.checkpoint_io, _CheckpointIO):
+        trainer.strategy.checkpoint_io.written.clear()
+    else:
+        trainer.strategy.checkpoint_io = _CheckpointIO(trainer.strategy.checkpoint_io)
+
+
+def rewrite_checkpoints(trainer: Trainer) -> None:
+    """Write the finished model over every file that was saved since `watch_checkpoints`, and not removed since.
+
+    Checkpoint callbacks run before the module's own ``on_train_end``, so that what they save has no memory bank.
+    """
+    written = getattr(trainer.strategy.checkpoint_io, "written", {})
+    for path, weights_only in list(trainer.strategy.broadcast(written).items()):
+        trainer.save_checkpoint(path, weights_only)
 
 
 def check_identity(checkpoint: dict[str, Any], own: dict[str, Any], holds_backbone: bool) -> None:
@@ -71,20 +115,6 @@ def check_identity(checkpoint: dict[str, Any], own: dict[str, Any], holds_backbo
         )
     listed = "; ".join(f"{key} {_short(a)}, here {_short(b)}" for key, a, b in other)
     raise UserError(f"the checkpoint was fitted with other settings: {listed}; use those, or fit again.")
-
-
-def rewrite_checkpoints(trainer: Trainer) -> None:
-    """Write the model as it is now over every file that checkpoint callbacks have left.
-
-    They run before the module's own ``on_train_end``, so that what they saved has no memory bank yet.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        if not isinstance(callback, Checkpoint):
-            continue
-        paths = {getattr(callback, name, "") for name in ("best_model_path", "last_model_path")}
-        paths |= set(getattr(callback, "best_k_models", {}))
-        for path in sorted(filter(None, paths)):
-            trainer.save_checkpoint(path, getattr(callback, "save_weights_only", False))
 
 
 def _short(value: Any) -> str:

@@ -32,6 +32,8 @@ _QUIET = (
     ".*in eval mode at the start of training.*",  # as it should be: the backbone is frozen
     ".*Total length of `list` across ranks is zero.*",  # no validation set
     ".*is smaller than the logging interval.*",
+    "You defined a `validation_step` but have no.*",
+    "Using ModelCheckpoint with manual optimization.*",  # the optimiser changes nothing
     ".*does not have many workers.*",  # num_workers is the data module's business
     ".*`max_epochs` was not set.*",  # PatchCore sets it
     "LightningCLI's args parameter is intended.*",  # the arguments are looked through first

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import AnomalyScorer, Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
-from pl_patchcore.checkpoint import check_identity, read_checkpoint, rewrite_checkpoints
+from pl_patchcore.checkpoint import check_identity, read_checkpoint, rewrite_checkpoints, watch_checkpoints
 from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
@@ -271,7 +271,8 @@ class PatchCore(L.LightningModule):
         return {"score": scores, "anomaly_map": maps} | kept
 
     def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
+        """Forget the last evaluation; refuse an empty memory bank before any batch is read."""
+        self._check_fitted()
         self.evaluation.reset()
         self._defects = {}
 
@@ -299,33 +300,33 @@ class PatchCore(L.LightningModule):
         if self.trainer.state.fn != "fit":
             self.on_test_epoch_end("val")
 
+    def on_predict_epoch_start(self) -> None:
+        """Refuse an empty memory bank before any batch is read."""
+        self._check_fitted()
+
+    def _check_fitted(self) -> None:
+        if not len(self.memory_bank):
+            raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
+
     # Fitting
 
     def setup(self, stage: str) -> None:
-        """Refuse what would fail only after minutes of work."""
-        path = self.trainer.ckpt_path
-        if stage == "fit":
-            if path is not None:
+        """Refuse what would fail only after minutes of work, and damaged checkpoints by name."""
+        watch_checkpoints(self.trainer)
+        if stage != "fit":
+            return
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"fitting on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1 "
+                "and trainer.num_nodes to 1 (a fitted model can be tested on several)."
+            )
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(monitor, str) and monitor.startswith(("val", "test")):
                 raise UserError(
-                    f"PatchCore fits in one pass and cannot resume from {path}; leave ckpt_path out to fit again, "
-                    "or test with it."
+                    f"{type(callback).__name__} monitors {monitor!r}, but PatchCore has no memory bank, hence no "
+                    "figures, before fit ends; take monitor out (the finished model is what gets saved)."
                 )
-            if self.trainer.world_size > 1:
-                raise UserError(
-                    f"fitting on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1 "
-                    "and trainer.num_nodes to 1 (a fitted model can be tested on several)."
-                )
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                monitor = getattr(callback, "monitor", None)
-                if isinstance(monitor, str) and monitor.startswith(("val", "test")):
-                    raise UserError(
-                        f"{type(callback).__name__} monitors {monitor!r}, but PatchCore has no memory bank, hence no "
-                        "figures, before fit ends; take monitor out (the finished model is what gets saved)."
-                    )
-        elif path is not None:
-            read_checkpoint(path)
-        elif not len(self.memory_bank):
-            raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """An optimiser that changes nothing (see the module's docstring)."""
@@ -441,6 +442,11 @@ class PatchCore(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose memory bank was not made with this model's features."""
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            raise UserError(
+                "PatchCore fits in one pass and cannot resume from a checkpoint; leave ckpt_path out to fit again, "
+                "or test with it."
+            )
         state = checkpoint["state_dict"]
         own = {k: v for k, v in self.state_dict().items() if k.startswith("patch_features.")}
         holds_backbone = any(k in state for k in own)

@@ -1,0 +1,473 @@
+"""The LightningModule in real Trainer runs: fitting, scoring, checkpoints."""
+
+import logging
+
+import lightning as L
+import numpy as np
+import pytest
+import reference
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pl_patchcore import PatchCore, SyntheticDataModule, UserError
+from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.patchcore import RECIPES
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+
+def model_of(tiny, **options):
+    defaults = {"layers": ["fine", "coarse"], "resize": 64, "crop": 48, "coreset_ratio": 0.1}
+    return PatchCore(tiny, **(defaults | options))
+
+
+def data_of(**options):
+    defaults = {"train_images": 7, "test_nominal": 4, "test_per_defect": 2, "batch_size": 3, "num_workers": 0}
+    return SyntheticDataModule(**(defaults | options))
+
+
+@pytest.fixture
+def fitted(tiny, trainer):
+    model, runner = model_of(tiny), trainer()
+    runner.fit(model, data_of())
+    return model, runner
+
+
+def images_of(model, split=0):
+    records = data_of().records[split]
+    return torch.stack([model.transform(record.image()) for record in records])
+
+
+def test_fit_selects_the_greedy_coreset_in_data_set_order(fitted):
+    model, runner = fitted
+    features = model.patch_features(images_of(model)).flatten(0, 2)
+    assert len(features) == 7 * 12 * 12
+    picks = reference.greedy(features.numpy(), len(features) // 10)
+    torch.testing.assert_close(model.memory_bank.features, features[picks], rtol=1e-5, atol=1e-6)
+    assert runner.global_step == 3
+    assert runner.current_epoch == 1
+
+
+def test_scores_match_the_reference(fitted):
+    model, runner = fitted
+    images = images_of(model, 1)
+    predictions = runner.predict(model, data_of())
+    scores = torch.cat([p["score"] for p in predictions])
+    maps = torch.cat([p["anomaly_map"] for p in predictions])
+    patches, bank = model.patch_features(images).numpy(), model.memory_bank.features.numpy()
+    for i in range(len(images)):
+        score, heat = reference.score_and_map(patches[i], bank, (48, 48))
+        assert scores[i].item() == pytest.approx(score, rel=1e-5)
+        np.testing.assert_allclose(maps[i].numpy(), heat, rtol=1e-5)
+    assert predictions[0]["path"] == [f"synthetic/brick/test/good/00{i}.png" for i in range(3)]
+
+
+def test_figures_match_the_references(fitted):
+    model, runner = fitted
+    (logged,) = runner.test(model, data_of(), verbose=False)
+    records = data_of().records[1]
+    scores, maps = model(images_of(model, 1))
+    masks = [model.transform.mask(record.mask((192, 192))).numpy() for record in records]
+    labels = np.array([record.label for record in records])
+    scores, maps = scores.numpy(), maps.double().numpy()
+    assert logged["test/image_auroc"] == pytest.approx(reference.auroc(scores[labels == 0], scores[labels == 1]))
+    flat, truth = maps.reshape(-1), np.stack(masks).reshape(-1)
+    pixel = sum((np.searchsorted(np.sort(flat[truth == 0]), flat[truth == 1]) / (truth == 0).sum()))
+    assert logged["test/pixel_auroc"] == pytest.approx(pixel / (truth == 1).sum(), abs=1e-5)
+    assert logged["test/pro"] == pytest.approx(reference.pro(list(maps), masks), abs=1e-4)
+    assert model.figures["all"]["anomalous"] == 8
+    assert set(model.figures) == {"all", "blur", "foreign", "scratch", "stain"}
+    scratch = np.array([r.defect == "scratch" for r in records])
+    assert model.figures["scratch"]["image_auroc"] == pytest.approx(reference.auroc(scores[labels == 0], scores[scratch]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_batch_size_does_not_matter(fitted, tiny, trainer, batch_size):
+    model, runner = fitted
+    expected = runner.test(model, data_of(), verbose=False)[0]
+    other = model_of(tiny)
+    trainer(enable_checkpointing=False).fit(other, data_of(batch_size=batch_size))
+    torch.testing.assert_close(other.memory_bank.features, model.memory_bank.features, rtol=1e-5, atol=1e-6)
+    found = runner.test(other, data_of(batch_size=batch_size), verbose=False)[0]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_same_seed_same_bank_whatever_ran_before(fitted, tiny, trainer):
+    torch.manual_seed(1234)
+    np.random.default_rng().random()
+    again = model_of(tiny)
+    trainer(enable_checkpointing=False).fit(again, data_of())
+    assert torch.equal(again.memory_bank.features, fitted[0].memory_bank.features)
+
+
+def test_shuffled_loader_gives_the_same_bank(fitted, tiny, trainer):
+    data = data_of()
+    data.transform = fitted[0].transform
+    data.setup("fit")
+    loader = DataLoader(data.train_set, batch_size=2, shuffle=True, collate_fn=data.train_dataloader().collate_fn)
+    again = model_of(tiny)
+    trainer(enable_checkpointing=False).fit(again, loader)
+    torch.testing.assert_close(again.memory_bank.features, fitted[0].memory_bank.features, rtol=1e-5, atol=1e-6)
+
+
+def test_own_loaders(fitted, tiny, trainer):
+    expected, runner = fitted
+    images = images_of(expected)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(images)
+
+    for loader in (DataLoader(TensorDataset(images), batch_size=3), DataLoader(Stream(), batch_size=2)):
+        model = model_of(tiny)
+        trainer(enable_checkpointing=False).fit(model, loader)
+        torch.testing.assert_close(model.memory_bank.features, expected.memory_bank.features, rtol=1e-5, atol=1e-6)
+    test_images, labels = images_of(expected, 1), torch.tensor([r.label for r in data_of().records[1]])
+    (logged,) = runner.test(model, DataLoader(TensorDataset(test_images, labels), batch_size=5), verbose=False)
+    (full,) = runner.test(expected, data_of(), verbose=False)
+    assert logged["test/image_auroc"] == pytest.approx(full["test/image_auroc"])
+    assert np.isnan(logged["test/pixel_auroc"])
+
+
+def test_images_of_another_size_are_refused(tiny, trainer):
+    images = [torch.rand(3, 48, 48), torch.rand(3, 56, 56)]
+    with pytest.raises(UserError, match=r"training images of \(3, 56, 56\) after others of \(3, 48, 48\)"):
+        trainer(enable_checkpointing=False).fit(model_of(tiny), DataLoader(images, batch_size=1))
+
+
+def test_test_without_labels_is_refused(fitted):
+    model, runner = fitted
+    with pytest.raises(UserError, match="a test batch needs labels"):
+        runner.test(model, DataLoader(images_of(model), batch_size=4), verbose=False)
+
+
+def test_plain_trainer(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = model_of(tiny)
+    L.Trainer(accelerator="cpu").fit(model, data_of())
+    assert len(model.memory_bank) == 7 * 144 // 10
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 5}, {"max_epochs": -1}, {"min_epochs": 3}, {"max_epochs": 0}])
+def test_epochs_are_put_right(tiny, trainer, options):
+    runner = trainer(enable_checkpointing=False, **options)
+    model = model_of(tiny)
+    runner.fit(model, data_of())
+    assert runner.current_epoch == 1
+    assert len(model.memory_bank) == 7 * 144 // 10
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"limit_train_batches": 0}, {"max_time": {"seconds": 0}}, {"max_steps": 1}, {"callbacks": [Stop()]}],
+)
+def test_fit_that_ends_early_is_an_error(tiny, trainer, options):
+    model = model_of(tiny)
+    with pytest.raises(UserError, match="fit ended before every training batch was seen"):
+        trainer(**options).fit(model, data_of())
+    assert not len(model.memory_bank)
+
+
+def test_limited_batches_are_as_asked(tiny, trainer):
+    model = model_of(tiny)
+    trainer(limit_train_batches=2, enable_checkpointing=False).fit(model, data_of())
+    assert len(model.memory_bank) == 6 * 144 // 10
+
+
+CHECKPOINTING = {
+    "default": lambda: [],
+    "save_last": lambda: [ModelCheckpoint(save_last=True)],
+    "monitor": lambda: [ModelCheckpoint(monitor="train/images", mode="max", save_top_k=2)],
+    "every step": lambda: [ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)],
+    "two": lambda: [ModelCheckpoint(filename="one", save_last=True), ModelCheckpoint(filename="two-{step}", every_n_train_steps=2)],
+    "weights only": lambda: [ModelCheckpoint(save_weights_only=True)],
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_every_checkpoint_holds_the_finished_bank(tiny, trainer, tmp_path, name):
+    model, runner = model_of(tiny), trainer(callbacks=CHECKPOINTING[name]())
+    runner.fit(model, data_of())
+    expected = runner.test(model, data_of(), verbose=False)[0]
+    files = sorted(tmp_path.rglob("*.ckpt"))
+    assert files
+    for path in files:
+        saved = torch.load(path, weights_only=True)
+        assert torch.equal(saved["state_dict"]["memory_bank.features"], model.memory_bank.features)
+        loaded = PatchCore.load_from_checkpoint(path, backbone=tiny)
+        assert trainer().test(loaded, data_of(), verbose=False)[0] == expected
+        fresh = model_of(tiny)
+        assert trainer().test(fresh, data_of(), ckpt_path=path, verbose=False)[0] == expected
+    assert runner.test(model, data_of(), ckpt_path="best", verbose=False)[0] == expected
+    if "save_last" in name:
+        assert runner.test(model, data_of(), ckpt_path="last", verbose=False)[0] == expected
+
+
+def test_no_checkpointing_writes_nothing(tiny, trainer, tmp_path):
+    trainer(enable_checkpointing=False).fit(model_of(tiny), data_of())
+    assert not list(tmp_path.iterdir())
+
+
+def test_backbone_is_left_out_of_checkpoints_unless_asked_for(tiny, trainer, tmp_path):
+    for save in (False, True):
+        runner = trainer(default_root_dir=tmp_path / str(save))
+        runner.fit(model_of(tiny, save_backbone=save), data_of())
+        saved = torch.load(runner.checkpoint_callback.best_model_path, weights_only=True)
+        held = [k for k in saved["state_dict"] if k.startswith("patch_features.")]
+        assert bool(held) == save
+        assert saved["patchcore"]["backbone"] == "TinyBackbone"
+
+
+@pytest.mark.parametrize("monitor", [ModelCheckpoint(monitor="val/image_auroc"), EarlyStopping("val/image_auroc")])
+def test_monitor_of_validation_is_explained(tiny, trainer, monitor):
+    with pytest.raises(UserError, match="monitors 'val/image_auroc', but PatchCore has no memory bank"):
+        trainer(callbacks=[monitor]).fit(model_of(tiny), data_of())
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_validation_inside_fit_scores_nothing(tiny, trainer, caplog, sanity):
+    model, runner = model_of(tiny), trainer(num_sanity_val_steps=sanity)
+    with caplog.at_level(logging.INFO):
+        runner.fit(model, data_of(validation="test"))
+    assert not [name for name in runner.logged_metrics if name.startswith("val")]
+    assert caplog.text.count("validation inside fit scores nothing") == 1
+    found = runner.validate(model, data_of(validation="test"), verbose=False)[0]
+    expected = runner.test(model, data_of(), verbose=False)[0]
+    assert found["val/image_auroc"] == expected["test/image_auroc"]
+
+
+def test_second_fit_starts_clean(fitted, tiny):
+    model, runner = fitted
+    bank = model.memory_bank.features.clone()
+    for again in (runner, L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)):
+        again.fit(model, data_of(seed=3))
+        assert len(model.memory_bank) == len(bank)
+        assert not torch.equal(model.memory_bank.features, bank)
+    again.fit(model, data_of())
+    assert torch.equal(model.memory_bank.features, bank)
+
+
+def test_resuming_is_refused(fitted, tiny, trainer):
+    path = fitted[1].checkpoint_callback.best_model_path
+    with pytest.raises(UserError, match="cannot resume from"):
+        trainer().fit(model_of(tiny), data_of(), ckpt_path=path)
+
+
+def test_empty_bank_is_an_error(tiny, trainer, tmp_path):
+    model = model_of(tiny)
+    for call in (trainer().test, trainer().predict):
+        with pytest.raises(UserError, match="memory bank is empty"):
+            call(model, data_of())
+    with pytest.raises(UserError, match="memory bank is empty"):
+        model(torch.rand(1, 3, 48, 48))
+    runner = trainer()
+    runner.strategy.connect(model)
+    runner.save_checkpoint(tmp_path / "empty.ckpt")
+    with pytest.raises(UserError, match="holds an empty memory bank"):
+        PatchCore.load_from_checkpoint(tmp_path / "empty.ckpt", backbone=tiny)
+
+
+def cut_in_half(path, tiny):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return {"backbone": tiny}, "is damaged or cut short"
+
+
+def of_another_model(path, tiny):
+    torch.save({"state_dict": {}, "hyper_parameters": {}}, path)
+    return {"backbone": tiny}, "is no checkpoint of PatchCore"
+
+
+def no_checkpoint(path, tiny):
+    path.write_text("hello")
+    return {"backbone": tiny}, "no checkpoint of PatchCore|is damaged"
+
+
+def missing(path, tiny):
+    path.unlink()
+    return {"backbone": tiny}, "no such checkpoint"
+
+
+def other_weights(path, tiny):
+    return {"backbone": type(tiny)(seed=5)}, "other weights of TinyBackbone .*give the same weights"
+
+
+def other_layers(path, tiny):
+    return {"backbone": tiny, "layers": ["fine"]}, r"other settings: .*layers \['fine', 'coarse'\], here \['fine'\]"
+
+
+def other_preprocessing(path, tiny):
+    return {"backbone": tiny, "resize_mode": "shorter_side"}, "resize_mode squash, here shorter_side"
+
+
+def no_backbone(path, tiny):
+    return {}, "was fitted with a module as backbone"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [cut_in_half, of_another_model, no_checkpoint, missing, other_weights, other_layers, other_preprocessing, no_backbone],
+)
+def test_wrong_checkpoint_is_refused(fitted, tiny, trainer, tmp_path, case):
+    (path,) = tmp_path.rglob("*.ckpt")
+    options, message = case(path, tiny)
+    with pytest.raises(UserError, match=message):
+        PatchCore.load_from_checkpoint(path, **options)
+    if options:
+        model = model_of(**({"tiny": options.pop("backbone")} | options))
+        with pytest.raises(UserError, match=message):
+            trainer().test(model, data_of(), ckpt_path=path, verbose=False)
+
+
+def test_scoring_options_may_change_at_load(fitted, tiny, tmp_path):
+    (path,) = tmp_path.rglob("*.ckpt")
+    model = PatchCore.load_from_checkpoint(path, backbone=tiny, reweighting_neighbors=1, search="faiss")
+    images = images_of(model, 1)
+    assert (model(images)[0] >= fitted[0](images)[0]).all()
+
+
+@pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
+def test_named_backbone_round_trip(trainer, tmp_path):
+    options = {"backbone": "resnet18", "layers": ["layer1"], "resize": 64, "crop": None, "coreset_ratio": 0.02}
+    states = PatchCore(**options, weights=None).patch_features.backbone
+    for place, save in (("out", False), ("in", True)):
+        runner = trainer(default_root_dir=tmp_path / place)
+        model = PatchCore(**options, weights=None, save_backbone=save)
+        runner.fit(model, data_of())
+        loaded = PatchCore.load_from_checkpoint(runner.checkpoint_callback.best_model_path)
+        assert loaded.patch_features.backbone.sha256() == states.sha256()
+        images = images_of(model, 1)
+        assert torch.equal(loaded.eval()(images)[0], model.eval()(images)[0])
+
+
+def test_weights_elsewhere_are_checked_by_their_hash(trainer, tmp_path):
+    import torchvision
+
+    network = torchvision.models.resnet18()
+    first, moved, other = (tmp_path / name for name in ("first.pth", "moved.pth", "other.pth"))
+    torch.save(network.state_dict(), first)
+    torch.save(torchvision.models.resnet18().state_dict(), other)
+    runner = trainer()
+    options = {"backbone": "resnet18", "layers": ["layer1"], "resize": 64, "crop": None, "coreset_size": 20}
+    runner.fit(PatchCore(**options, weights=first), data_of())
+    first.rename(moved)
+    path = runner.checkpoint_callback.best_model_path
+    with pytest.raises(UserError, match=r"first\.pth: no such weights file"):
+        PatchCore.load_from_checkpoint(path)
+    with pytest.raises(UserError, match="other weights of resnet18"):
+        PatchCore.load_from_checkpoint(path, weights=str(other))
+    assert len(PatchCore.load_from_checkpoint(path, weights=str(moved)).memory_bank) == 20
+
+
+def test_saved_backbone_needs_no_weights_file(trainer, tmp_path):
+    import torchvision
+
+    first = tmp_path / "first.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), first)
+    runner = trainer()
+    options = {"backbone": "resnet18", "layers": ["layer1"], "resize": 64, "crop": None, "coreset_size": 20}
+    model = PatchCore(**options, weights=str(first), save_backbone=True)
+    runner.fit(model, data_of())
+    first.unlink()
+    loaded = PatchCore.load_from_checkpoint(runner.checkpoint_callback.best_model_path)
+    images = images_of(model, 1)
+    assert torch.equal(loaded.eval()(images)[0], model.eval()(images)[0])
+
+
+def test_calibration_images_stay_out_of_the_bank(tiny, trainer, tmp_path):
+    model, runner = model_of(tiny, calibration_share=0.3, coreset_method="none"), trainer()
+    runner.fit(model, data_of(train_images=10))
+    assert len(model.memory_bank) == 7 * 144
+    assert model.calibration_scores.shape == (3,)
+    data = data_of(train_images=10)
+    images = torch.stack([model.transform(record.image()) for record in data.records[0]])
+    scores = model(images)[0]
+    held_out = [i for i in range(10) if scores[i] > 1e-4]  # the others find themselves in the bank
+    torch.testing.assert_close(scores[held_out], model.calibration_scores)
+    loaded = PatchCore.load_from_checkpoint(runner.checkpoint_callback.best_model_path, backbone=tiny)
+    assert torch.equal(loaded.calibration_scores, model.calibration_scores)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9])
+def test_calibration_share_is_kept_on_any_number_of_images(share):
+    from pl_patchcore.patchcore import _held_out
+
+    for count in (40, 200):
+        for seed in (0, 1):
+            chosen = sum(_held_out(i, share, seed) for i in range(count))
+            assert abs(chosen - share * count) <= 1
+
+
+def test_precision_keeps_bank_size_and_figures(fitted, tiny, trainer):
+    model, runner = fitted
+    expected = runner.test(model, data_of(), verbose=False)[0]
+    half, half_runner = model_of(tiny), trainer(precision="bf16-mixed", enable_checkpointing=False)
+    half_runner.fit(half, data_of())
+    assert half.memory_bank.features.shape == model.memory_bank.features.shape
+    assert half.memory_bank.features.dtype == torch.float32
+    found = half_runner.test(half, data_of(), verbose=False)[0]
+    assert found == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32", "16-mixed", "bf16-mixed"])
+def test_gpu_agrees_with_cpu(fitted, tiny, trainer, precision):
+    model, runner = fitted
+    expected = runner.test(model, data_of(), verbose=False)[0]
+    other, gpu = model_of(tiny), trainer(accelerator="gpu", devices=1, precision=precision, enable_checkpointing=False)
+    gpu.fit(other, data_of())
+    assert other.memory_bank.features.shape == model.memory_bank.features.shape
+    assert gpu.test(other, data_of(), verbose=False)[0] == pytest.approx(expected, abs=0.02 if precision == "32" else 0.1)
+
+
+def test_recipes(tiny):
+    paper, official = RECIPES["paper"], RECIPES["official"]
+    import inspect
+
+    defaults = {n: p.default for n, p in inspect.signature(PatchCore.__init__).parameters.items()}
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items() if k in paper} == paper
+    assert set(official) == set(paper)
+    model = PatchCore.from_recipe("official", backbone=tiny, layers=["fine"], resize=64, crop=48)
+    assert model.hparams["distance"] == "squared"
+    with pytest.raises(UserError, match="choose one of paper, official"):
+        PatchCore.from_recipe("mine")
+
+
+def test_hyper_parameters_are_plain(tmp_path):
+    torch.save(nn.Identity().state_dict(), tmp_path / "x.pth")
+    with pytest.warns(UntrainedBackboneWarning):
+        model = PatchCore(
+            "resnet18", ("layer1",), None, resize=(np.int64(64), 64), crop=None, coreset_ratio=np.float64(0.1)
+        )
+    assert model.hparams["resize"] == [64, 64]
+    assert type(model.hparams["resize"][0]) is int
+    assert type(model.hparams["coreset_ratio"]) is float
+    assert model.hparams["layers"] == ["layer1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coreset_ratio": 1.5}, r"coreset_ratio must be in \(0, 1\], got 1.5; 0.1 keeps one patch in ten"),
+        ({"coreset_size": 0}, "coreset_size must be at least 1"),
+        ({"coreset_method": "best"}, "greedy, approximate, random or none"),
+        ({"projection_dim": 0}, "projection_dim must be at least 1"),
+        ({"calibration_share": 1}, r"calibration_share must be in \[0, 1\)"),
+        ({"search": "annoy"}, "auto, torch or faiss"),
+        ({"crop": 100}, "crop 100 is larger"),
+    ],
+)
+def test_bad_options(tiny, options, message):
+    with pytest.raises(UserError, match=message):
+        model_of(tiny, **options)
+
+
+def test_calibration_that_leaves_nothing(tiny, trainer):
+    from pl_patchcore.patchcore import _held_out
+
+    model = model_of(tiny, calibration_share=0.9, seed=next(s for s in range(99) if _held_out(0, 0.9, s)))
+    with pytest.raises(UserError, match="lower calibration_share"):
+        trainer(enable_checkpointing=False).fit(model, data_of(train_images=1))
