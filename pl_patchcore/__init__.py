@@ -20,11 +20,12 @@ from pl_patchcore.data import AnomalyDataModule, MTDDataModule, SyntheticDataMod
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.patchcore import PatchCore
+from pl_patchcore.patchcore import RECIPES, PatchCore
 from pl_patchcore.preprocessing import Preprocessing
 
 __version__ = "0.1.0"
 __all__ = [
+    "RECIPES",
     "AnomalyDataModule",
     "MTDDataModule",
     "MemoryBank",

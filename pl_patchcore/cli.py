@@ -128,17 +128,25 @@ def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> 
             raise UserError(f"unknown command {words[0]!r}; did you mean {_nearest(words[0], list(commands))!r}?")
         return
     known = {action.dest for action in commands[arguments[0]]._actions} | {"config", "help", "data.class_path", "data.init_args"}
-    given = list(_options(arguments[1:]))
-    options = [(key, value, "") for key, value in given]
-    for name in (value for key, value in given if key in ("config", "c")):
-        if name is not None:
-            options += [(key, value, f" in {name}") for key, value in _file_options(Path(name))]
-    data = next((v for k, v, _ in reversed(options) if k in ("data", "data.class_path") and isinstance(v, str)), None)
-    for key, value, where in options:
-        if key not in ("c", "h") and not key.startswith(("help", "print_")):
-            _check_name(key, known, data, where)
-        for place, inner in _nested(key, value):
+    options = []  # key, value, the data module it is for, where it stands
+    for key, value in _options(arguments[1:]):
+        if key in ("config", "c") and value is not None:
+            content = list(_file_options(Path(value)))
+            own = _data_class(content)
+            options += [(name, inner, own, f" in {value}") for name, inner in content]
+        elif key not in ("config", "c", "h") and not key.startswith(("help", "print_")):
+            options.append((key, value, None, ""))
+    chosen = _data_class([(key, value) for key, value, _, _ in options])
+    for key, value, data, where in options:
+        _check_name(key, known, data or chosen, where)
+        for place, inner in _nested(value):
             _check_name(place, _arguments(inner), None, where)
+
+
+def _data_class(options: Sequence[tuple[str, Any]]) -> str | None:
+    """Name of the data module: the last one given."""
+    given = [value for key, value in options if key in ("data", "data.class_path") and isinstance(value, str)]
+    return given[-1] if given else None
 
 
 def _check_name(key: str, known: set[str], data: str | None, where: str) -> None:
@@ -181,11 +189,11 @@ def _arguments(class_path: str) -> set[str]:
     return set(signature.parameters)
 
 
-def _nested(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def _nested(value: Any) -> Iterator[tuple[str, str]]:
     """Init arguments of classes inside an option's value: their name and the class they are for."""
     if isinstance(value, list):
         for item in value:
-            yield from _nested(key, item)
+            yield from _nested(item)
     elif isinstance(value, dict):
         if isinstance(value.get("class_path"), str) and isinstance(value.get("init_args"), dict):
             names = _arguments(value["class_path"])
@@ -193,7 +201,7 @@ def _nested(key: str, value: Any) -> Iterator[tuple[str, str]]:
                 for name in value["init_args"]:
                     yield name, value["class_path"]
         for inner in value.values():
-            yield from _nested(key, inner)
+            yield from _nested(inner)
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
