@@ -98,7 +98,7 @@ class Backbone(nn.Module):
 class _Collector(nn.Module):
     """Layers of a network that cannot be traced, by forward hooks; stops after the last of them."""
 
-    class _Done(Exception):  # noqa: N818
+    class _Done(Exception):
         pass
 
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
@@ -118,10 +118,8 @@ class _Collector(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         self._found = {}
-        try:
+        with contextlib.suppress(self._Done):
             self.network(images)
-        except self._Done:
-            pass
         found, self._found = self._found, {}
         return found
 
@@ -206,7 +204,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a whole weights file ({_first_line(error)}); fetch it again.") from error
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds more than tensors and is not loaded; save model.state_dict() instead ({_first_line(error)})."
+            f"{path}: holds more than tensors, not loaded; save model.state_dict() instead ({_first_line(error)})."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -263,7 +261,8 @@ def _probe(network: nn.Module, layers: Sequence[str]) -> tuple[list[_Layout], li
     for name in layers:
         found = [output.get(name) for output in outputs]
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in found]
-        layout = _layout([value.shape for value in found], sizes) if _tensors(found) else None
+        tensors = [v for v in found if isinstance(v, Tensor) and v.ndim in (3, 4) and len(v) == 2]
+        layout = _layout([value.shape for value in tensors], sizes) if len(tensors) == len(sizes) else None
         if layout is None:
             raise UserError(
                 f"layer {name!r} gives {shapes[0]}, which is no grid of features (B, C, h, w), (B, h, w, C) or tokens "
@@ -279,10 +278,6 @@ def _run(network: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         result: dict[str, Any] = network(torch.zeros(2, 3, *size))
     return result
-
-
-def _tensors(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, Tensor) and v.ndim in (3, 4) and v.shape[0] == 2 for v in values)
 
 
 def _layout(shapes: list[torch.Size], sizes: list[tuple[int, int]]) -> _Layout | None:
@@ -322,7 +317,8 @@ def _as_grid(output: Tensor, layout: _Layout, size: Sequence[int], name: str) ->
             f"layer {name!r} gives {tokens.shape[1]} tokens for an image of {size[0]}x{size[1]} pixels; "
             f"its patches are {side}x{side}: make the image a multiple of that."
         )
-    return tokens.transpose(1, 2).unflatten(2, (h, w))
+    grid: Tensor = tokens.transpose(1, 2).unflatten(2, (h, w))
+    return grid
 
 
 def _first_line(error: Exception) -> str:

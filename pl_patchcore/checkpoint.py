@@ -110,7 +110,8 @@ def check_identity(checkpoint: dict[str, Any], own: dict[str, Any], holds_backbo
         return
     if [key for key, _, _ in other] == ["backbone_sha256"]:
         raise UserError(
-            f"the checkpoint was fitted with other weights of {saved['backbone']} (sha256 {saved['backbone_sha256'][:12]}..., "
+            f"the checkpoint was fitted with other weights of {saved['backbone']} "
+            f"(sha256 {saved['backbone_sha256'][:12]}..., "
             f"here {own['backbone_sha256'][:12]}...); give the same weights, with weights=<path> if they lie elsewhere."
         )
     listed = "; ".join(f"{key} {_short(a)}, here {_short(b)}" for key, a, b in other)

@@ -8,6 +8,8 @@ misspelt one, on the command line or anywhere in a YAML file, is answered with o
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import logging
 import sys
 import warnings
@@ -17,8 +19,6 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace
-from jsonargparse.typing import import_object
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pl_patchcore.checkpoint import read_checkpoint
@@ -97,7 +97,10 @@ class PatchCoreCLI(LightningCLI):
         saved = read_checkpoint(path)["hyper_parameters"]
         if "backbone" not in saved:
             raise UserError(f"{path} was fitted with a module as backbone; load it in Python, where it can be passed.")
-        given = [f"--model.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in saved.items()]
+        given = [
+            f"--model.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+            for key, value in saved.items()
+        ]
         return [arguments[0], *given, *arguments[1:]]
 
     def _parse_ckpt_path(self) -> None:
@@ -127,7 +130,12 @@ def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> 
         if words:
             raise UserError(f"unknown command {words[0]!r}; did you mean {_nearest(words[0], list(commands))!r}?")
         return
-    known = {action.dest for action in commands[arguments[0]]._actions} | {"config", "help", "data.class_path", "data.init_args"}
+    known = {action.dest for action in commands[arguments[0]]._actions} | {
+        "config",
+        "help",
+        "data.class_path",
+        "data.init_args",
+    }
     options = []  # key, value, the data module it is for, where it stands
     for key, value in _options(arguments[1:]):
         if key in ("config", "c") and value is not None:
@@ -173,8 +181,6 @@ _OPEN = {
 
 def _arguments(class_path: str) -> set[str]:
     """Names of a class's constructor arguments; empty where the class is not found (jsonargparse says so)."""
-    import inspect
-
     if "." not in class_path:
         for module in ("pl_patchcore.data", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"):
             if hasattr(sys.modules.get(module), class_path):
@@ -182,8 +188,9 @@ def _arguments(class_path: str) -> set[str]:
                 break
         else:
             return set()
+    module, _, name = class_path.rpartition(".")
     try:
-        signature = inspect.signature(import_object(class_path))
+        signature = inspect.signature(getattr(importlib.import_module(module), name))
     except (ImportError, ValueError, AttributeError, TypeError):
         return set()
     return set(signature.parameters)
@@ -209,7 +216,10 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit():
             name, equals, value = argument.lstrip("-").partition("=")
-            yield name.removesuffix("+"), value if equals else None if following.startswith("--") else following
+            yield (
+                name.removesuffix("+"),
+                value if equals else None if following.startswith("--") else following,
+            )
 
 
 def _file_options(path: Path) -> Iterator[tuple[str, Any]]:
@@ -262,4 +272,4 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-__all__ = ["Namespace", "PatchCoreCLI", "Trainer", "check_options", "main"]
+__all__ = ["PatchCoreCLI", "Trainer", "check_options", "main"]

@@ -56,7 +56,8 @@ def random_projection(dimension: int, target: int, seed: int) -> Tensor | None:
     if dimension <= target:
         return None
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(dimension, target, generator=generator) / target**0.5
+    matrix: Tensor = torch.randn(dimension, target, generator=generator) / target**0.5
+    return matrix
 
 
 def select_coreset(
@@ -65,7 +66,7 @@ def select_coreset(
     method: CoresetMethod = "greedy",
     *,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Select ``size`` rows of ``features`` by one of the methods.
 
@@ -104,7 +105,7 @@ def greedy_coreset(
     *,
     start: int = 0,
     gaps: Tensor | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Select rows that cover ``features``, farthest point first.
 
@@ -185,7 +186,7 @@ class _Greedy:
             self.key = (gaps[self.rows].double() * self.scale**2).float()
             self.bound = self.key.clone()
 
-    def run(self, progress: Callable[[int], None] | None) -> Tensor:
+    def run(self, progress: Callable[[int], object] | None) -> Tensor:
         smallest = max(64, min(2048, len(self.rows) // 16))
         width, reported = smallest, 0
         while self.count < self.size:
@@ -218,7 +219,10 @@ class _Greedy:
             for first in range(int(low[0]), self.count, _TILE):
                 picks = slice(first, min(first + _TILE, self.count))
                 square = torch.addmm(
-                    self.pick_norm[picks] * (1 + self.margin), self.near[part], self.pick_near[picks].T, alpha=-2
+                    self.pick_norm[picks] * (1 + self.margin),
+                    self.near[part],
+                    self.pick_near[picks].T,
+                    alpha=-2,
                 ).amin(1)
                 bound = torch.minimum(bound, square + self.norm[part] * (1 + self.margin) + _TINY)
             self.bound[part] = torch.where(self.bound[part] < 0, self.bound[part], bound)
@@ -233,7 +237,10 @@ class _Greedy:
             for first in range(int(low[0]), self.count, _TILE):
                 picks = slice(first, min(first + _TILE, self.count))
                 square = torch.addmm(
-                    self.pick_norm[picks] * (1 - self.margin), self.near[part], self.pick_near[picks].T, alpha=-2
+                    self.pick_norm[picks] * (1 - self.margin),
+                    self.near[part],
+                    self.pick_near[picks].T,
+                    alpha=-2,
                 )
                 square += self.norm[part, None] * (1 - self.margin) - _TINY
                 row, pick = (square <= limit).nonzero(as_tuple=True)
@@ -261,7 +268,8 @@ class _Greedy:
         exact = self._exact(alive).cpu().numpy()  # (S, d)
         key = self.key[alive].cpu().numpy().copy()
         place = np.arange(len(alive))
-        floor, chosen = max(rest, 0.0), []
+        floor = max(rest, 0.0)
+        chosen: list[int] = []
         while len(chosen) < most:
             if len(chosen) % 32 == 31 and (beat := key > floor).mean() < 0.7:
                 self._write(alive[torch.from_numpy(place[~beat])], key[~beat], len(chosen))

@@ -62,7 +62,7 @@ class MemoryBank(nn.Module):
     def forward(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Find the ``k`` nearest rows of each query.
 
-        While a graph is recorded (``torch.export``, ``torch.jit.trace``, ``torch.compile``) the float32 product
+        While a graph is recorded (``torch.export``, ``torch.compile``) the float32 product
         alone chooses, and only rows nearer to each other than its rounding can come in another order.
 
         Args:
@@ -75,7 +75,7 @@ class MemoryBank(nn.Module):
         Raises:
             UserError: If the bank is empty or smaller than ``k``, dimensions differ, or queries are not finite.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling():
             return self._traced(queries.float(), k)
         self._check(queries, k)
         if not len(queries):
@@ -94,7 +94,9 @@ class MemoryBank(nn.Module):
         if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
             raise UserError(f"queries must be (Q, {self.features.shape[1]}), got {tuple(queries.shape)}.")
         if not torch.isfinite(queries).all():
-            raise UserError("patch features hold NaN or infinity; look for a broken image or an overflow in half precision.")
+            raise UserError(
+                "patch features hold NaN or infinity; look for a broken image or an overflow in half precision."
+            )
 
     def _centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, centred rows and their squared norms: products of centred rows round less."""

@@ -72,15 +72,14 @@ class PatchFeatures(nn.Module):
         layers = [self._aggregate(layer.float()) for layer in self.backbone(images)]  # (B, C, h, w) each
         grid = layers[0].shape[-2:]
         layers = [
-            layer
-            if layer.shape[-2:] == grid
-            else F.interpolate(layer, size=grid, mode="bilinear", align_corners=False)
+            layer if layer.shape[-2:] == grid else F.interpolate(layer, size=grid, mode="bilinear", align_corners=False)
             for layer in layers
         ]
         features = torch.cat(layers, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
         if self.feature_dim is None:
             return features
-        return F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim).unflatten(1, grid)
+        pooled: Tensor = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim).unflatten(1, grid)
+        return pooled
 
     def identity(self) -> dict[str, Any]:
         """What the features depend on, in plain values; two models with the same may share a memory bank."""
@@ -101,4 +100,5 @@ class PatchFeatures(nn.Module):
         grid = [(side - 1) // s + 1 for side in layer.shape[-2:]]
         patches = F.unfold(layer, p, padding=p // 2, stride=s)  # (B, C p p, h w)
         pooled = F.adaptive_avg_pool1d(patches.transpose(1, 2), self.layer_dim)  # (B, h w, layer_dim)
-        return pooled.transpose(1, 2).unflatten(2, grid)
+        aggregated: Tensor = pooled.transpose(1, 2).unflatten(2, grid)
+        return aggregated

@@ -195,7 +195,7 @@ class PatchCore(L.LightningModule):
         return cls(**(RECIPES[name] | overrides))
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **overrides: Any) -> PatchCore:  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **overrides: Any) -> PatchCore:
         """Load a fitted model, with ``weights_only=True``.
 
         Args:
@@ -422,7 +422,9 @@ class PatchCore(L.LightningModule):
         rows = torch.arange(len(held_out)).split(16 * h * w)
         size = (h, w)  # the maps are not wanted
         scores = [
-            self.scorer(held_out.take(part).view(-1, h, w, held_out.dimension).to(self.device), self.memory_bank, size)[0]
+            self.scorer(held_out.take(part).view(-1, h, w, held_out.dimension).to(self.device), self.memory_bank, size)[
+                0
+            ]
             for part in rows
         ]
         return torch.cat(scores)

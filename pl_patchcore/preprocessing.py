@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
@@ -72,7 +72,8 @@ class Preprocessing:
             raise UserError(f"mean and std take three numbers, std positive; got {self.mean} and {self.std}.")
         if self.resize is not None and self.crop is not None:
             # shorter_side makes the other side at least as long, so this bound holds for it too
-            if any(c > r for c, r in zip(_pair(self.crop), _pair(self.resize), strict=True)):
+            fits = [c <= r for c, r in zip(_pair(self.crop), _pair(self.resize), strict=True)]
+            if not all(fits):
                 raise UserError(
                     f"crop {self.crop} is larger than the resized image ({self.resize}); lower crop or raise resize."
                 )
@@ -80,7 +81,8 @@ class Preprocessing:
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into a float32 tensor ``(3, H, W)``, normalised."""
         resized = self._resize(image, InterpolationMode(self.interpolation))
-        return tvf.normalize(tvf.to_tensor(self._crop(resized)), list(self.mean), list(self.std))
+        tensor: Tensor = tvf.normalize(tvf.to_tensor(self._crop(resized)), list(self.mean), list(self.std))
+        return tensor
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """Take a ``uint8`` mask ``(H0, W0)`` of the original through the same geometry, nearest pixel."""
@@ -178,7 +180,7 @@ def read_mask(path: Path, threshold: int = 127) -> np.ndarray:
     if image.mode == "1":
         levels = np.asarray(image).astype(np.uint8) * 255
     elif image.mode.startswith("I"):
-        levels = (np.asarray(image).astype(np.float32) / 257).round()
+        levels = (np.asarray(image) // 257).astype(np.uint8)
     else:
         levels = np.asarray(image.convert("RGB")).max(axis=2)
     return (levels > threshold).astype(np.uint8)
@@ -227,7 +229,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         return UserError(f"{path}: is a folder where an image file should be; take it out of the data set.")
     if not path.exists():
         return UserError(f"{path}: no such file; restore it or take it out of the data set.")
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
+    reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
     return UserError(f"{path}: cannot be read ({reason}); replace the file or take it out of the data set.")
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+
 from pl_patchcore import MemoryBank, UserError
 from pl_patchcore.anomaly_map import AnomalyScorer, anomaly_map, reweighting, to_original
 

@@ -13,13 +13,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from pl_patchcore import PatchCore, RECIPES
+
+from pl_patchcore import RECIPES, PatchCore
 from pl_patchcore.cli import PatchCoreCLI, main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 TINY = {
-    "model": {"backbone": "resnet18", "weights": None, "layers": ["layer1"], "resize": 32, "crop": None, "coreset_size": 30},
+    "model": {
+        "backbone": "resnet18",
+        "weights": None,
+        "layers": ["layer1"],
+        "resize": 32,
+        "crop": None,
+        "coreset_size": 30,
+    },
     "data": {
         "class_path": "SyntheticDataModule",
         "init_args": {"train_images": 4, "test_nominal": 3, "test_per_defect": 1, "num_workers": 0},
@@ -160,10 +168,16 @@ def test_predict(config, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["ftt"], "unknown command 'ftt'; did you mean 'fit'?"),
-        (["fit", "--trainer.max_epoch", "2"], "unknown option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
+        (
+            ["fit", "--trainer.max_epoch", "2"],
+            "unknown option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?",
+        ),
         (["fit", "--model.backbon=x"], "unknown option 'model.backbon'; did you mean 'model.backbone'?"),
         (["fit", "--modle.backbone=x"], "unknown option 'modle.backbone'; did you mean 'model.backbone'?"),
-        (["fit", "--data=MTDDataModule", "--data.rot=x"], "unknown option 'data.rot'; did you mean 'data.root'?"),
+        (
+            ["fit", "--data=MTDDataModule", "--data.rot=x"],
+            "unknown option 'data.rot'; did you mean 'data.root'?",
+        ),
         (["test", "--report.picture=1"], "unknown option 'report.picture'; did you mean 'report.pictures'?"),
         (["fit", "--config", "none.yaml"], "none.yaml: no such configuration file"),
     ],
@@ -175,8 +189,14 @@ def test_misspelt_option_on_the_command_line(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"coreset_ration": 0.1}}, "'model.coreset_ration' in {}; did you mean 'model.coreset_ratio'?"),
-        ({"trainer": {"acelerator": "cpu"}}, "'trainer.acelerator' in {}; did you mean 'trainer.accelerator'?"),
+        (
+            {"model": {"coreset_ration": 0.1}},
+            "'model.coreset_ration' in {}; did you mean 'model.coreset_ratio'?",
+        ),
+        (
+            {"trainer": {"acelerator": "cpu"}},
+            "'trainer.acelerator' in {}; did you mean 'trainer.accelerator'?",
+        ),
         ({"trane": {"devices": 1}}, "'trane.devices' in {}; did you mean 'trainer.devices'?"),
         (
             {"data": {"init_args": {"textur": "brick"}}},

@@ -5,6 +5,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pl_patchcore import UserError
 from pl_patchcore.coreset import coreset_rows, greedy_coreset, random_projection, select_coreset
 
@@ -31,7 +32,9 @@ def test_matches_reference(kind, rows, dimension, size):
 @pytest.mark.slow
 def test_matches_reference_on_many_rows():
     rng = np.random.default_rng(0)
-    features = (rng.normal(size=(60, 32))[rng.integers(60, size=12000)] + 0.3 * rng.normal(size=(12000, 32))).astype("f4")
+    features = (rng.normal(size=(60, 32))[rng.integers(60, size=12000)] + 0.3 * rng.normal(size=(12000, 32))).astype(
+        "f4"
+    )
     assert greedy_coreset(torch.from_numpy(features), 600).tolist() == reference.greedy(features, 600)
 
 
@@ -77,7 +80,9 @@ def test_depends_on_its_own_seed_alone(method):
 
 def test_seed_matters():
     features = torch.randn(200, 5)
-    assert not torch.equal(select_coreset(features, 20, "random", seed=0), select_coreset(features, 20, "random", seed=1))
+    assert not torch.equal(
+        select_coreset(features, 20, "random", seed=0), select_coreset(features, 20, "random", seed=1)
+    )
 
 
 def test_smaller_coreset_is_the_beginning_of_a_larger():
@@ -91,7 +96,10 @@ def test_progress_counts_every_pick():
     assert sum(counts) == 77
 
 
-@pytest.mark.parametrize(("rows", "ratio", "size", "expected"), [(784, 0.01, None, 7), (5, 0.1, None, 1), (9, 1, None, 9), (9, 0.1, 4, 4), (9, 0.1, 40, 9)])
+@pytest.mark.parametrize(
+    ("rows", "ratio", "size", "expected"),
+    [(784, 0.01, None, 7), (5, 0.1, None, 1), (9, 1, None, 9), (9, 0.1, 4, 4), (9, 0.1, 40, 9)],
+)
 def test_coreset_rows(rows, ratio, size, expected):
     assert coreset_rows(rows, ratio, size) == expected
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
 from pl_patchcore.data.base import as_batch
 
@@ -15,7 +16,7 @@ def mtd(tmp_path):
 
 
 def ready(data, **transform):
-    data.transform = Preprocessing(**(dict(resize=32, crop=None) | transform))
+    data.transform = Preprocessing(**({"resize": 32, "crop": None} | transform))
     data.prepare_data()
     data.setup("test")
     return data
@@ -25,7 +26,9 @@ def test_mtd_split(mtd):
     data = MTDDataModule(mtd, num_workers=0)
     train, test = data.records
     assert len(train) == 8
-    assert [r.defect for r in test] == ["nominal"] * 2 + [d for d in ("blowhole", "break", "crack", "fray", "uneven") for _ in "ab"]
+    assert [r.defect for r in test] == ["nominal"] * 2 + [
+        d for d in ("blowhole", "break", "crack", "fray", "uneven") for _ in "ab"
+    ]
     assert all(r.label == (r.defect != "nominal") for r in test)
     assert not {r.path for r in train} & {r.path for r in test}
     other = MTDDataModule(mtd, split_seed=5).records[0]
@@ -63,7 +66,11 @@ def test_sample_and_batch(mtd):
     height, width = np.asarray(record.image()).shape[:2]
     assert batch["original_size"][2].tolist() == [height, width]
     assert batch["crop_box"][2].tolist() == [0, 0, height, width]
-    assert (batch["defect"][2], batch["category"][2], batch["path"][2]) == ("blowhole", "magnetic_tile", str(record.path))
+    assert (batch["defect"][2], batch["category"][2], batch["path"][2]) == (
+        "blowhole",
+        "magnetic_tile",
+        str(record.path),
+    )
 
 
 def test_masks_are_aligned_with_images(mtd):

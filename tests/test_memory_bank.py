@@ -4,6 +4,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+
 from pl_patchcore import MemoryBank, UserError, memory_bank
 
 

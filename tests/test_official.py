@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from pl_patchcore import PatchCore
 from pl_patchcore.preprocessing import read_image
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 pytestmark = pytest.mark.skipif(
-    not (SHARED / "reference").is_dir(), reason="needs ../shared (MTD, MobileNetV2 weights, reference outputs)"
+    not (SHARED / "reference").is_dir(),
+    reason="needs ../shared (MTD, MobileNetV2 weights, reference outputs)",
 )
 
 SETTINGS = {

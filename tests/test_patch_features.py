@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import reference
 import torch
-from pl_patchcore import PatchFeatures, UserError
-from pl_patchcore.backbone import Backbone, UntrainedBackboneWarning
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+
+from pl_patchcore import PatchFeatures, UserError
+from pl_patchcore.backbone import Backbone, UntrainedBackboneWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
 
@@ -25,7 +26,9 @@ def test_matches_reference(tiny, patch_size, stride, size):
     fine = tiny.fine(images)
     layers = [fine, tiny.coarse(fine)]
     for i in range(2):
-        maps = [reference.mean_neighbourhood(layer[i].detach().double().numpy(), patch_size, stride) for layer in layers]
+        maps = [
+            reference.mean_neighbourhood(layer[i].detach().double().numpy(), patch_size, stride) for layer in layers
+        ]
         grid = maps[0].shape[1:]
         expected = np.concatenate([maps[0], reference.bilinear(maps[1], grid)])
         np.testing.assert_allclose(found[i].permute(2, 0, 1).numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -155,7 +158,9 @@ def test_weights_that_do_not_fit(tiny, tmp_path):
     torch.save(other, path)
     with pytest.raises(UserError) as error:
         PatchFeatures(tiny, ["fine"], weights=str(path))
-    assert "w.pth: weights do not fit TinyBackbone: 1 missing (fine.0.bias); 1 unknown (fine.7.weight); " in str(error.value)
+    assert "w.pth: weights do not fit TinyBackbone: 1 missing (fine.0.bias); 1 unknown (fine.7.weight); " in str(
+        error.value
+    )
     assert "1 of another shape (fine.0.weight (9, 3, 4, 4) for (8, 3, 4, 4))" in str(error.value)
 
 
@@ -191,12 +196,18 @@ def test_no_network(monkeypatch, tmp_path):
     ("options", "message"),
     [
         ({"backbone": "resnet81"}, "'resnet81' is unknown; did you mean 'resnet18'"),
-        ({"layers": ["layer1", "layr2"]}, "'layr2' is not in resnet18; did you mean 'layer2'.*Candidates: conv1, "),
+        (
+            {"layers": ["layer1", "layr2"]},
+            "'layr2' is not in resnet18; did you mean 'layer2'.*Candidates: conv1, ",
+        ),
         ({"layers": ["fc"]}, r"'fc' gives \(2, 1000\), which is no grid"),
         ({"layers": []}, "layers must be a list"),
         ({"layers": "layer1"}, "layers must be a list"),
         ({"layers": ["layer1", "layer1"]}, "layers must be a list of different"),
-        ({"weights": "IMAGENET1K_V9"}, "'IMAGENET1K_V9' are unknown for resnet18; torchvision has IMAGENET1K_V1"),
+        (
+            {"weights": "IMAGENET1K_V9"},
+            "'IMAGENET1K_V9' are unknown for resnet18; torchvision has IMAGENET1K_V1",
+        ),
         ({"patch_size": 2}, "patch_size must be odd"),
         ({"patch_stride": 0}, "patch_stride must be at least 1"),
         ({"layer_dim": 10}, "go together"),

@@ -8,11 +8,12 @@ import pytest
 import reference
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
 from pl_patchcore import PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.patchcore import RECIPES
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 
 def model_of(tiny, **options):
@@ -71,13 +72,15 @@ def test_figures_match_the_references(fitted):
     scores, maps = scores.numpy(), maps.double().numpy()
     assert logged["test/image_auroc"] == pytest.approx(reference.auroc(scores[labels == 0], scores[labels == 1]))
     flat, truth = maps.reshape(-1), np.stack(masks).reshape(-1)
-    pixel = sum((np.searchsorted(np.sort(flat[truth == 0]), flat[truth == 1]) / (truth == 0).sum()))
+    pixel = sum(np.searchsorted(np.sort(flat[truth == 0]), flat[truth == 1]) / (truth == 0).sum())
     assert logged["test/pixel_auroc"] == pytest.approx(pixel / (truth == 1).sum(), abs=1e-5)
     assert logged["test/pro"] == pytest.approx(reference.pro(list(maps), masks), abs=1e-4)
     assert model.figures["all"]["anomalous"] == 8
     assert set(model.figures) == {"all", "blur", "foreign", "scratch", "stain"}
     scratch = np.array([r.defect == "scratch" for r in records])
-    assert model.figures["scratch"]["image_auroc"] == pytest.approx(reference.auroc(scores[labels == 0], scores[scratch]))
+    assert model.figures["scratch"]["image_auroc"] == pytest.approx(
+        reference.auroc(scores[labels == 0], scores[scratch])
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -179,11 +182,14 @@ def test_limited_batches_are_as_asked(tiny, trainer):
 
 
 CHECKPOINTING = {
-    "default": lambda: [],
+    "default": list,
     "save_last": lambda: [ModelCheckpoint(save_last=True)],
     "monitor": lambda: [ModelCheckpoint(monitor="train/images", mode="max", save_top_k=2)],
     "every step": lambda: [ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)],
-    "two": lambda: [ModelCheckpoint(filename="one", save_last=True), ModelCheckpoint(filename="two-{step}", every_n_train_steps=2)],
+    "two": lambda: [
+        ModelCheckpoint(filename="one", save_last=True),
+        ModelCheckpoint(filename="two-{step}", every_n_train_steps=2),
+    ],
     "weights only": lambda: [ModelCheckpoint(save_weights_only=True)],
 }
 
@@ -296,7 +302,10 @@ def other_weights(path, tiny):
 
 
 def other_layers(path, tiny):
-    return {"backbone": tiny, "layers": ["fine"]}, r"other settings: .*layers \['fine', 'coarse'\], here \['fine'\]"
+    return {
+        "backbone": tiny,
+        "layers": ["fine"],
+    }, r"other settings: .*layers \['fine', 'coarse'\], here \['fine'\]"
 
 
 def other_preprocessing(path, tiny):
@@ -309,7 +318,16 @@ def no_backbone(path, tiny):
 
 @pytest.mark.parametrize(
     "case",
-    [cut_in_half, of_another_model, no_checkpoint, missing, other_weights, other_layers, other_preprocessing, no_backbone],
+    [
+        cut_in_half,
+        of_another_model,
+        no_checkpoint,
+        missing,
+        other_weights,
+        other_layers,
+        other_preprocessing,
+        no_backbone,
+    ],
 )
 def test_wrong_checkpoint_is_refused(fitted, tiny, trainer, tmp_path, case):
     (path,) = tmp_path.rglob("*.ckpt")
@@ -331,7 +349,13 @@ def test_scoring_options_may_change_at_load(fitted, tiny, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
 def test_named_backbone_round_trip(trainer, tmp_path):
-    options = {"backbone": "resnet18", "layers": ["layer1"], "resize": 64, "crop": None, "coreset_ratio": 0.02}
+    options = {
+        "backbone": "resnet18",
+        "layers": ["layer1"],
+        "resize": 64,
+        "crop": None,
+        "coreset_ratio": 0.02,
+    }
     states = PatchCore(**options, weights=None).patch_features.backbone
     for place, save in (("out", False), ("in", True)):
         runner = trainer(default_root_dir=tmp_path / place)
@@ -417,10 +441,15 @@ def test_precision_keeps_bank_size_and_figures(fitted, tiny, trainer):
 def test_gpu_agrees_with_cpu(fitted, tiny, trainer, precision):
     model, runner = fitted
     expected = runner.test(model, data_of(), verbose=False)[0]
-    other, gpu = model_of(tiny), trainer(accelerator="gpu", devices=1, precision=precision, enable_checkpointing=False)
+    other, gpu = (
+        model_of(tiny),
+        trainer(accelerator="gpu", devices=1, precision=precision, enable_checkpointing=False),
+    )
     gpu.fit(other, data_of())
     assert other.memory_bank.features.shape == model.memory_bank.features.shape
-    assert gpu.test(other, data_of(), verbose=False)[0] == pytest.approx(expected, abs=0.02 if precision == "32" else 0.1)
+    assert gpu.test(other, data_of(), verbose=False)[0] == pytest.approx(
+        expected, abs=0.02 if precision == "32" else 0.1
+    )
 
 
 def test_recipes(tiny):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from pl_patchcore import Preprocessing, UserError
 from pl_patchcore.preprocessing import check_image, read_image, read_mask
 

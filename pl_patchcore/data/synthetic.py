@@ -167,7 +167,11 @@ class SyntheticDataModule(AnomalyDataModule):
         if test_per_defect < 0:
             raise UserError(f"test_per_defect must be 0 or more, got {test_per_defect}.")
         self.texture, self.image_size, self.seed = texture, image_size, seed
-        self.train_images, self.test_nominal, self.test_per_defect = train_images, test_nominal, test_per_defect
+        self.train_images, self.test_nominal, self.test_per_defect = (
+            train_images,
+            test_nominal,
+            test_per_defect,
+        )
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
         """Name the images."""
@@ -213,9 +217,7 @@ class SyntheticDataModule(AnomalyDataModule):
     def _record(self, split: str, defect: str, number: int) -> Record:
         folder = "good" if defect == NOMINAL else defect  # MVTec's word
         path = Path("synthetic", self.texture, split, folder, f"{number:03d}.png")
-        return SyntheticRecord(
-            path, int(defect != NOMINAL), defect, self.texture, size=self.image_size, seed=self.seed
-        )
+        return SyntheticRecord(path, int(defect != NOMINAL), defect, self.texture, size=self.image_size, seed=self.seed)
 
     @staticmethod
     def _save(image: Image.Image, path: Path) -> None:
@@ -223,9 +225,7 @@ class SyntheticDataModule(AnomalyDataModule):
         image.save(path)
 
 
-def _damage(
-    image: Array, draw: Callable[[Array, Rng], tuple[Array, Array]], rng: Rng
-) -> tuple[Array, Array]:
+def _damage(image: Array, draw: Callable[[Array, Rng], tuple[Array, Array]], rng: Rng) -> tuple[Array, Array]:
     """Draw a defect, again where nobody could see it (a blur on what was smooth before)."""
     for _ in range(100):
         content, alpha = draw(image, rng)
@@ -237,8 +237,8 @@ def _damage(
 
 @lru_cache(maxsize=len(TEXTURES))
 def _photograph(texture: str) -> Array:
-    pixels: NDArray[np.uint8] = getattr(skimage.data, texture)()
-    return pixels / 255
+    grey: Array = np.asarray(getattr(skimage.data, texture)(), np.float64) / 255
+    return grey
 
 
 def _blob(size: int, rng: Rng, radius: float, soft: float) -> Array:

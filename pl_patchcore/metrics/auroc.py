@@ -155,9 +155,7 @@ class ScoreMetric(Metric):
             UserError: If the shape is wrong, or a score is NaN, infinite or beyond float32.
         """
         if scores.ndim != len(dims.split()):
-            raise UserError(
-                f"{name} must have dimensions {dims}, got shape {tuple(scores.shape)}; reshape them."
-            )
+            raise UserError(f"{name} must have dimensions {dims}, got shape {tuple(scores.shape)}; reshape them.")
         kept = scores.detach().float()
         finite = torch.isfinite(kept)
         if not finite.all():

@@ -136,8 +136,7 @@ class AnomalyEvaluation(ScoreMetric):
         scores, maps = self.check_scores("scores", scores, "B"), self.check_scores("maps", maps, "B H W")
         if len(maps) != len(scores):
             raise UserError(
-                f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; "
-                "pass both of one batch."
+                f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both of one batch."
             )
         labels = self.check_truth("labels", labels, LABELS, scores)
         masks = self.check_truth("masks", masks, MASKS, maps)
@@ -149,8 +148,7 @@ class AnomalyEvaluation(ScoreMetric):
         stray = int((masks[labels == 0] == 1).sum())
         if stray:
             raise UserError(
-                f"masks of nominal images must hold no 1, got {stray} such pixels; "
-                "label the image 1 or clear its mask."
+                f"masks of nominal images must hold no 1, got {stray} such pixels; label the image 1 or clear its mask."
             )
         nominal, anomalous, areas, regions = split_regions(maps, masks)
         self.nominal.append(nominal)
@@ -185,6 +183,4 @@ class AnomalyEvaluation(ScoreMetric):
         }
 
     def _placed(self, row: Row) -> Row:
-        return {
-            name: self.figure(value) if isinstance(value, Tensor) else value for name, value in row.items()
-        }
+        return {name: self.figure(value) if isinstance(value, Tensor) else value for name, value in row.items()}

@@ -132,7 +132,7 @@ def _draw_scores(seen: Sequence[tuple[float, int]], path: Path) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    bins = np.histogram_bin_edges([score for score, _ in seen], bins=40)
+    bins = np.histogram_bin_edges([score for score, _ in seen], bins=40).tolist()
     for label, name, colour in ((0, "nominal", "tab:green"), (1, "anomalous", "tab:red")):
         scores = [score for score, found in seen if found == label]
         axis.hist(scores, bins=bins, alpha=0.6, color=colour, label=f"{name} ({len(scores)})")

@@ -95,7 +95,7 @@ class TestReport(Callback):
                 **_for_json(figures["all"]),
                 "defects": {name: _for_json(row) for name, row in figures.items() if name != "all"},
                 "seconds_per_image": seconds,
-                "memory_bank": list(pl_module.memory_bank.features.shape),  # type: ignore[union-attr]
+                "memory_bank": list(pl_module.memory_bank.features.shape),  # type: ignore[union-attr, arg-type]
                 "model": dict(pl_module.hparams),
             }
             partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

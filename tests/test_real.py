@@ -1,0 +1,38 @@
+"""A real result: Magnetic Tile Defects with pretrained MobileNetV2 features, on a part of the data."""
+
+from pathlib import Path
+
+import pytest
+from pl_patchcore import MTDDataModule, PatchCore
+
+SHARED = Path(__file__).parents[1] / ".." / "shared"
+
+
+class EverySixth(MTDDataModule):
+    def load_records(self):
+        train, test = super().load_records()
+        return train[::6], test[::6]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "data" / "mtd").is_dir(), reason="needs ../shared (MTD and MobileNetV2 weights)")
+def test_magnetic_tiles(trainer):
+    root = SHARED / "data" / "mtd"
+    data = EverySixth(root, train_files=root / "differnet_train_filenames.txt", num_workers=0)
+    model = PatchCore(
+        "mobilenet_v2",
+        layers=["features.6", "features.13"],
+        weights=str(SHARED / "weights" / "mobilenet_v2.pth"),
+        resize=224,
+        crop=None,
+        coreset_ratio=0.01,
+    )
+    runner = trainer(enable_checkpointing=False)
+    runner.fit(model, data)
+    runner.test(model, data, verbose=False)
+    assert len(data.records[0]) == 127
+    assert len(model.memory_bank) == 995  # 1 % of 127 x 28 x 28
+    assert model.figures["all"]["image_auroc"] > 0.88
+    assert model.figures["all"]["lost"] == 0
+    for defect in ("blowhole", "break", "crack", "fray"):
+        assert model.figures[defect]["pixel_auroc"] > 0.9, defect
