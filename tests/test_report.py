@@ -8,11 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
 from pl_patchcore import PatchCore, SyntheticDataModule
 from pl_patchcore.report import PredictionWriter, TestReport
 from pl_patchcore.report.files import whole_file
 from pl_patchcore.report.pictures import Gallery
-from torch.utils.data import DataLoader, TensorDataset
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_report(fitted, trainer, tmp_path, capsys):
 
 
 def test_loss_to_the_crop_is_reported(fitted, trainer, capsys):
-    model, data = fitted
+    model, _ = fitted
     images = torch.rand(4, 3, 48, 48)
     masks = torch.zeros(4, 48, 48, dtype=torch.uint8)
     masks[3, 5:9, 5:9] = 1
@@ -98,11 +99,11 @@ def test_interrupted_prediction_leaves_no_whole_file(fitted, trainer, tmp_path):
 
 def test_whole_file(tmp_path):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "a.txt") as partial:
-        partial.write_text("ne")
-        raise RuntimeError
+    (tmp_path / "b").mkdir()
+    with pytest.raises(IsADirectoryError), whole_file(tmp_path / "a.txt"):
+        (tmp_path / "b").write_text("fails")
     assert (tmp_path / "a.txt").read_text() == "old"
     with whole_file(tmp_path / "a.txt") as partial:
         partial.write_text("new")
     assert (tmp_path / "a.txt").read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b"]

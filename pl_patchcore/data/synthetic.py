@@ -252,4 +252,5 @@ def _blob(size: int, rng: Rng, radius: float, soft: float) -> Array:
         edge += rng.uniform(0.05, 0.35) / wave * np.cos(wave * angle + rng.uniform(0, 2 * np.pi))
     stretch = rng.uniform(0.7, 1.4)
     distance = np.hypot(y * stretch, x / stretch)
-    return 1 / (1 + np.exp(np.clip((distance - radius * size * edge) / (0.5 * soft), -50, 50)))
+    alpha: Array = 1 / (1 + np.exp(np.clip((distance - radius * size * edge) / (0.5 * soft), -50, 50)))
+    return alpha

@@ -166,7 +166,7 @@ class AnomalyEvaluation(ScoreMetric):
         Returns:
             ``image_auroc``, ``pixel_auroc`` and ``pro``, 0-d float64, NaN where there are no positives or no
             negatives; ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a
-            known mask that holds no anomalous pixel any more: the centre crop took the defect away);
+            known mask that holds no anomalous pixel any more: resize and crop took the defect away);
             ``by_group``, a dict from each anomalous image's group to a dict of the same six keys.
         """
         overall, by_group = evaluate(

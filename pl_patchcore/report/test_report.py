@@ -104,8 +104,8 @@ class TestReport(Callback):
         console.print(_table(figures, seconds))
         if lost := figures["all"]["lost"]:
             console.print(
-                f"{lost} anomalous images have lost their whole defect to the centre crop, and count as anomalous "
-                "all the same; --model.crop null keeps the whole image."
+                f"{lost} anomalous images have lost their whole defect to the resize and centre crop, and count as "
+                "anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small specks."
             )
         console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
         for key, name in _FIGURES.items():

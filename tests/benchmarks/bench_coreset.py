@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import torch
-from pl_patchcore import MTDDataModule, PatchCore
-from pl_patchcore.coreset import greedy_coreset
 from rich.console import Console
 from rich.table import Table
+
+from pl_patchcore import MTDDataModule, PatchCore
+from pl_patchcore.coreset import greedy_coreset
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 PICKS = 300
