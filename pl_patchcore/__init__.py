@@ -12,7 +12,7 @@ The way of an image, one file a stage::
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
     metrics/            scores, maps, masks      -> image AUROC, pixel AUROC, PRO
     report/             figures, maps            -> tables, pictures, files
-    patchcore.py        the LightningModule that joins these; checkpoint.py, what it saves
+    patchcore.py        the LightningModule that joins these; checkpoint.py what it saves, recipes.py its settings
     cli.py              the command pl-patchcore
 """
 
@@ -20,8 +20,9 @@ from pl_patchcore.data import AnomalyDataModule, MTDDataModule, SyntheticDataMod
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.patchcore import RECIPES, PatchCore
+from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.preprocessing import Preprocessing
+from pl_patchcore.recipes import RECIPES
 
 __version__ = "0.1.0"
 __all__ = [

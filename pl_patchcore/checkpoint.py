@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
@@ -120,3 +121,14 @@ def check_identity(checkpoint: dict[str, Any], own: dict[str, Any], holds_backbo
 
 def _short(value: Any) -> str:
     return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def plain(value: Any) -> Any:
+    """Hyper-parameter as a plain value, so that a checkpoint loads with ``weights_only=True``."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    return value

@@ -158,7 +158,7 @@ def _data_class(options: Sequence[tuple[str, Any]]) -> str | None:
 
 
 def _check_name(key: str, known: set[str], data: str | None, where: str) -> None:
-    if key in known or any(key.startswith(f"{name}.") for name in known & _OPEN) or f"{key}." in _OPEN:
+    if key in known or any(key.startswith(f"{name}.") for name in known & _OPEN):
         return
     if any(name.startswith(f"{key}.") for name in known):
         return  # a group
@@ -166,6 +166,8 @@ def _check_name(key: str, known: set[str], data: str | None, where: str) -> None
         if data is None:
             return  # jsonargparse says that data is missing
         known = {f"data.{name}" for name in _arguments(data)}
+        if not known:
+            return  # jsonargparse says that the class is missing
         short = key.replace("data.init_args.", "data.")
         if short in known:
             return
@@ -173,9 +175,9 @@ def _check_name(key: str, known: set[str], data: str | None, where: str) -> None
     raise UserError(f"unknown option {key!r}{where}; did you mean {_nearest(key, sorted(known))!r}?")
 
 
-_OPEN = {
+_OPEN = {  # options that take a class with arguments of its own
     "trainer.accelerator", "trainer.strategy", "trainer.logger", "trainer.callbacks", "trainer.plugins",
-    "trainer.profiler", "trainer.barebones", "model.backbone",
+    "trainer.profiler", "model.backbone",
 }  # fmt: skip
 
 

@@ -16,11 +16,9 @@ import time
 import warnings
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -28,47 +26,18 @@ from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import AnomalyScorer, Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
-from pl_patchcore.checkpoint import check_identity, read_checkpoint, rewrite_checkpoints, watch_checkpoints
+from pl_patchcore.checkpoint import check_identity, plain, read_checkpoint, rewrite_checkpoints, watch_checkpoints
 from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
-from pl_patchcore.feature_store import FeatureStore
+from pl_patchcore.feature_store import FeatureStore, held_out
 from pl_patchcore.memory_bank import MemoryBank, Search
 from pl_patchcore.metrics import AnomalyEvaluation
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, UNKNOWN, Preprocessing
+from pl_patchcore.recipes import RECIPES
 
 log = logging.getLogger(__name__)
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {
-        "backbone": "wide_resnet50_2",
-        "layers": ["layer2", "layer3"],
-        "weights": PAPER_WEIGHTS,
-        "patch_size": 3,
-        "patch_stride": 1,
-        "layer_dim": None,
-        "feature_dim": None,
-        "resize": 256,
-        "crop": 224,
-        "resize_mode": "squash",
-        "interpolation": "bilinear",
-        "coreset_method": "greedy",
-        "projection_dim": 128,
-        "num_neighbors": 1,
-        "distance": "euclidean",
-        "reweighting_neighbors": 9,
-        "sigma": 4.0,
-    },
-}
-RECIPES["official"] = RECIPES["paper"] | {
-    "layer_dim": 1024,
-    "feature_dim": 1024,
-    "resize_mode": "shorter_side",
-    "coreset_method": "approximate",
-    "distance": "squared",
-    "reweighting_neighbors": 1,
-}
 
 
 class PatchCore(L.LightningModule):
@@ -162,7 +131,7 @@ class PatchCore(L.LightningModule):
         weights = None if weights is None else str(weights)
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else None)
         for name, value in self.hparams.items():
-            self.hparams[name] = _plain(value)  # so that checkpoints load with weights_only=True
+            self.hparams[name] = plain(value)  # so that checkpoints load with weights_only=True
         self.automatic_optimization = False
         self.transform = Preprocessing(resize, crop, resize_mode, interpolation, mean, std)
         self.patch_features = PatchFeatures(
@@ -361,7 +330,7 @@ class PatchCore(L.LightningModule):
             patches = self.patch_features(images)  # (B, h, w, D)
         if self._store is None:
             self._store, self._held_out = self._make_stores(patches)
-        aside = torch.tensor([_held_out(int(i), self._share, int(self.hparams["seed"])) for i in index])
+        aside = torch.tensor([held_out(int(i), self._share, int(self.hparams["seed"])) for i in index])
         for store, chosen in ((self._store, ~aside), (self._held_out, aside)):
             if store is not None and chosen.any():
                 store.add(patches[chosen.to(patches.device)], index[chosen])
@@ -455,22 +424,3 @@ class PatchCore(L.LightningModule):
         check_identity(checkpoint, self.identity(), holds_backbone)
         checkpoint["state_dict"] = own | state
         self.calibration_scores = torch.empty_like(state["calibration_scores"], device=self.device)
-
-
-def _held_out(index: int, share: float, seed: int) -> bool:
-    """Whether image ``index`` is kept out: one image, drawn by the seed, in every 1 / share in a row."""
-    if not share:
-        return False
-    block = int(index * share)
-    first, last = int(np.ceil(block / share)), int(np.ceil((block + 1) / share))
-    return index == int(np.random.default_rng([seed, block]).integers(first, max(last, first + 1)))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return value

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pl_patchcore import PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.backbone import UntrainedBackboneWarning
-from pl_patchcore.patchcore import RECIPES
+from pl_patchcore.feature_store import held_out
+from pl_patchcore.recipes import RECIPES
 
 
 def model_of(tiny, **options):
@@ -417,11 +418,9 @@ def test_calibration_images_stay_out_of_the_bank(tiny, trainer, tmp_path):
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9])
 def test_calibration_share_is_kept_on_any_number_of_images(share):
-    from pl_patchcore.patchcore import _held_out
-
     for count in (40, 200):
         for seed in (0, 1):
-            chosen = sum(_held_out(i, share, seed) for i in range(count))
+            chosen = sum(held_out(i, share, seed) for i in range(count))
             assert abs(chosen - share * count) <= 1
 
 
@@ -495,8 +494,6 @@ def test_bad_options(tiny, options, message):
 
 
 def test_calibration_that_leaves_nothing(tiny, trainer):
-    from pl_patchcore.patchcore import _held_out
-
-    model = model_of(tiny, calibration_share=0.9, seed=next(s for s in range(99) if _held_out(0, 0.9, s)))
+    model = model_of(tiny, calibration_share=0.9, seed=next(s for s in range(99) if held_out(0, 0.9, s)))
     with pytest.raises(UserError, match="lower calibration_share"):
         trainer(enable_checkpointing=False).fit(model, data_of(train_images=1))

@@ -1,6 +1,6 @@
 """Figures and maps -> what a person looks at: tables, pictures, files."""
 
 from pl_patchcore.report.predictions import PredictionWriter
-from pl_patchcore.report.test_report import TestReport
+from pl_patchcore.report.summary import TestReport
 
 __all__ = ["PredictionWriter", "TestReport"]
