@@ -32,6 +32,7 @@ _QUIET = (
     ".*in eval mode at the start of training.*",  # as it should be: the backbone is frozen
     ".*Total length of `list` across ranks is zero.*",  # no validation set
     ".*is smaller than the logging interval.*",
+    ".*`tensorboardX` has been removed as a dependency.*",  # the CSV logger will do
     "You defined a `validation_step` but have no.*",
     "Using ModelCheckpoint with manual optimization.*",  # the optimiser changes nothing
     ".*does not have many workers.*",  # num_workers is the data module's business
@@ -85,18 +86,20 @@ class PatchCoreCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check the names of all options, take the model of ``ckpt_path`` as default, then parse."""
-        check_options(parser, self.arguments)
-        super().parse_arguments(parser, self._with_checkpoint())
+        given = check_options(parser, self.arguments)
+        super().parse_arguments(parser, self._with_checkpoint(given))
 
-    def _with_checkpoint(self) -> list[str]:
+    def _with_checkpoint(self, options: set[str]) -> list[str]:
         """Put the model's settings of the checkpoint to be loaded before the user's own, which win."""
         arguments = self.arguments
         path = next((value for key, value in _options(arguments) if key == "ckpt_path"), None)
         if not path or path in ("best", "last", "hpc") or arguments[0] == "fit":
             return arguments
         saved = read_checkpoint(path)["hyper_parameters"]
-        if "backbone" not in saved:
-            raise UserError(f"{path} was fitted with a module as backbone; load it in Python, where it can be passed.")
+        if "backbone" not in saved and not any(name.startswith("model.backbone") for name in options):
+            raise UserError(
+                f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
+            )
         given = [
             f"--model.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
             for key, value in saved.items()
@@ -114,12 +117,15 @@ class PatchCoreCLI(LightningCLI):
             self.config[self.subcommand]["verbose"] = False
 
 
-def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> None:
+def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> set[str]:
     """Refuse option names that do not exist, wherever they stand.
 
     Args:
         parser: The parser of the whole command line.
         arguments: The command line, without the program's name.
+
+    Returns:
+        Names of the options given.
 
     Raises:
         UserError: Naming the option, the file it is in, and the nearest right one.
@@ -129,7 +135,7 @@ def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> 
         words = [argument for argument in arguments[:1] if not argument.startswith("-")]
         if words:
             raise UserError(f"unknown command {words[0]!r}; did you mean {_nearest(words[0], list(commands))!r}?")
-        return
+        return set()
     known = {action.dest for action in commands[arguments[0]]._actions} | {
         "config",
         "help",
@@ -149,6 +155,7 @@ def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> 
         _check_name(key, known, data or chosen, where)
         for place, inner in _nested(value):
             _check_name(place, _arguments(inner), None, where)
+    return {key for key, _, _, _ in options}
 
 
 def _data_class(options: Sequence[tuple[str, Any]]) -> str | None:

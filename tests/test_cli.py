@@ -251,3 +251,19 @@ def test_help_names_every_model_option(capsys):
     for name in ("coreset_ratio", "calibration_share", "resize_mode"):
         assert f"--model.{name}" in printed
     assert "Share of the patch features kept" in printed
+
+
+def test_backbone_of_your_own_by_its_class(config, tmp_path, capsys):
+    backbone = {"class_path": "conftest.TinyBackbone", "init_args": {"seed": 3}}
+    path = config(model={"backbone": backbone, "layers": ["fine"]})
+    main(["fit", "--config", path])
+    (checkpoint,) = (tmp_path / "out").rglob("*.ckpt")
+    main(["test", "--config", path, "--ckpt_path", str(checkpoint)])
+    assert len(figures_of(capsys.readouterr().out)) == 3
+    bare = tmp_path / "bare.yaml"
+    content = yaml.safe_load(Path(path).read_text())
+    del content["model"]
+    bare.write_text(yaml.safe_dump(content))
+    assert "give it as model.backbone" in error_of(
+        capsys, "test", "--config", str(bare), "--ckpt_path", str(checkpoint)
+    )

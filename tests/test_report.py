@@ -26,7 +26,12 @@ def fitted(tiny, trainer):
 
 def test_report(fitted, trainer, tmp_path, capsys):
     model, data = fitted
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "mine.png").write_bytes(b"the user's own")
+    trainer(callbacks=[TestReport(pictures=3)]).test(model, data, verbose=False)
     trainer(callbacks=[TestReport(pictures=2)]).test(model, data, verbose=False)
+    assert (tmp_path / "pictures" / "mine.png").read_bytes() == b"the user's own"
+    (tmp_path / "pictures" / "mine.png").unlink()
     printed = capsys.readouterr().out
     for key, name in (("image_auroc", "image AUROC"), ("pixel_auroc", "pixel AUROC"), ("pro", "PRO")):
         assert f"{name} {model.figures['all'][key]:.4f}" in printed.splitlines()

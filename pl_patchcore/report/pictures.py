@@ -6,7 +6,6 @@ Only the images a report shows are kept while the test runs, in four short lists
 from __future__ import annotations
 
 import heapq
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +75,7 @@ class Gallery:
             (heapq.heappush if len(group) < self.size else heapq.heapreplace)(group, kept)
 
     def write(self, folder: Path) -> int:
-        """Draw all groups into ``folder``, replacing an earlier run's; returns the number of pictures.
+        """Draw all groups into ``folder``, in place of an earlier run's pictures; returns the number of pictures.
 
         One colour scale serves all: from the lowest value shown to the 99.5 % quantile of the values shown. The
         contour stands at its middle. Neither knows of labels.
@@ -86,8 +85,8 @@ class Gallery:
             return 0
         values = np.concatenate([item.anomaly_map.numpy().ravel() for item in shown])
         low, high = float(values.min()), float(np.quantile(values, 0.995))
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        for old in (path for name in _GROUPS for path in folder.glob(f"{name}_*.png")):
+            old.unlink()
         for name, group in self.groups.items():
             for place, item in enumerate(sorted(group, reverse=True), 1):
                 with whole_file(folder / f"{name}_{place}.png") as partial:

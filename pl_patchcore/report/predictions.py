@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,8 +38,9 @@ class PredictionWriter(Callback):
         self._path = folder / f"predictions{rank}.csv"
         self._partial = self._path.with_suffix(".csv.partial")
         self._maps = folder / f"maps{rank}"
-        if self.maps and self._maps.is_dir():
-            shutil.rmtree(self._maps)
+        if self.maps:
+            for old in self._maps.glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
+                old.unlink()
         self._file = self._partial.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
         self._csv.writerow(["path", "score", *(["map"] if self.maps else [])])
