@@ -55,7 +55,7 @@ LAYERS = {
     "resnet18": ["layer2", "layer3"],
     "mobilenet_v2": ["features.6", "features.13"],
     "densenet121": ["features.denseblock2", "features.denseblock3"],
-    "vgg11": ["features.8"],
+    "vgg11": ["features.6", "features.8"],
     "swin_t": ["features.3", "features.5"],
     "vit_b_16": ["encoder.layers.encoder_layer_1"],
     "regnet_y_400mf": ["trunk_output.block2"],
