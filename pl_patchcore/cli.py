@@ -14,6 +14,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def _nested(value: Any) -> Iterator[tuple[str, str]]:
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """Options of a command line: name without dashes, and value."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         if argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit():
             name, equals, value = argument.lstrip("-").partition("=")
             yield (

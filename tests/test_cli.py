@@ -213,6 +213,13 @@ def test_misspelt_option_in_a_file(capsys, config, changes, message):
     assert message.format(path) in error_of(capsys, "fit", "--config", path)
 
 
+def test_no_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "{fit,validate,test,predict,run}" in capsys.readouterr().err
+
+
 def test_config_that_is_no_yaml(capsys, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("model: [1, 2")
