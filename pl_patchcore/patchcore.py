@@ -206,8 +206,14 @@ class PatchCore(L.LightningModule):
             Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, 0 and up, without bound.
 
         Raises:
-            UserError: If the memory bank is empty.
+            UserError: If the memory bank is empty, or was made from images of another size.
         """
+        shape = tuple(images.shape[1:])
+        if self._input_shape not in (None, shape):
+            raise UserError(
+                f"images of {shape}, but the memory bank is from images of {self._input_shape}; "
+                "bring them to its size (model.transform does), or fit again."
+            )
         size = (images.shape[-2], images.shape[-1])
         scores, maps = self.scorer(self.patch_features(images), self.memory_bank, size)
         return scores, maps
@@ -424,3 +430,4 @@ class PatchCore(L.LightningModule):
         check_identity(checkpoint, self.identity(), holds_backbone)
         checkpoint["state_dict"] = own | state
         self.calibration_scores = torch.empty_like(state["calibration_scores"], device=self.device)
+        self._input_shape = tuple(checkpoint["patchcore"]["input_shape"]) or None

@@ -138,6 +138,13 @@ def test_images_of_another_size_are_refused(tiny, trainer):
         trainer(enable_checkpointing=False).fit(model_of(tiny), DataLoader(images, batch_size=1))
 
 
+def test_images_of_another_size_than_fitted_are_refused(fitted, tiny, tmp_path):
+    (path,) = tmp_path.rglob("*.ckpt")
+    for model in (fitted[0], PatchCore.load_from_checkpoint(path, backbone=tiny)):
+        with pytest.raises(UserError, match=r"images of \(3, 56, 48\), but the memory bank is from .*\(3, 48, 48\)"):
+            model(torch.rand(1, 3, 56, 48))
+
+
 def test_test_without_labels_is_refused(fitted):
     model, runner = fitted
     with pytest.raises(UserError, match="a test batch needs labels"):
