@@ -1,7 +1,9 @@
 """Reports of real Trainer runs."""
 
+import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,17 +29,25 @@ def fitted(tiny, trainer):
 def test_report(fitted, trainer, tmp_path, capsys):
     model, data = fitted
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "mine.png").write_bytes(b"the user's own")
+    mine = ("mine.png", "missed_by_hand.png")
+    for name in mine:
+        (tmp_path / "pictures" / name).write_bytes(b"the user's own")
     trainer(callbacks=[TestReport(pictures=3)]).test(model, data, verbose=False)
     trainer(callbacks=[TestReport(pictures=2)]).test(model, data, verbose=False)
-    assert (tmp_path / "pictures" / "mine.png").read_bytes() == b"the user's own"
-    (tmp_path / "pictures" / "mine.png").unlink()
+    for name in mine:
+        assert (tmp_path / "pictures" / name).read_bytes() == b"the user's own"
+        (tmp_path / "pictures" / name).unlink()
     printed = capsys.readouterr().out
     for key, name in (("image_auroc", "image AUROC"), ("pixel_auroc", "pixel AUROC"), ("pro", "PRO")):
         assert f"{name} {model.figures['all'][key]:.4f}" in printed.splitlines()
+    for defect, row in model.figures.items():
+        cells = [f"{row[key]:.4f}" for key in ("image_auroc", "pixel_auroc", "pro")]
+        cells += [str(row["nominal"]), str(row["anomalous"])]
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+        assert [defect, *cells] in [line[:-1] for line in rows]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["image_auroc"] == model.figures["all"]["image_auroc"]
-    assert metrics["defects"]["stain"]["pro"] == model.figures["stain"]["pro"]
+    assert {key: metrics[key] for key in model.figures["all"]} == model.figures["all"]
+    assert {"all": model.figures["all"], **metrics["defects"]} == model.figures
     assert (metrics["nominal"], metrics["anomalous"]) == (3, 8)
     assert metrics["memory_bank"] == [50, 8]
     assert 0 < metrics["seconds_per_image"] < 10
@@ -86,6 +96,74 @@ def test_gallery_keeps_the_right_images():
     }
 
 
+@pytest.mark.parametrize("name", ["[/old]", r"[old]a:warning:b$\foo$" + "c" * 40])
+def test_names_are_printed_as_they_are(name, fitted, trainer, tmp_path, capsys):
+    model, _ = fitted
+    sample = {"image": torch.rand(3, 48, 48), "mask": torch.zeros(48, 48, dtype=torch.uint8)}
+    samples = [
+        sample | {"label": 0, "defect": "nominal", "path": "a.png"},
+        sample | {"label": 1, "defect": name, "path": f"{name}.png"},
+    ]
+    folder = tmp_path / f"run{name}"
+    runner = trainer(callbacks=[TestReport(1)], default_root_dir=folder)
+    runner.test(model, DataLoader(samples, batch_size=2), verbose=False)
+    printed = capsys.readouterr().out
+    assert f"Written to {folder}: metrics.json" in printed
+    cells = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
+    assert cells == f"all{name}"
+    assert (folder / "pictures" / "most_anomalous_1.png").is_file()
+
+
+def test_every_process_asks_for_the_folder(fitted):
+    class SecondProcess:
+        is_global_zero = False
+        default_root_dir = "unused"
+        asked = 0
+
+        @property
+        def log_dir(self):  # a broadcast, which stalls unless every process takes part
+            self.asked += 1
+
+    process = SecondProcess()
+    TestReport().on_test_end(process, fitted[0])
+    assert process.asked == 1
+
+
+def test_predictions(fitted, trainer, tmp_path, capsys):
+    model, _ = fitted
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 48, 48, generator=generator)
+    size, box = torch.tensor([30, 40]), torch.tensor([3.0, 4.0, 27.0, 36.0])
+    paths = ["left/1.png", "right/1.png", "2,3.png"]
+    samples = [
+        {"image": image, "path": path, "original_size": size, "crop_box": box}
+        for image, path in zip(images, paths, strict=True)
+    ]
+    trainer(callbacks=[PredictionWriter(maps=True)]).predict(model, DataLoader(samples, batch_size=2))
+    with torch.no_grad():
+        scores, maps = model.eval()(images)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == paths
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-5)
+    assert all(repr(float(row["score"])) == row["score"] for row in rows)
+    assert len({row["map"] for row in rows}) == 3
+    for row, expected in zip(rows, maps, strict=True):
+        written = np.load(tmp_path / row["map"])
+        assert written.dtype == np.float32
+        assert written.shape == (30, 40)
+        assert np.isfinite(written).sum() == 24 * 32
+        assert np.nanmean(written) == pytest.approx(expected.mean().item(), rel=0.05)
+    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == sorted(Path(row["map"]).name for row in rows)
+    assert f"3 anomaly scores written to {tmp_path / 'predictions.csv'}" in capsys.readouterr().out
+
+
+def test_predictions_without_paths(fitted, trainer, tmp_path):
+    trainer(callbacks=[PredictionWriter()]).predict(fitted[0], DataLoader(torch.rand(3, 3, 48, 48), batch_size=2))
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
 class Fail(Callback):
     def on_predict_batch_end(self, *args):
         raise RuntimeError("stop here")
@@ -100,6 +178,9 @@ def test_interrupted_prediction_leaves_no_whole_file(fitted, trainer, tmp_path):
     trainer(callbacks=[PredictionWriter()]).predict(model, data)
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 11
     assert not (tmp_path / "predictions.csv.partial").exists()
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer(callbacks=[PredictionWriter(maps=True), Fail()]).predict(model, data)
+    assert not (tmp_path / "predictions.csv").exists()  # its maps may be gone
 
 
 def test_whole_file(tmp_path):

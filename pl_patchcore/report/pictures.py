@@ -85,8 +85,10 @@ class Gallery:
             return 0
         values = np.concatenate([item.anomaly_map.numpy().ravel() for item in shown])
         low, high = float(values.min()), float(np.quantile(values, 0.995))
-        for old in (path for name in _GROUPS for path in folder.glob(f"{name}_*.png")):
-            old.unlink()
+        for name in _GROUPS:
+            for old in folder.glob(f"{name}_*.png"):
+                if old.stem.removeprefix(f"{name}_").isdigit():  # others are the user's own
+                    old.unlink()
         for name, group in self.groups.items():
             for place, item in enumerate(sorted(group, reverse=True), 1):
                 with whole_file(folder / f"{name}_{place}.png") as partial:
@@ -106,7 +108,7 @@ def _draw(item: Shown, group: str, scale: tuple[float, float], path: Path) -> No
         ("image", image),
         ("mask", None if item.mask is None or (item.mask == UNKNOWN).all() else item.mask.numpy() == 1),
         ("anomaly map", item.anomaly_map.numpy()),
-        ("overlay, contour at mid-scale", image),
+        (f"overlay, contour at {level:.3g} (mid-scale)", image),
     )
     for axis, (title, pixels) in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=10)
@@ -123,7 +125,8 @@ def _draw(item: Shown, group: str, scale: tuple[float, float], path: Path) -> No
     axes[3].imshow(heat, cmap="inferno", vmin=scale[0], vmax=scale[1], alpha=0.55 * strength)
     if heat.min() < level < heat.max():
         axes[3].contour(heat, levels=[level], colors="cyan", linewidths=1.2)
-    figure.suptitle(f"{group.replace('_', ' ')}: {item.title}, anomaly score {item.score:.4g}", fontsize=11)
+    title = f"{group.replace('_', ' ')}: {item.title}, anomaly score {item.score:.4g}"
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a file name may hold dollar signs
     figure.savefig(path, dpi=100)
 
 

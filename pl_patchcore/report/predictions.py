@@ -9,10 +9,9 @@ from typing import IO, Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 
 from pl_patchcore.anomaly_map import to_original
-from pl_patchcore.report.files import output_folder
+from pl_patchcore.report.files import output_folder, plain_console, whole_file
 
 
 class PredictionWriter(Callback):
@@ -39,6 +38,7 @@ class PredictionWriter(Callback):
         self._partial = self._path.with_suffix(".csv.partial")
         self._maps = folder / f"maps{rank}"
         if self.maps:
+            self._path.unlink(missing_ok=True)  # it names the maps that go now
             for old in self._maps.glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
                 old.unlink()
         self._file = self._partial.open("w", newline="", encoding="utf-8")
@@ -69,7 +69,7 @@ class PredictionWriter(Callback):
         self._close()
         self._partial.replace(self._path)
         if trainer.is_global_zero:
-            Console(soft_wrap=True).print(f"{self._images} anomaly scores written to {self._path}")
+            plain_console().print(f"{self._images} anomaly scores written to {self._path}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave an unfinished file under its temporary name."""
@@ -81,8 +81,8 @@ class PredictionWriter(Callback):
             size = outputs["original_size"][i].tolist()
             heat = to_original(heat, (size[0], size[1]), tuple(outputs["crop_box"][i].tolist()))
         target = self._maps / f"{self._images:06d}-{Path(path).stem}.npy"
-        target.parent.mkdir(exist_ok=True)
-        np.save(target, heat.float().cpu().numpy())
+        with whole_file(target) as partial:
+            np.save(partial, heat.float().cpu().numpy())
         return f"{self._maps.name}/{target.name}"
 
     def _close(self) -> None:

@@ -14,13 +14,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
-from pl_patchcore.report.files import output_folder, whole_file
+from pl_patchcore.report.files import output_folder, plain_console, whole_file
 from pl_patchcore.report.pictures import Gallery
 
 _FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
@@ -85,11 +84,11 @@ class TestReport(Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and write."""
+        folder = output_folder(trainer)
         if not trainer.is_global_zero:
             return
         figures: dict[str, dict[str, Any]] = pl_module.figures  # type: ignore[assignment]
         seconds = self._seconds / max(1, self._images)
-        folder = output_folder(trainer)
         with whole_file(folder / "metrics.json") as partial:
             content = {
                 **_for_json(figures["all"]),
@@ -100,7 +99,7 @@ class TestReport(Callback):
             }
             partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         written = self._gallery.write(folder / "pictures")
-        console = Console(soft_wrap=True)
+        console = plain_console()
         console.print(_table(figures, seconds))
         if lost := figures["all"]["lost"]:
             console.print(
@@ -123,6 +122,7 @@ def _for_json(row: dict[str, Any]) -> dict[str, Any]:
 
 def _table(figures: dict[str, dict[str, Any]], seconds: float) -> Table:
     table = Table("defect", *_FIGURES.values(), "nominal", "anomalous", "s / image")
+    table.columns[0].overflow = "fold"  # a defect type's name is never cut short
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in figures.items():
