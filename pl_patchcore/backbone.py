@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def sha256(self) -> str:
-        """Hash of the weights in use (those behind the last layer do not count), hexadecimal."""
+        """Hash of the weights in use, hexadecimal; those behind the last layer count only where hooks collect."""
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
             if not name.endswith("num_batches_tracked"):

@@ -32,16 +32,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the .ckpt file that fit has written.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: is no checkpoint of PatchCore, or a damaged one; fit again.") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: is damaged or cut short; copy it again, or fit again.") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("patchcore"), dict):
-        raise UserError(f"{path}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
-    if not len(checkpoint["state_dict"].get("memory_bank.features", ())):
-        raise UserError(f"{path}: holds an empty memory bank, as written before a fit has ended; fit again.")
+    _require_fitted(checkpoint, str(path))
     return checkpoint
+
+
+def _require_fitted(checkpoint: Any, name: str) -> None:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("patchcore"), dict):
+        raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
+    if not len(checkpoint["state_dict"].get("memory_bank.features", ())):
+        raise UserError(f"{name}: holds an empty memory bank, as written before a fit has ended; fit again.")
+
+
+def holds_backbone(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint brings the backbone's weights (``save_backbone``)."""
+    return any(key.startswith("patch_features.backbone.") for key in checkpoint["state_dict"])
 
 
 class _CheckpointIO(_WrappingCheckpointIO):
@@ -87,26 +96,23 @@ def rewrite_checkpoints(trainer: Trainer) -> None:
         trainer.save_checkpoint(path, weights_only)
 
 
-def check_identity(checkpoint: dict[str, Any], own: dict[str, Any], holds_backbone: bool) -> None:
+def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
     """Compare what a checkpoint's memory bank was made with to the model it is loaded into.
 
     Args:
         checkpoint: The checkpoint.
-        own: `PatchCore.identity` of the model.
-        holds_backbone: The checkpoint brings its own weights, so that the model's do not matter.
+        own: `PatchCore.identity` of the model. Its weights do not matter where the checkpoint brings its own.
 
     Raises:
         UserError: Naming every difference.
     """
-    saved = checkpoint.get("patchcore")
-    if not isinstance(saved, dict):
-        raise UserError("the checkpoint is not of PatchCore; give the .ckpt file that its fit has written.")
-    if not len(checkpoint["state_dict"].get("memory_bank.features", ())):
-        raise UserError("the checkpoint holds an empty memory bank, as written before a fit has ended; fit again.")
+    _require_fitted(checkpoint, "the checkpoint")
+    saved = checkpoint["patchcore"]
+    ignored = {"backbone_sha256"} if holds_backbone(checkpoint) else set()
     pairs = [(key, saved.get(key), value) for key, value in own.items() if key != "preprocessing"]
     theirs = saved.get("preprocessing", {})
     pairs += [(key, theirs.get(key), value) for key, value in own["preprocessing"].items()]
-    other = [pair for pair in pairs if pair[1] != pair[2] and not (holds_backbone and pair[0] == "backbone_sha256")]
+    other = [pair for pair in pairs if pair[1] != pair[2] and pair[0] not in ignored]
     if not other:
         return
     if [key for key, _, _ in other] == ["backbone_sha256"]:

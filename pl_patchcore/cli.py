@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import logging
 import sys
 import warnings
@@ -22,7 +23,8 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from pl_patchcore.checkpoint import read_checkpoint
+from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.errors import UserError
 from pl_patchcore.patchcore import PatchCore
@@ -96,15 +98,18 @@ class PatchCoreCLI(LightningCLI):
         path = next((value for key, value in _options(arguments) if key == "ckpt_path"), None)
         if not path or path in ("best", "last", "hpc") or arguments[0] == "fit":
             return arguments
-        saved = read_checkpoint(path)["hyper_parameters"]
+        checkpoint = read_checkpoint(path)
+        saved = dict(checkpoint["hyper_parameters"])
         if "backbone" not in saved and not any(name.startswith("model.backbone") for name in options):
             raise UserError(
                 f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
             )
-        given = [
-            f"--model.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
-            for key, value in saved.items()
-        ]
+        if holds_backbone(checkpoint) and not {"model.weights", "model.backbone"} & options:
+            saved["weights"] = None  # the checkpoint's own are loaded over the random ones
+            warnings.simplefilter("ignore", UntrainedBackboneWarning)
+        # JSON is YAML on one line; strings stand for themselves
+        words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in saved.items()}
+        given = [f"--model.{key}={word}" for key, word in words.items()]
         return [arguments[0], *given, *arguments[1:]]
 
     def _parse_ckpt_path(self) -> None:
@@ -267,8 +272,6 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments, the process's own if None.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.INFO)
     for message in _QUIET:
         warnings.filterwarnings("ignore", message)
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"

@@ -26,7 +26,14 @@ from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import AnomalyScorer, Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
-from pl_patchcore.checkpoint import check_identity, plain, read_checkpoint, rewrite_checkpoints, watch_checkpoints
+from pl_patchcore.checkpoint import (
+    check_identity,
+    holds_backbone,
+    plain,
+    read_checkpoint,
+    rewrite_checkpoints,
+    watch_checkpoints,
+)
 from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
@@ -183,14 +190,14 @@ class PatchCore(L.LightningModule):
                 f"{checkpoint_path} was fitted with a module as backbone ({saved['patchcore']['backbone']}); "
                 "pass it: load_from_checkpoint(path, backbone=module)."
             )
-        holds_backbone = any(key.startswith("patch_features.backbone.") for key in saved["state_dict"])
+        brings_weights = holds_backbone(saved)
         with warnings.catch_warnings():
-            if holds_backbone and "weights" not in overrides:
+            if brings_weights and "weights" not in overrides:
                 warnings.simplefilter("ignore", UntrainedBackboneWarning)
                 overrides["weights"] = None
             overrides.setdefault("weights_only", True)
             model: PatchCore = super().load_from_checkpoint(checkpoint_path, *args, **overrides)
-        if holds_backbone:
+        if brings_weights:
             model.hparams["weights"] = saved["hyper_parameters"]["weights"]
         return model
 
@@ -396,13 +403,8 @@ class PatchCore(L.LightningModule):
         h, w = self._grid
         rows = torch.arange(len(held_out)).split(16 * h * w)
         size = (h, w)  # the maps are not wanted
-        scores = [
-            self.scorer(held_out.take(part).view(-1, h, w, held_out.dimension).to(self.device), self.memory_bank, size)[
-                0
-            ]
-            for part in rows
-        ]
-        return torch.cat(scores)
+        parts = (held_out.take(part).view(-1, h, w, held_out.dimension).to(self.device) for part in rows)
+        return torch.cat([self.scorer(part, self.memory_bank, size)[0] for part in parts])
 
     # Checkpoints
 
@@ -426,8 +428,7 @@ class PatchCore(L.LightningModule):
             )
         state = checkpoint["state_dict"]
         own = {k: v for k, v in self.state_dict().items() if k.startswith("patch_features.")}
-        holds_backbone = any(k in state for k in own)
-        check_identity(checkpoint, self.identity(), holds_backbone)
+        check_identity(checkpoint, self.identity())
         checkpoint["state_dict"] = own | state
         self.calibration_scores = torch.empty_like(state["calibration_scores"], device=self.device)
         self._input_shape = tuple(checkpoint["patchcore"]["input_shape"]) or None

@@ -274,3 +274,23 @@ def test_backbone_of_your_own_by_its_class(config, tmp_path, capsys):
     assert "give it as model.backbone" in error_of(
         capsys, "test", "--config", str(bare), "--ckpt_path", str(checkpoint)
     )
+
+
+def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, capsys, recwarn):
+    import torchvision
+
+    weights = tmp_path / "weights.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    # names that fill more than one line of YAML
+    layers = [f"layer{i}.{j}.{part}" for i in (1, 2) for j in (0, 1) for part in ("conv1", "conv2", "bn1", "bn2")]
+    main(["fit", "--config", config(model={"weights": str(weights), "layers": layers, "save_backbone": True})])
+    (checkpoint,) = (tmp_path / "out").rglob("*.ckpt")
+    weights.unlink()
+    bare = Path(config("bare.yaml"))
+    content = yaml.safe_load(bare.read_text())
+    del content["model"]
+    bare.write_text(yaml.safe_dump(content))
+    main(["test", "--config", str(bare), "--ckpt_path", str(checkpoint)])
+    assert len(figures_of(capsys.readouterr().out)) == 3
+    assert not [w for w in recwarn if "random weights" in str(w.message)]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["model"]["layers"] == layers
