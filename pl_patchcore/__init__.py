@@ -16,7 +16,13 @@ The way of an image, one file a stage::
     cli.py              the command pl-patchcore
 """
 
-from pl_patchcore.data import AnomalyDataModule, MTDDataModule, SyntheticDataModule
+from pl_patchcore.data import (
+    AnomalyDataModule,
+    FolderDataModule,
+    MTDDataModule,
+    MVTecDataModule,
+    SyntheticDataModule,
+)
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.patch_features import PatchFeatures
@@ -28,7 +34,9 @@ __version__ = "0.1.0"
 __all__ = [
     "RECIPES",
     "AnomalyDataModule",
+    "FolderDataModule",
     "MTDDataModule",
+    "MVTecDataModule",
     "MemoryBank",
     "PatchCore",
     "PatchFeatures",

@@ -54,6 +54,9 @@ class Trainer(L.Trainer):
             model: The model.
             datamodule: The data.
         """
+        if isinstance(datamodule, AnomalyDataModule):
+            datamodule.prepare_data()
+            datamodule.require("test")
         self.fit(model, datamodule=datamodule)
         self.test(model, datamodule=datamodule, verbose=False)
 
@@ -205,10 +208,13 @@ def _arguments(class_path: str) -> set[str]:
             return set()
     module, _, name = class_path.rpartition(".")
     try:
-        signature = inspect.signature(getattr(importlib.import_module(module), name))
+        found = getattr(importlib.import_module(module), name)
+        names = set(inspect.signature(found).parameters)
+        if issubclass(found, AnomalyDataModule):  # these pass what they don't name on to their base
+            names = (names | set(inspect.signature(AnomalyDataModule).parameters)) - {"loading"}
     except (ImportError, ValueError, AttributeError, TypeError):
         return set()
-    return set(signature.parameters)
+    return names
 
 
 def _nested(value: Any) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,17 @@
 """Data sets as Lightning data modules."""
 
 from pl_patchcore.data.base import AnomalyDataModule, ImageDataset, Record
+from pl_patchcore.data.folder import FolderDataModule
 from pl_patchcore.data.mtd import MTDDataModule
+from pl_patchcore.data.mvtec import MVTecDataModule
 from pl_patchcore.data.synthetic import SyntheticDataModule
 
-__all__ = ["AnomalyDataModule", "ImageDataset", "MTDDataModule", "Record", "SyntheticDataModule"]
+__all__ = [
+    "AnomalyDataModule",
+    "FolderDataModule",
+    "ImageDataset",
+    "MTDDataModule",
+    "MVTecDataModule",
+    "Record",
+    "SyntheticDataModule",
+]

@@ -10,9 +10,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import UNKNOWN, Preprocessing, check_image, read_image, read_mask
@@ -168,24 +171,43 @@ class AnomalyDataModule(L.LightningDataModule):
         num_workers: Loader processes; None takes one per core, at most 8.
         validation: ``none`` (no validation set: PatchCore has nothing to validate while it fits), or ``test``
             to run ``validate`` on the test set, knowingly.
+        shots: Train on so many nominal images only, drawn by ``shots_seed``; draws are nested: with one seed, the
+            images of fewer shots are among those of more. None takes all.
+        shots_seed: Seed of that draw.
+        on_broken: ``error`` stops at the first file that cannot be read, after a look at headers and ends;
+            ``skip`` decodes every file beforehand and leaves out those that cannot be read, counted and listed.
     """
+
+    category_argument: ClassVar[str | None] = None  # the constructor argument that selects one of `categories`
 
     def __init__(
         self,
         batch_size: int = 32,
         num_workers: int | None = None,
         validation: Literal["none", "test"] = "none",
+        shots: int | None = None,
+        shots_seed: int = 0,
+        on_broken: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         if num_workers is not None and num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {num_workers}.")
+        if shots is not None and shots < 1:
+            raise UserError(f"shots must be at least 1, got {shots}; leave it out to train on all nominal images.")
+        if validation not in ("none", "test"):
+            raise UserError(f"validation must be none or test, got {validation!r}.")
+        if on_broken not in ("error", "skip"):
+            raise UserError(f"on_broken must be error or skip, got {on_broken!r}.")
         self.batch_size = batch_size
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.validation = validation
+        self.shots, self.shots_seed = shots, shots_seed
+        self.on_broken = on_broken
+        self.skipped: list[str] = []  # what was wrong with each file left out
         self.transform: Preprocessing | None = None
-        self._records: tuple[list[Record], list[Record]] | None = None
+        self._lists: tuple[list[Record], list[Record], list[Record]] | None = None
         self._checked = False
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
@@ -196,24 +218,84 @@ class AnomalyDataModule(L.LightningDataModule):
         """
         raise TypeError(f"{type(self).__name__} must define load_records().")
 
+    def categories(self) -> list[str]:
+        """Products or scenes that ``category_argument`` selects one by one; empty where there is just one set."""
+        return []
+
+    def download_data(self) -> None:
+        """Fetch the data set where that was asked for; called once per machine, before anything is read."""
+
+    def load_predict_records(self) -> list[Record] | None:
+        """List the images that ``predict`` scores; None: the test records."""
+        return None
+
     @property
     def records(self) -> tuple[list[Record], list[Record]]:
         """Training and test records, listed once."""
-        if self._records is None:
+        return self._listed()[:2]
+
+    @property
+    def predict_records(self) -> list[Record]:
+        """Records that ``predict`` scores."""
+        return self._listed()[2]
+
+    def _listed(self) -> tuple[list[Record], list[Record], list[Record]]:
+        if self._lists is None:
             train, test = self.load_records()
-            for name, part in (("training", train), ("test", test)):
-                if not part:
-                    raise UserError(f"{type(self).__name__}: the {name} set is empty.")
-            self._records = train, test
-        return self._records
+            predict = self.load_predict_records()
+            if self.on_broken == "skip":
+                train, test, others = self._readable(train, test, predict or [])
+                predict = None if predict is None else others
+            self._lists = self._draw_shots(train), test, test if predict is None else predict
+        return self._lists
+
+    def require(self, stage: str) -> None:
+        """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty.
+
+        Raises:
+            UserError: If it is.
+        """
+        train, test, predict = self._listed()
+        if not {"fit": train, "predict": predict}.get(stage, test):
+            name = "training" if stage == "fit" else stage
+            raise UserError(f"{type(self).__name__}: the {name} set is empty; look at the data module's options.")
 
     def prepare_data(self) -> None:
-        """Check every file of both sets before any work is done (headers only, see `Record.check`)."""
-        if not self._checked:
-            for part in self.records:
-                for record in part:
-                    record.check()
+        """Fetch what is to be downloaded, and check every file of both sets before any work is done."""
+        self.download_data()
+        if not self._checked and self.on_broken == "error":
+            for record in dict.fromkeys(chain(*self._listed())):
+                record.check()
             self._checked = True
+
+    def _draw_shots(self, train: list[Record]) -> list[Record]:
+        if self.shots is None:
+            return train
+        if self.shots > len(train):
+            raise UserError(
+                f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
+            )
+        order = np.random.default_rng(self.shots_seed).permutation(len(train))
+        return [train[i] for i in sorted(order[: self.shots])]
+
+    def _readable(self, *parts: list[Record]) -> list[list[Record]]:
+        def problem(record: Record) -> str | None:
+            try:
+                image = record.image()
+                record.mask((image.height, image.width))
+            except UserError as error:
+                return str(error)
+            return None
+
+        records = [record for part in parts for record in part]
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
+            found = pool.map(problem, records)
+            problems = list(tqdm(found, "Checking images", len(records), delay=2, unit=" images"))
+        self.skipped = [text for text in problems if text is not None]
+        if self.skipped:
+            log.warning("%d files are left out (on_broken: skip):\n  %s", len(self.skipped), "\n  ".join(self.skipped))
+        broken = {id(record) for record, text in zip(records, problems, strict=True) if text is not None}
+        return [[record for record in part if id(record) not in broken] for part in parts]
 
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
@@ -225,9 +307,11 @@ class AnomalyDataModule(L.LightningDataModule):
         transform = self.transform or getattr(module, "transform", None)
         if not isinstance(transform, Preprocessing):
             transform = Preprocessing()
-        train, test = self.records
+        self.require(stage)
+        train, test, predict = self._listed()
         self.train_set = ImageDataset(train, transform)
         self.test_set = ImageDataset(test, transform)
+        self.predict_set = ImageDataset(predict, transform)
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
 
@@ -236,7 +320,8 @@ class AnomalyDataModule(L.LightningDataModule):
         train, test = self.records
         defects = Counter(record.defect for record in test)
         counts = ", ".join(f"{number} {defect}" for defect, number in defects.items())
-        return f"{len(train)} nominal training images; {len(test)} test images ({counts})"
+        left_out = f"; {len(self.skipped)} unreadable files left out" if self.skipped else ""
+        return f"{len(train)} nominal training images; {len(test)} test images ({counts}){left_out}"
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Nominal images in data-set order (PatchCore has no use for shuffling)."""
@@ -251,8 +336,8 @@ class AnomalyDataModule(L.LightningDataModule):
         return self._loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """The test images."""
-        return self._loader(self.test_set)
+        """The images of ``predict_records``."""
+        return self._loader(self.predict_set)
 
     def _loader(self, data: ImageDataset) -> DataLoader[Sample]:
         return DataLoader(

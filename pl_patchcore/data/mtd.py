@@ -10,7 +10,7 @@ is defect. Four anomalous tiles have an empty mask; they count in image figures 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,7 @@ class MTDDataModule(AnomalyDataModule):
         train_files: Text file with the names of the nominal training tiles, one a line (published results use
             one such list); None draws 80 % of them.
         split_seed: Seed of that draw.
-        batch_size: Images per batch.
-        num_workers: Loader processes; None takes one per core, at most 8.
-        validation: ``none`` (no validation set), or ``test`` to run ``validate`` on the test set, knowingly.
+        **loading: Arguments of `AnomalyDataModule`.
 
     Raises:
         UserError: On use, if a folder is missing or empty, an image has no mask, or a listed name is not there.
@@ -42,11 +40,9 @@ class MTDDataModule(AnomalyDataModule):
         root: str = "data/mtd",
         train_files: str | None = None,
         split_seed: int = 0,
-        batch_size: int = 32,
-        num_workers: int | None = None,
-        validation: Literal["none", "test"] = "none",
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, validation)
+        super().__init__(**loading)
         self.root = Path(root)
         self.train_files = None if train_files is None else Path(train_files)
         self.split_seed = split_seed

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import skimage.data
@@ -131,9 +131,7 @@ class SyntheticDataModule(AnomalyDataModule):
         test_nominal: Nominal test images.
         test_per_defect: Test images of each of the four kinds of defect.
         seed: What all images are made from.
-        batch_size: Images per batch.
-        num_workers: Loader processes; None takes one per core, at most 8.
-        validation: ``none`` (no validation set), or ``test`` to run ``validate`` on the test set, knowingly.
+        **loading: Arguments of `AnomalyDataModule`.
 
     Raises:
         UserError: For a value out of range.
@@ -144,6 +142,8 @@ class SyntheticDataModule(AnomalyDataModule):
         '2 nominal training images; 5 test images (1 nominal, 1 scratch, 1 stain, 1 foreign, 1 blur)'
     """
 
+    category_argument: ClassVar[str | None] = "texture"
+
     def __init__(
         self,
         texture: Texture = "brick",
@@ -152,11 +152,9 @@ class SyntheticDataModule(AnomalyDataModule):
         test_nominal: int = 40,
         test_per_defect: int = 15,
         seed: int = 0,
-        batch_size: int = 16,
-        num_workers: int | None = None,
-        validation: Literal["none", "test"] = "none",
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, validation)
+        super().__init__(**loading)
         if texture not in TEXTURES:
             raise UserError(f"texture must be one of {', '.join(TEXTURES)}, got {texture!r}.")
         if not 64 <= image_size <= 256:
@@ -172,6 +170,10 @@ class SyntheticDataModule(AnomalyDataModule):
             test_nominal,
             test_per_defect,
         )
+
+    def categories(self) -> list[str]:
+        """The textures."""
+        return list(TEXTURES)
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
         """Name the images."""

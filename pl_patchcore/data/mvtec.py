@@ -1,0 +1,108 @@
+"""MVTec AD (Bergmann et al. 2019), and data sets in its layout: folders -> records.
+
+Layout, as distributed: ``<category>/train/good``, ``<category>/test/<defect>`` (``good`` among them) and
+``<category>/ground_truth/<defect>/<image>_mask.png``, masks paired with images by name. Other data sets in this
+layout are read as well, with images in any format. Next: `base.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
+from pl_patchcore.data.files import list_images
+from pl_patchcore.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# nominal training images, nominal test images, anomalous test images, as published: 5354 in all, 1725 of them test
+COUNTS = {
+    "bottle": (209, 20, 63), "cable": (224, 58, 92), "capsule": (219, 23, 109), "carpet": (280, 28, 89),
+    "grid": (264, 21, 57), "hazelnut": (391, 40, 70), "leather": (245, 32, 92), "metal_nut": (220, 22, 93),
+    "pill": (267, 26, 141), "screw": (320, 41, 119), "tile": (230, 33, 84), "toothbrush": (60, 12, 30),
+    "transistor": (213, 60, 40), "wood": (247, 19, 60), "zipper": (240, 32, 119),
+}  # fmt: skip
+_HELP = (
+    "fetch MVTec AD from https://www.mvtec.com/company/research/datasets/mvtec-ad, unpack it, and give its folder as "
+    "data.root"
+)
+
+
+class MVTecDataModule(AnomalyDataModule):
+    """One category of MVTec AD, or of a data set in its layout.
+
+    Args:
+        root: Folder that holds the categories (``bottle``, ``cable``, ...).
+        category: The category; ``pl-patchcore benchmark`` goes through all.
+        **loading: Arguments of `AnomalyDataModule`.
+
+    Raises:
+        UserError: On use, if a folder is missing or empty, or an anomalous image has no mask.
+    """
+
+    category_argument: ClassVar[str | None] = "category"
+
+    def __init__(self, root: str = "data/mvtec_ad", category: str | None = None, **loading: Any) -> None:
+        super().__init__(**loading)
+        self.root = Path(root)
+        self.category = category
+
+    def categories(self) -> list[str]:
+        """The folders of ``root`` that hold a ``train`` folder, in alphabetical order."""
+        found = sorted(path.name for path in self.root.glob("*") if (path / "train").is_dir())
+        if not found:
+            raise UserError(f"{self.root}: holds no category (a folder with train/good and test); {_HELP}.")
+        missing = sorted(set(COUNTS) - set(found))
+        if missing and set(found) & set(COUNTS):
+            log.warning("%s: %d of MVTec AD's 15 categories; missing: %s.", self.root, len(found), ", ".join(missing))
+        return found
+
+    def load_records(self) -> tuple[list[Record], list[Record]]:
+        """List the images by name, nominal test images first, then the defects in alphabetical order."""
+        if self.category is None:
+            raise UserError(f"data.category is not set; choose one of {', '.join(self.categories())}.")
+        folder = self.root / self.category
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; choose one of {', '.join(self.categories())}.")
+        train = [Record(path, 0, NOMINAL, self.category) for path in self._images(folder / "train" / "good")]
+        defects = sorted(path.name for path in (folder / "test").glob("*") if path.is_dir() and path.name != "good")
+        test = [Record(path, 0, NOMINAL, self.category) for path in self._images(folder / "test" / "good")]
+        for defect in defects:
+            images = self._images(folder / "test" / defect)
+            masks = self._masks(folder / "ground_truth" / defect, images)
+            test += [Record(path, 1, defect, self.category, masks[path.stem]) for path in images]
+        self._compare_counts(len(train), test)
+        return train, test
+
+    @staticmethod
+    def _images(folder: Path) -> list[Path]:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; {_HELP}.")
+        images = list_images(folder)
+        if not images:
+            raise UserError(f"{folder}: holds no image; {_HELP}.")
+        return images
+
+    @staticmethod
+    def _masks(folder: Path, images: list[Path]) -> dict[str, Path]:
+        """Masks by the stem of the image they belong to, one for each image and none left over."""
+        masks = {path.stem.removesuffix("_mask"): path for path in list_images(folder)}
+        stems = {path.stem for path in images}
+        if missing := [path for path in images if path.stem not in masks]:
+            raise UserError(f"{missing[0]}: has no mask {folder / (missing[0].stem + '_mask.png')}; {_HELP}.")
+        if stray := sorted(set(masks) - stems):
+            raise UserError(f"{masks[stray[0]]}: belongs to no image; put the image back or remove the mask.")
+        return masks
+
+    def _compare_counts(self, train: int, test: list[Record]) -> None:
+        published = COUNTS.get(str(self.category))
+        nominal = sum(record.label == 0 for record in test)
+        found = (train, nominal, len(test) - nominal)
+        if published is not None and found != published:
+            log.warning(
+                "%s: %d training, %d nominal and %d anomalous test images, where the published set has %d, %d and %d; "
+                "its figures cannot be compared with published ones.",
+                *(self.root / str(self.category), *found, *published),
+            )
