@@ -44,13 +44,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _require_fitted(checkpoint: Any, name: str) -> None:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("patchcore"), dict):
         raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
-    if not len(checkpoint["state_dict"].get("memory_bank.features", ())):
+    banks = [bank for key, bank in checkpoint["state_dict"].items() if key.endswith("memory_bank.features")]
+    if not banks or not all(len(bank) for bank in banks):
         raise UserError(f"{name}: holds an empty memory bank, as written before a fit has ended; fit again.")
 
 
 def holds_backbone(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint brings the backbone's weights (``save_backbone``)."""
-    return any(key.startswith("patch_features.backbone.") for key in checkpoint["state_dict"])
+    return any("patch_features.backbone." in key for key in checkpoint["state_dict"])
 
 
 class _CheckpointIO(_WrappingCheckpointIO):
@@ -108,7 +109,17 @@ def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
     """
     _require_fitted(checkpoint, "the checkpoint")
     saved = checkpoint["patchcore"]
-    ignored = {"backbone_sha256"} if holds_backbone(checkpoint) else set()
+    if len(saved.get("members", ())) != len(own.get("members", ())):
+        kinds = [f"an ensemble of {len(m)}" if (m := x.get("members")) else "a single model" for x in (saved, own)]
+        raise UserError(f"the checkpoint is of {kinds[0]}, this is {kinds[1]}; give the model it was fitted with.")
+    for theirs, ours in zip(saved.get("members", ()), own.get("members", ()), strict=True):
+        _compare(theirs, ours, holds_backbone(checkpoint))
+    if "members" not in own:
+        _compare(saved, own, holds_backbone(checkpoint))
+
+
+def _compare(saved: dict[str, Any], own: dict[str, Any], brings_weights: bool) -> None:
+    ignored = {"backbone_sha256"} if brings_weights else set()
     pairs = [(key, saved.get(key), value) for key, value in own.items() if key != "preprocessing"]
     theirs = saved.get("preprocessing", {})
     pairs += [(key, theirs.get(key), value) for key, value in own["preprocessing"].items()]

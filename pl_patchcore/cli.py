@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
 from pl_patchcore.data import AnomalyDataModule
+from pl_patchcore.ensemble import Combine, PatchCoreEnsemble
 from pl_patchcore.errors import UserError
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import PredictionWriter, TestReport
@@ -61,13 +62,30 @@ class Trainer(L.Trainer):
         self.test(model, datamodule=datamodule, verbose=False)
 
 
+def make_model(
+    members: list[dict[str, Any]] | None = None, combine: Combine = "nominal", **settings: Any
+) -> L.LightningModule:
+    """Make a PatchCore, or an ensemble of several.
+
+    Args:
+        members: For an ensemble: a list with the settings of each member that differ from the shared ones, such as
+            ``{backbone: densenet201, layers: [features.denseblock2, features.denseblock3]}``.
+        combine: How an ensemble's scores become one: ``nominal``, in units of what is usual among nominal patches;
+            ``test_range``, as in the authors' code, scaled to [0, 1] over the whole test set.
+        **settings: Arguments of `PatchCore`.
+    """
+    if members is None:
+        return PatchCore(**settings)
+    return PatchCoreEnsemble(members, combine, **settings)
+
+
 class PatchCoreCLI(LightningCLI):
     """Lightning's command line for `PatchCore` and the data modules."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.arguments = list(sys.argv[1:] if args is None else args)
         super().__init__(
-            PatchCore,
+            make_model,
             AnomalyDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,

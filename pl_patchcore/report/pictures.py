@@ -74,11 +74,17 @@ class Gallery:
             )
             (heapq.heappush if len(group) < self.size else heapq.heapreplace)(group, kept)
 
-    def write(self, folder: Path) -> int:
+    def write(self, folder: Path, image_threshold: float | None = None, pixel_threshold: float | None = None) -> int:
         """Draw all groups into ``folder``, in place of an earlier run's pictures; returns the number of pictures.
 
         One colour scale serves all: from the lowest value shown to the 99.5 % quantile of the values shown. The
-        contour stands at its middle. Neither knows of labels.
+        contour stands at the calibrated threshold of pixels, without one at the scale's middle. Neither knows of
+        labels.
+
+        Args:
+            folder: Where the pictures go.
+            image_threshold: Calibrated threshold of anomaly scores, marked among the scores.
+            pixel_threshold: Calibrated threshold of anomaly maps.
         """
         shown = [item for group in self.groups.values() for item in group]
         if not shown:
@@ -92,23 +98,24 @@ class Gallery:
         for name, group in self.groups.items():
             for place, item in enumerate(sorted(group, reverse=True), 1):
                 with whole_file(folder / f"{name}_{place}.png") as partial:
-                    _draw(item, name, (low, max(high, low + 1e-12)), partial)
+                    _draw(item, name, (low, max(high, low + 1e-12)), pixel_threshold, partial)
         with whole_file(folder / "scores.png") as partial:
-            _draw_scores(self.seen, partial)
+            _draw_scores(self.seen, image_threshold, partial)
         return len(shown) + 1
 
 
-def _draw(item: Shown, group: str, scale: tuple[float, float], path: Path) -> None:
+def _draw(item: Shown, group: str, scale: tuple[float, float], threshold: float | None, path: Path) -> None:
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 4)
     image = item.image.permute(1, 2, 0).numpy()
-    level = 0.5 * (scale[0] + scale[1])
+    level = 0.5 * (scale[0] + scale[1]) if threshold is None else threshold
+    meaning = "mid-scale" if threshold is None else "threshold"
     panels: Sequence[tuple[str, np.ndarray | None]] = (
         ("image", image),
         ("mask", None if item.mask is None or (item.mask == UNKNOWN).all() else item.mask.numpy() == 1),
         ("anomaly map", item.anomaly_map.numpy()),
-        (f"overlay, contour at {level:.3g} (mid-scale)", image),
+        (f"overlay, contour at {level:.3g} ({meaning})", image),
     )
     for axis, (title, pixels) in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=10)
@@ -130,7 +137,7 @@ def _draw(item: Shown, group: str, scale: tuple[float, float], path: Path) -> No
     figure.savefig(path, dpi=100)
 
 
-def _draw_scores(seen: Sequence[tuple[float, int]], path: Path) -> None:
+def _draw_scores(seen: Sequence[tuple[float, int]], threshold: float | None, path: Path) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -138,6 +145,8 @@ def _draw_scores(seen: Sequence[tuple[float, int]], path: Path) -> None:
     for label, name, colour in ((0, "nominal", "tab:green"), (1, "anomalous", "tab:red")):
         scores = [score for score, found in seen if found == label]
         axis.hist(scores, bins=bins, alpha=0.6, color=colour, label=f"{name} ({len(scores)})")
+    if threshold is not None:
+        axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
     axis.set_xlabel("anomaly score")
     axis.set_ylabel("test images")
     axis.legend()

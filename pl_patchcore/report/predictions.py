@@ -13,12 +13,16 @@ from lightning.pytorch.callbacks import Callback
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
 
+_CALIBRATED = ("anomalous", "normalized", "p_value")
+
 
 class PredictionWriter(Callback):
     """Writes the anomaly score of every image as it comes.
 
-    The CSV has the columns ``path``, ``score`` and, with maps, ``map``; it gets its name when it is whole. With
-    several processes each writes its own share, ``predictions-<rank>.csv``.
+    The CSV has the columns ``path``, ``score``, of a calibrated model ``anomalous`` (1 where the score is above the
+    threshold, else 0), ``normalized`` (the score in units of the threshold) and ``p_value`` (share of nominal images
+    that score so high), and, with maps, ``map``; it gets its name when it is whole. With several processes each writes
+    its own share, ``predictions-<rank>.csv``.
 
     Args:
         maps: Also write each anomaly map, on the original image's pixels (NaN where the crop left them out), as
@@ -43,7 +47,8 @@ class PredictionWriter(Callback):
                 old.unlink()
         self._file = self._partial.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
-        self._csv.writerow(["path", "score", *(["map"] if self.maps else [])])
+        self._columns = _CALIBRATED if pl_module.image_threshold is not None else ()
+        self._csv.writerow(["path", "score", *self._columns, *(["map"] if self.maps else [])])
         self._images = 0
 
     def on_predict_batch_end(
@@ -56,9 +61,10 @@ class PredictionWriter(Callback):
         **kwargs: Any,
     ) -> None:
         """Write a batch."""
-        for i, score in enumerate(outputs["score"].tolist()):
+        columns = [outputs[name].tolist() for name in ("score", *self._columns)]
+        for i, values in enumerate(zip(*columns, strict=True)):
             path = outputs["path"][i] if "path" in outputs else str(self._images)
-            row = [path, repr(score)]
+            row = [path, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
             if self.maps:
                 row.append(self._write_map(outputs, i, path))
             self._csv.writerow(row)

@@ -94,11 +94,14 @@ class TestReport(Callback):
                 **_for_json(figures["all"]),
                 "defects": {name: _for_json(row) for name, row in figures.items() if name != "all"},
                 "seconds_per_image": seconds,
-                "memory_bank": list(pl_module.memory_bank.features.shape),  # type: ignore[union-attr, arg-type]
+                "memory_bank": pl_module.bank_shape,
+                "image_threshold": pl_module.image_threshold,
+                "pixel_threshold": pl_module.pixel_threshold,
                 "model": dict(pl_module.hparams),
             }
             partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        written = self._gallery.write(folder / "pictures")
+        thresholds = pl_module.image_threshold, pl_module.pixel_threshold
+        written = self._gallery.write(folder / "pictures", *thresholds)  # type: ignore[arg-type]
         console = plain_console()
         console.print(_table(figures, seconds))
         if lost := figures["all"]["lost"]:

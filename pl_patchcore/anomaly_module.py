@@ -1,0 +1,333 @@
+"""What every model here shares as a LightningModule: glue, no arithmetic.
+
+One epoch of ``fit`` collects patch features, ``on_train_end`` selects the memory bank and calibrates, and from then
+on ``test_step``, ``validation_step`` and ``predict_step`` score images. What is collected, selected and scored,
+subclasses say: `PatchCore`, and `PatchCoreEnsemble` of several.
+
+Nothing is learned by gradients. Lightning still wants to see a step: without one it writes no checkpoints, and
+DDP refuses a module without a trainable parameter. So there is one parameter that nothing reads, and an optimiser
+with learning rate 0 that is stepped once a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from pl_patchcore.calibration import conformal_threshold, images_needed, p_values
+from pl_patchcore.checkpoint import check_identity, plain, rewrite_checkpoints, watch_checkpoints
+from pl_patchcore.data.base import as_batch
+from pl_patchcore.errors import UserError
+from pl_patchcore.feature_store import held_out
+from pl_patchcore.metrics import AnomalyEvaluation
+from pl_patchcore.preprocessing import UNKNOWN, Preprocessing
+
+log = logging.getLogger(__name__)
+
+
+class AnomalyModule(L.LightningModule):
+    """Base of the models: fits in one epoch, calibrates, scores, evaluates, saves.
+
+    The keyword arguments are those of `PatchCore` that concern the model as a whole; the others are a subclass's.
+
+    Args:
+        transform: Preprocessing of the images.
+        calibration_share: See `PatchCore`.
+        false_alarm_rate: See `PatchCore`.
+    """
+
+    calibration_scores: Tensor
+    calibration_peaks: Tensor
+
+    def __init__(self, transform: Preprocessing, calibration_share: float, false_alarm_rate: float) -> None:
+        super().__init__()
+        if not 0 <= calibration_share < 1:
+            raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
+        if not 0 < false_alarm_rate < 1:
+            raise UserError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
+        self.automatic_optimization = False
+        self.transform = transform
+        self.register_buffer("calibration_scores", torch.empty(0))
+        self.register_buffer("calibration_peaks", torch.empty(0))  # of the anomaly maps of the same images
+        self.unused = nn.Parameter(torch.zeros(()))  # see the module's docstring
+        self.evaluation = AnomalyEvaluation()
+        self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
+        self._defects: dict[int, str] = {}
+        self._input_shape: tuple[int, ...] | None = None
+        self._position = 0
+
+    def make_plain(self) -> None:
+        """Make the hyper-parameters plain values, so that checkpoints load with ``weights_only=True``."""
+        for name, value in self.hparams.items():
+            self.hparams[name] = plain(value)
+
+    # What a subclass says
+
+    @property
+    def bank_shape(self) -> list[Any]:
+        """Rows and dimensions of the memory bank; empty where there is none."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What the memory bank depends on, in plain values."""
+        raise NotImplementedError
+
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Anomaly scores ``(B,)`` and maps ``(B, H, W)``."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Forget the memory bank, and what was collected for one."""
+        raise NotImplementedError
+
+    def collect(self, images: Tensor, index: Tensor, aside: Tensor) -> None:
+        """Take in training images, their indices in the data set, and which of them are for calibration."""
+        raise NotImplementedError
+
+    def select(self) -> None:
+        """Select the memory bank from what was collected."""
+        raise NotImplementedError
+
+    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Anomaly scores and maps of the images collected for calibration, some at a time."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Free what was collected."""
+        raise NotImplementedError
+
+    # Scoring
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Score images.
+
+        Args:
+            images: float ``(B, 3, H, W)``, as ``transform`` makes them.
+
+        Returns:
+            Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, 0 and up, without bound.
+
+        Raises:
+            UserError: If the memory bank is empty, or was made from images of another size.
+        """
+        shape = tuple(images.shape[1:])
+        if self._input_shape not in (None, shape):
+            raise UserError(
+                f"images of {shape}, but the memory bank is from images of {self._input_shape}; "
+                "bring them to its size (model.transform does), or fit again."
+            )
+        return self.score(images)
+
+    @property
+    def image_threshold(self) -> float | None:
+        """Anomaly score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`); None if uncalibrated."""
+        return self._threshold(self.calibration_scores)
+
+    @property
+    def pixel_threshold(self) -> float | None:
+        """Value that the peaks of nominal images' anomaly maps exceed at ``false_alarm_rate``; None if uncalibrated."""
+        return self._threshold(self.calibration_peaks)
+
+    def _threshold(self, scores: Tensor) -> float | None:
+        return conformal_threshold(scores, self.hparams["false_alarm_rate"])[0] if len(scores) else None
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Score a batch and add it to the evaluation; returns ``score (B,)`` and ``anomaly_map (B, H, W)``."""
+        batch = as_batch(batch)
+        if "label" not in batch:
+            raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
+        scores, maps = self(batch["image"])
+        labels = torch.as_tensor(batch["label"], device=scores.device)
+        masks = batch.get("mask")
+        if masks is None:
+            masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8)
+        defects = batch.get("defect", ["anomalous"] * len(scores))
+        groups = [zlib.crc32(name.encode()) for name in defects]
+        self._defects |= {g: d for g, d, y in zip(groups, defects, labels.tolist(), strict=True) if y == 1}
+        self.evaluation.update(scores, maps, labels, masks, torch.tensor(groups, device=scores.device))
+        return {"score": scores, "anomaly_map": maps}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """As `test_step`; inside ``fit``, where there is no memory bank yet, nothing."""
+        return None if self.trainer.state.fn == "fit" else self.test_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Score a batch.
+
+        Returns:
+            ``score (B,)`` and ``anomaly_map (B, H, W)``; of a calibrated model also ``anomalous (B,)``, bool,
+            whether the score is above the threshold, ``normalized (B,)``, the score in units of the threshold, and
+            ``p_value (B,)``, see `calibration.p_values`; of the batch, ``path``, ``index`` and geometry.
+        """
+        batch = as_batch(batch)
+        scores, maps = self(batch["image"])
+        result = {"score": scores, "anomaly_map": maps}
+        if (threshold := self.image_threshold) is not None:
+            result["anomalous"] = scores > threshold
+            result["normalized"] = scores / threshold
+            result["p_value"] = p_values(scores, self.calibration_scores)
+        kept = {name: batch[name] for name in ("path", "index", "original_size", "crop_box") if name in batch}
+        return result | kept
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation; refuse an empty memory bank before any batch is read."""
+        self._check_fitted()
+        self.evaluation.reset()
+        self._defects = {}
+
+    def on_test_epoch_end(self, prefix: str = "test") -> None:
+        """Compute and log the figures: image AUROC, pixel AUROC, PRO."""
+        figures = self.evaluation.compute()
+        groups = figures.pop("by_group")
+        named = {self._defects.get(group, str(group)): row for group, row in groups.items()}
+        self.figures = {
+            name: {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
+            for name, row in ({"all": figures} | dict(sorted(named.items()))).items()
+        }
+        for name in ("image_auroc", "pixel_auroc", "pro"):
+            self.log(f"{prefix}/{name}", self.figures["all"][name], rank_zero_only=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Say once why a validation inside ``fit`` scores nothing; otherwise forget the last evaluation."""
+        if self.trainer.state.fn != "fit":
+            self.on_test_epoch_start()
+        elif self.trainer.sanity_checking or not self.trainer.num_sanity_val_steps:
+            rank_zero_info("PatchCore has no memory bank before fit ends: validation inside fit scores nothing.")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures as ``val/...``."""
+        if self.trainer.state.fn != "fit":
+            self.on_test_epoch_end("val")
+
+    def on_predict_epoch_start(self) -> None:
+        """Refuse an empty memory bank before any batch is read."""
+        self._check_fitted()
+
+    def _check_fitted(self) -> None:
+        if not self.bank_shape:
+            raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
+
+    # Fitting
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would fail only after minutes of work, and damaged checkpoints by name."""
+        watch_checkpoints(self.trainer)
+        if stage != "fit":
+            return
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"fitting on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1 "
+                "and trainer.num_nodes to 1 (a fitted model can be tested on several)."
+            )
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(monitor, str) and monitor.startswith(("val", "test")):
+                raise UserError(
+                    f"{type(callback).__name__} monitors {monitor!r}, but PatchCore has no memory bank, hence no "
+                    "figures, before fit ends; take monitor out (the finished model is what gets saved)."
+                )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimiser that changes nothing (see the module's docstring)."""
+        return torch.optim.SGD([self.unused], lr=0.0)
+
+    def on_fit_start(self) -> None:
+        """Start clean, for exactly one epoch."""
+        self.clear()
+        self.calibration_scores = self.calibration_peaks = torch.empty(0, device=self.device)
+        self._input_shape = None
+        self._position = 0
+        loop = self.trainer.fit_loop
+        wanted = loop.max_epochs
+        loop.max_epochs = self.trainer.current_epoch + 1
+        loop.min_epochs = None
+        if wanted not in (None, loop.max_epochs):
+            rank_zero_info(f"PatchCore takes exactly one epoch; max_epochs={wanted} was set to 1.")
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect the patch features of a batch."""
+        batch = as_batch(batch)
+        images = batch["image"]
+        if self._input_shape not in (None, tuple(images.shape[1:])):
+            raise UserError(
+                f"training images of {tuple(images.shape[1:])} after others of {self._input_shape}; "
+                "bring all to one size (model.transform does)."
+            )
+        self._input_shape = tuple(images.shape[1:])
+        index = torch.as_tensor(batch.get("index", torch.arange(self._position, self._position + len(images)))).cpu()
+        self._position += len(images)
+        share, seed = float(self.hparams["calibration_share"]), int(self.hparams["seed"])
+        with torch.no_grad():
+            self.collect(images, index, torch.tensor([held_out(int(i), share, seed) for i in index]))
+        self.log("train/images", float(self._position), batch_size=len(images), prog_bar=False)
+        optimizer = self.optimizers()
+        optimizer.step()  # type: ignore[union-attr]
+
+    def on_train_end(self) -> None:
+        """Select the memory bank, then calibrate."""
+        if not self._position or not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # on_fit_end says so
+        self.select()
+        parts = [(scores, maps.flatten(1).amax(1)) for scores, maps in self.score_held_out()]
+        self.release()
+        if parts:
+            self.calibration_scores, self.calibration_peaks = (torch.cat(part) for part in zip(*parts, strict=True))
+            self._tell_thresholds()
+        elif self.hparams["calibration_share"]:
+            log.warning("calibration_share holds no image out of %d; there are no thresholds.", self._position)
+
+    def _tell_thresholds(self) -> None:
+        n, rate = len(self.calibration_scores), self.hparams["false_alarm_rate"]
+        promised = conformal_threshold(self.calibration_scores, rate)[1]
+        log.info(
+            "thresholds from %d held-out nominal images: %.4g for anomaly scores, %.4g for anomaly maps; a nominal "
+            "image exceeds each with probability %.3g.",
+            *(n, self.image_threshold, self.pixel_threshold, promised),
+        )
+        if n < images_needed(rate):
+            log.warning(
+                "false_alarm_rate %g needs at least %d held-out images, there are %d: the thresholds are the highest "
+                "of them, and promise %.3g; raise calibration_share or take more nominal images.",
+                *(rate, images_needed(rate), n, promised),
+            )
+
+    def on_fit_end(self) -> None:
+        """Refuse a fit without a memory bank; write the finished model over what callbacks saved before it."""
+        self.release()
+        if not self.bank_shape:
+            raise UserError(
+                "fit ended before every training batch was seen, so that there is no memory bank; look at max_time, "
+                "max_steps, limit_train_batches and at callbacks that stop the Trainer."
+            )
+        rewrite_checkpoints(self.trainer)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's identity; leave the frozen backbone out unless asked to save it."""
+        checkpoint["patchcore"] = self.identity() | {"input_shape": list(self._input_shape or ())}
+        if not self.hparams["save_backbone"]:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if "patch_features." not in k}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose memory bank was not made with this model's features."""
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            raise UserError(
+                "PatchCore fits in one pass and cannot resume from a checkpoint; leave ckpt_path out to fit again, "
+                "or test with it."
+            )
+        state = checkpoint["state_dict"]
+        own = {k: v for k, v in self.state_dict().items() if "patch_features." in k}
+        check_identity(checkpoint, self.identity())
+        checkpoint["state_dict"] = own | state
+        for name in ("calibration_scores", "calibration_peaks"):
+            setattr(self, name, torch.empty_like(state[name], device=self.device))
+        self._input_shape = tuple(checkpoint["patchcore"]["input_shape"]) or None
