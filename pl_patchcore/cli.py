@@ -1,4 +1,4 @@
-"""The command ``pl-patchcore``: fit, validate, test, predict, and run (fit, then test).
+"""The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test) and benchmark.
 
 Lightning's command line, with three things of its own: option names are checked before anything else, so that a
 misspelt one, on the command line or anywhere in a YAML file, is answered with one line; what a user can put right
@@ -17,18 +17,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from pl_patchcore import benchmark
 from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.ensemble import Combine, PatchCoreEnsemble
 from pl_patchcore.errors import UserError
 from pl_patchcore.patchcore import PatchCore
+from pl_patchcore.published import published_for
 from pl_patchcore.report import PredictionWriter, TestReport
 
 _QUIET = (
@@ -46,7 +48,9 @@ _QUIET = (
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer with ``run``."""
+    """Lightning's Trainer with ``run`` and ``benchmark``."""
+
+    settings: ClassVar[dict[str, Any]] = {}  # of the command line, for ``benchmark``
 
     def run(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Fit, then test, in one process.
@@ -60,6 +64,55 @@ class Trainer(L.Trainer):
             datamodule.require("test")
         self.fit(model, datamodule=datamodule)
         self.test(model, datamodule=datamodule, verbose=False)
+
+    def benchmark(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        folder: str = "benchmark",
+        categories: list[str] | None = None,
+        shots: list[int] | None = None,
+        seeds: list[int] | None = None,
+        processes: int = 1,
+        restart: bool = False,
+    ) -> None:
+        """Fit and test on every category of a data set, and set up a table beside published figures.
+
+        A benchmark that was stopped goes on where it was when it is started again.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            folder: Where the table goes, and a folder for each row.
+            categories: Categories, or scenes; null for all there are.
+            shots: Numbers of nominal training images to train on, one row each; null trains on all.
+            seeds: Seeds of the shots and the model, one row each; the table then has means and standard errors.
+            processes: Rows run at once, each on the next GPU or on its share of the cores.
+            restart: Run finished rows again.
+
+        Raises:
+            UserError: If there is no such category, or the folder holds a benchmark with other settings.
+        """
+        assert isinstance(datamodule, AnomalyDataModule)
+        if processes < 1:
+            raise UserError(f"processes must be at least 1, got {processes}.")
+        datamodule.download_data()
+        known = datamodule.categories()
+        if strange := [name for name in categories or [] if name not in known]:
+            raise UserError(f"no category {strange[0]!r}; there are {', '.join(known) or 'none to choose from'}.")
+        settings, kind = self.settings, type(datamodule)
+        if processes > 1:
+            settings["trainer"]["devices"] = 1
+        argument = kind.category_argument if known else None
+        names = categories or known or [kind.__name__.removesuffix("DataModule").lower()]
+        jobs = benchmark.plan(settings, Path(folder), names, argument, shots or [None], seeds or [None])
+        published = published_for(kind.__name__, settings["model"])
+        failed = benchmark.run_jobs(jobs, processes, restart)
+        benchmark.write_table(Path(folder), benchmark.table_lines(jobs, published), failed, published)
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry them."
+            )
 
 
 def make_model(
@@ -100,7 +153,7 @@ class PatchCoreCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods offered, and their arguments that are not options."""
-        return LightningCLI.subcommands() | {"run": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "benchmark")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reports and their options."""
@@ -142,6 +195,14 @@ class PatchCoreCLI(LightningCLI):
             self.config["predict"]["return_predictions"] = False
         if self.subcommand in ("test", "validate"):
             self.config[self.subcommand]["verbose"] = False
+
+    def before_benchmark(self) -> None:
+        """Hand the settings on: each row of a benchmark is a ``run`` with them."""
+        parser, config = self._parser("benchmark"), self.config["benchmark"]
+        settings = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
+        for name in ("folder", "categories", "shots", "seeds", "processes", "restart", "config"):
+            settings.pop(name, None)
+        Trainer.settings = settings
 
 
 def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> set[str]:
