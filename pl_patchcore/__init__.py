@@ -23,6 +23,7 @@ from pl_patchcore.data import (
     MVTecDataModule,
     SyntheticDataModule,
 )
+from pl_patchcore.ensemble import PatchCoreEnsemble
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.patch_features import PatchFeatures
@@ -39,6 +40,7 @@ __all__ = [
     "MVTecDataModule",
     "MemoryBank",
     "PatchCore",
+    "PatchCoreEnsemble",
     "PatchFeatures",
     "Preprocessing",
     "SyntheticDataModule",

@@ -21,11 +21,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from pl_patchcore.calibration import conformal_threshold, images_needed, p_values
+from pl_patchcore.calibration import conformal_threshold, draw_held_out, images_needed, is_held_out, p_values
 from pl_patchcore.checkpoint import check_identity, plain, rewrite_checkpoints, watch_checkpoints
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
-from pl_patchcore.feature_store import held_out
 from pl_patchcore.metrics import AnomalyEvaluation
 from pl_patchcore.preprocessing import UNKNOWN, Preprocessing
 
@@ -62,6 +61,7 @@ class AnomalyModule(L.LightningModule):
         self._defects: dict[int, str] = {}
         self._input_shape: tuple[int, ...] | None = None
         self._position = 0
+        self._aside: frozenset[int] | None = None  # images kept for calibration, where their number is known
 
     def make_plain(self) -> None:
         """Make the hyper-parameters plain values, so that checkpoints load with ``weights_only=True``."""
@@ -263,12 +263,27 @@ class AnomalyModule(L.LightningModule):
         self._input_shape = tuple(images.shape[1:])
         index = torch.as_tensor(batch.get("index", torch.arange(self._position, self._position + len(images)))).cpu()
         self._position += len(images)
-        share, seed = float(self.hparams["calibration_share"]), int(self.hparams["seed"])
         with torch.no_grad():
-            self.collect(images, index, torch.tensor([held_out(int(i), share, seed) for i in index]))
+            self.collect(images, index, self._is_aside(index))
         self.log("train/images", float(self._position), batch_size=len(images), prog_bar=False)
         optimizer = self.optimizers()
         optimizer.step()  # type: ignore[union-attr]
+
+    def _is_aside(self, index: Tensor) -> Tensor:
+        """Which images are kept for calibration, bool."""
+        share, seed = float(self.hparams["calibration_share"]), int(self.hparams["seed"])
+        if self._aside is None:
+            return torch.tensor([is_held_out(i, share, seed) for i in index.tolist()], dtype=torch.bool)
+        return torch.tensor([i in self._aside for i in index.tolist()], dtype=torch.bool)
+
+    def on_train_start(self) -> None:
+        """Draw the images kept for calibration, if their number is known."""
+        try:
+            number = len(self.trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+        except (AttributeError, TypeError):
+            self._aside = None
+        else:
+            self._aside = draw_held_out(number, self.hparams["calibration_share"], self.hparams["seed"])
 
     def on_train_end(self) -> None:
         """Select the memory bank, then calibrate."""

@@ -14,10 +14,51 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _SLACK = 1e-9  # so that 20 * 0.05 is 1
+
+
+def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
+    """Draw the training images that are kept out of the memory bank.
+
+    Args:
+        number: Number of training images.
+        share: Share of them, in [0, 1); at least one image, where it is not 0.
+        seed: Seed of the draw.
+
+    Returns:
+        Their indices.
+
+    Example:
+        >>> sorted(draw_held_out(10, 0.2, seed=0))
+        [4, 6]
+    """
+    wanted = max(1, round(share * number)) if share else 0
+    return frozenset(np.random.default_rng(seed).permutation(number)[:wanted].tolist())
+
+
+def is_held_out(index: int, share: float, seed: int) -> bool:
+    """Whether an image is kept out of the memory bank, where the number of images is not known beforehand.
+
+    One image, drawn by the seed, in every ``1 / share`` in a row.
+
+    Args:
+        index: Position of the image.
+        share: Share of the images, in [0, 1).
+        seed: Seed of the draw.
+
+    Example:
+        >>> [i for i in range(12) if is_held_out(i, 0.25, seed=0)]
+        [3, 6, 11]
+    """
+    if not share:
+        return False
+    block = int(index * share)
+    first, last = math.ceil(block / share), math.ceil((block + 1) / share)
+    return index == int(np.random.default_rng([seed, block]).integers(first, max(last, first + 1)))
 
 
 def conformal_threshold(scores: Tensor, rate: float) -> tuple[float, float]:

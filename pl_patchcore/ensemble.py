@@ -62,7 +62,7 @@ class PatchCoreEnsemble(AnomalyModule):
         shared = models[0].hparams
         if combine == "test_range" and shared["calibration_share"]:
             raise UserError(
-                "combine test_range depends on the test set, so that nothing can be calibrated; use nominal."
+                "combine test_range looks at the test set and cannot be calibrated; use nominal."
             )
         super().__init__(models[0].transform, shared["calibration_share"], shared["false_alarm_rate"])
         self.save_hyperparameters()
@@ -136,6 +136,7 @@ class PatchCoreEnsemble(AnomalyModule):
     def clear(self) -> None:
         """Forget the memory banks, and what was collected for them."""
         for model in self._models():
+            model.trainer = self.trainer
             model.clear()
         self.ranges = torch.empty(0)
 

@@ -6,7 +6,6 @@ projection (for `coreset.py`) and the rows picked (for `memory_bank.py`), and bo
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,24 +105,3 @@ class FeatureStore:
                 "smaller images, a larger patch_stride, or layers with fewer channels."
             ) from error
         self._used = 0
-
-
-def held_out(index: int, share: float, seed: int) -> bool:
-    """Whether an image is kept out of the memory bank, for calibration.
-
-    One image, drawn by the seed, in every ``1 / share`` in a row; the number of images need not be known.
-
-    Args:
-        index: Index of the image in the data set.
-        share: Share of the images, in [0, 1).
-        seed: Seed of the draw.
-
-    Example:
-        >>> [i for i in range(12) if held_out(i, 0.25, seed=0)]
-        [3, 6, 11]
-    """
-    if not share:
-        return False
-    block = int(index * share)
-    first, last = int(np.ceil(block / share)), int(np.ceil((block + 1) / share))
-    return index == int(np.random.default_rng([seed, block]).integers(first, max(last, first + 1)))

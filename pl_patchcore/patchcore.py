@@ -220,7 +220,8 @@ class PatchCore(AnomalyModule):
         hp = self.hparams
         size = coreset_rows(len(store), hp["coreset_ratio"], hp["coreset_size"])
         projection = random_projection(store.dimension, hp["projection_dim"], hp["seed"])
-        shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+        trainer = self._trainer
+        shown = trainer is not None and trainer.progress_bar_callback is not None and trainer.is_global_zero
         with tqdm(total=size, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
             if hp["coreset_method"] in ("greedy", "approximate"):
                 projected = store.project(projection).to(self.device)

@@ -25,3 +25,54 @@ def mtd(root: Path, nominal: int = 10, per_defect: int = 2) -> Path:
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stem.with_suffix(".jpg"), quality=95)
             Image.fromarray(mask.astype(np.uint8)).save(stem.with_suffix(".png"))
     return root
+
+
+DEFECT = 6  # side of the square that is a defect in `mvtec`
+
+
+def mvtec(root: Path, categories: list[str], defects: tuple[str, ...] = ("broken", "dirt")) -> Path:
+    """MVTec AD: 40x50 RGB images, masks of one square whose corner moves with the image's number."""
+    rng = np.random.default_rng(0)
+    for category in categories:
+        for place, number in (("train/good", 4), ("test/good", 2), *((f"test/{defect}", 2) for defect in defects)):
+            folder = root / category / place
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.normal(120, 10, (40, 50, 3))
+                mask = np.zeros((40, 50), np.uint8)
+                if "good" not in place:
+                    mask[3 * i : 3 * i + DEFECT, 3 * i : 3 * i + DEFECT] = 255
+                    pixels[mask > 0] = 250
+                    truth = root / category / "ground_truth" / folder.name
+                    truth.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(mask).save(truth / f"{i:03d}_mask.png")
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return root
+
+
+def stranger(root: Path) -> Path:
+    """What someone's own folder looks like: mixed sizes and formats, odd names, files that are no images."""
+    rng = np.random.default_rng(0)
+    (root / "ok" / "Schicht 2").mkdir(parents=True)
+    (root / "bad" / "Kratzer").mkdir(parents=True)
+    (root / "bad" / "Fleck ü").mkdir(parents=True)
+    names = [
+        "Teil 1.JPG", "Teil 2.jpeg", "größe.PNG", "日本.bmp", "Schicht 2/Teil 1.JPG", "a.TIFF", "b.webp", "c&d.png",
+        "e.png", "f.jpg",
+    ]  # fmt: skip
+    for number, name in enumerate(names):
+        grey = rng.integers(90, 110, (40 + 3 * number, 64 - 2 * number), dtype=np.uint8)
+        image = Image.fromarray(grey)
+        if name == "a.TIFF":
+            image = Image.fromarray(grey.astype(np.uint16) * 257)
+        elif name == "c&d.png":
+            image = image.convert("RGBA")
+        image.save(root / "ok" / name)
+    (root / "ok" / "Notizen.txt").write_text("keine Bilder")
+    (root / "ok" / "Thumbs.db").write_bytes(b"\0")
+    (root / "ok" / "._Teil 1.JPG").write_bytes(b"\0")  # as macOS leaves them
+    for name in ("Kratzer/1.JPG", "Kratzer/2.jpg", "Fleck ü/1.png"):
+        pixels = rng.integers(90, 110, (50, 60), dtype=np.uint8)
+        pixels[20:30, 20:30] = 250
+        Image.fromarray(pixels).save(root / "bad" / name)
+    return root

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pl_patchcore import PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.backbone import UntrainedBackboneWarning
-from pl_patchcore.feature_store import held_out
 from pl_patchcore.recipes import RECIPES
 
 
@@ -409,28 +408,6 @@ def test_saved_backbone_needs_no_weights_file(trainer, tmp_path):
     assert torch.equal(loaded.eval()(images)[0], model.eval()(images)[0])
 
 
-def test_calibration_images_stay_out_of_the_bank(tiny, trainer, tmp_path):
-    model, runner = model_of(tiny, calibration_share=0.3, coreset_method="none"), trainer()
-    runner.fit(model, data_of(train_images=10))
-    assert len(model.memory_bank) == 7 * 144
-    assert model.calibration_scores.shape == (3,)
-    data = data_of(train_images=10)
-    images = torch.stack([model.transform(record.image()) for record in data.records[0]])
-    scores = model(images)[0]
-    held_out = [i for i in range(10) if scores[i] > 1e-4]  # the others find themselves in the bank
-    torch.testing.assert_close(scores[held_out], model.calibration_scores)
-    loaded = PatchCore.load_from_checkpoint(runner.checkpoint_callback.best_model_path, backbone=tiny)
-    assert torch.equal(loaded.calibration_scores, model.calibration_scores)
-
-
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9])
-def test_calibration_share_is_kept_on_any_number_of_images(share):
-    for count in (40, 200):
-        for seed in (0, 1):
-            chosen = sum(held_out(i, share, seed) for i in range(count))
-            assert abs(chosen - share * count) <= 1
-
-
 def test_precision_keeps_bank_size_and_figures(fitted, tiny, trainer):
     model, runner = fitted
     expected = runner.test(model, data_of(), verbose=False)[0]
@@ -498,9 +475,3 @@ def test_hyper_parameters_are_plain(tmp_path):
 def test_bad_options(tiny, options, message):
     with pytest.raises(UserError, match=message):
         model_of(tiny, **options)
-
-
-def test_calibration_that_leaves_nothing(tiny, trainer):
-    model = model_of(tiny, calibration_share=0.9, seed=next(s for s in range(99) if held_out(0, 0.9, s)))
-    with pytest.raises(UserError, match="lower calibration_share"):
-        trainer(enable_checkpointing=False).fit(model, data_of(train_images=1))

@@ -1,0 +1,160 @@
+import csv
+import json
+import logging
+
+import pytest
+import torch
+from conftest import TinyBackbone
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
+
+from pl_patchcore import PatchCore, SyntheticDataModule, UserError
+from pl_patchcore.calibration import conformal_threshold, draw_held_out, images_needed, is_held_out, p_values
+from pl_patchcore.report import PredictionWriter, TestReport
+
+
+@given(st.integers(1, 60), st.floats(0.001, 0.999))
+def test_promised_rate_is_exact_whatever_the_scores(n, rate):
+    """Of n + 1 images in random order the last is the new one: count the places where it is an alarm."""
+    scores = torch.randperm(n + 1).double().exp()
+    threshold, promised = zip(*(conformal_threshold(scores[scores != new], rate) for new in scores), strict=True)
+    alarms = sum(float(new) > t for new, t in zip(scores, threshold, strict=True))
+    assert len(set(promised)) == 1
+    assert promised[0] == pytest.approx(alarms / (n + 1))
+    if n >= images_needed(rate):
+        assert promised[0] <= rate + 1e-9
+        assert promised[0] > rate - 1 / (n + 1) - 1e-9  # no more cautious than it must be
+    else:
+        assert promised[0] == 1 / (n + 1) > rate
+
+
+@pytest.mark.parametrize(("rate", "number"), [(0.05, 19), (0.01, 99), (0.5, 1), (0.3, 3), (0.001, 999)])
+def test_images_needed(rate, number):
+    assert images_needed(rate) == number
+    assert conformal_threshold(torch.arange(number), rate)[1] <= rate + 1e-12
+    if number > 1:
+        assert conformal_threshold(torch.arange(number - 1), rate)[1] > rate
+
+
+def test_p_values():
+    calibration = torch.tensor([3.0, 1.0, 2.0, 2.0])
+    found = p_values(torch.tensor([0.0, 1.0, 2.0, 2.5, 9.0]), calibration)
+    assert found.tolist() == pytest.approx([1.0, 1.0, 0.8, 0.4, 0.2])
+    new = torch.tensor([5.0])
+    assert (p_values(new, calibration) <= 0.2) == (new > conformal_threshold(calibration, 0.2)[0])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9])
+def test_share_is_kept(share):
+    for count in (40, 200):
+        for seed in (0, 1):
+            assert len(draw_held_out(count, share, seed)) == round(share * count)
+            assert abs(sum(is_held_out(i, share, seed) for i in range(count)) - share * count) <= 1
+    assert draw_held_out(40, share, 0) != draw_held_out(40, share, 1)
+    assert len(draw_held_out(3, 0.05, 0)) == 1
+    assert not draw_held_out(40, 0, 0)
+
+
+def data_of(**options):
+    settings = {"image_size": 64, "train_images": 10, "test_nominal": 3, "test_per_defect": 1, "num_workers": 0}
+    return SyntheticDataModule(**(settings | options))
+
+
+def model_of(**options):
+    settings = {"layers": ["fine", "coarse"], "resize": 48, "crop": None, "coreset_method": "none"}
+    return PatchCore(TinyBackbone(), **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    import lightning as L
+
+    folder = tmp_path_factory.mktemp("fit")
+    model = model_of(calibration_share=0.3, false_alarm_rate=0.25)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(model, data_of())
+    return model, trainer
+
+
+def test_held_out_images_are_not_in_the_bank_and_set_the_thresholds(fitted):
+    model, _ = fitted
+    assert len(model.memory_bank) == 7 * 144
+    aside = sorted(draw_held_out(10, 0.3, 0))
+    images = torch.stack([model.transform(record.image()) for record in data_of().records[0]])
+    scores, maps = model(images)
+    assert [i for i in range(10) if scores[i] > 1e-4] == aside  # the others find themselves in the bank
+    torch.testing.assert_close(scores[aside], model.calibration_scores)
+    torch.testing.assert_close(maps[aside].amax((1, 2)), model.calibration_peaks)
+    assert model.image_threshold == model.calibration_scores.max().item()  # 3 images: 1 in 4
+    assert model.pixel_threshold == model.calibration_peaks.max().item()
+
+
+def test_checkpoint_keeps_thresholds_and_takes_another_rate(fitted):
+    model, trainer = fitted
+    path = trainer.checkpoint_callback.best_model_path
+    loaded = PatchCore.load_from_checkpoint(path, backbone=TinyBackbone())
+    assert loaded.image_threshold == model.image_threshold
+    other = PatchCore.load_from_checkpoint(path, backbone=TinyBackbone(), false_alarm_rate=0.5)
+    assert other.image_threshold == model.calibration_scores.median().item()
+
+
+def test_too_few_images_are_said(caplog, trainer):
+    model = model_of(calibration_share=0.3, false_alarm_rate=0.01)
+    with caplog.at_level(logging.INFO):
+        trainer(enable_checkpointing=False).fit(model, data_of())
+    assert "false_alarm_rate 0.01 needs at least 99 held-out images, there are 3" in caplog.text
+    assert "and promise 0.25" in caplog.text
+    assert "thresholds from 3 held-out nominal images" in caplog.text
+
+
+def test_uncalibrated_model_has_no_thresholds(trainer):
+    model, runner = model_of(), trainer()
+    runner.fit(model, data_of())
+    assert model.image_threshold is None
+    assert model.pixel_threshold is None
+    assert "anomalous" not in runner.predict(model, data_of())[0]
+
+
+def test_predictions_and_report_use_them(fitted, trainer, tmp_path):
+    model, _ = fitted
+    runner = trainer(callbacks=[PredictionWriter(), TestReport(1)])
+    runner.predict(model, data_of())
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "score", "anomalous", "normalized", "p_value"]
+    for row in rows:
+        score = float(row["score"])
+        assert row["anomalous"] == str(int(score > model.image_threshold))
+        assert float(row["normalized"]) == pytest.approx(score / model.image_threshold)
+        at_least = (model.calibration_scores >= score).sum().item()
+        assert float(row["p_value"]) == pytest.approx((1 + at_least) / 4)
+    assert {row["anomalous"] for row in rows} == {"0", "1"}
+    runner.test(model, data_of(), verbose=False)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["image_threshold"] == model.image_threshold
+    assert metrics["pixel_threshold"] == model.pixel_threshold
+
+
+def test_loader_of_unknown_length(trainer):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.rand(12, 3, 48, 48, generator=torch.Generator().manual_seed(0)))
+
+    model = model_of(calibration_share=0.25, false_alarm_rate=0.3)
+    trainer(enable_checkpointing=False).fit(model, DataLoader(Stream(), batch_size=5))
+    assert len(model.calibration_scores) == 3
+    assert len(model.memory_bank) == 9 * 144
+
+
+def test_calibration_that_leaves_nothing(trainer):
+    with pytest.raises(UserError, match="lower calibration_share"):
+        trainer(enable_checkpointing=False).fit(model_of(calibration_share=0.9), data_of(train_images=1))
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 2])
+def test_bad_rate(rate):
+    with pytest.raises(UserError, match=r"false_alarm_rate must be in \(0, 1\)"):
+        model_of(false_alarm_rate=rate)

@@ -1,0 +1,238 @@
+import logging
+import unicodedata
+
+import fakes
+import numpy as np
+import pytest
+import torch
+from conftest import TinyBackbone
+from PIL import Image
+
+from pl_patchcore import FolderDataModule, MVTecDataModule, PatchCore, UserError
+
+
+@pytest.fixture
+def root(tmp_path):
+    return fakes.stranger(tmp_path / "mein Ordner")
+
+
+def model(**options):
+    settings = {"layers": ["fine", "coarse"], "resize": 48, "crop": None, "coreset_ratio": 0.2}
+    return PatchCore(TinyBackbone(), **(settings | options))
+
+
+def masks_for(root, names, suffix="_mask.png"):
+    for name in names:
+        with Image.open(root / "bad" / name) as image:
+            mask = np.zeros((image.height, image.width), np.uint8)
+        mask[20:30, 20:30] = 255
+        path = (root / "masks" / name).with_suffix("")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path.with_name(path.name + suffix))
+
+
+NAMES = ("Kratzer/1.JPG", "Kratzer/2.jpg", "Fleck ü/1.png")
+
+
+def test_a_strangers_folder(root, trainer, caplog):
+    masks_for(root, NAMES)
+    with caplog.at_level(logging.INFO):
+        data = FolderDataModule(root / "ok", anomalous=root / "bad", masks=root / "masks", num_workers=0)
+        train, test = data.records
+    assert len(train) == 8
+    assert [r.defect for r in test] == ["nominal"] * 2 + ["Fleck ü", "Kratzer", "Kratzer"]
+    assert "2 files that are no images are passed over, such as Notizen.txt" in caplog.text
+    found = model()
+    runner = trainer()
+    runner.fit(found, data)
+    (logged,) = runner.test(found, data, verbose=False)
+    assert logged["test/image_auroc"] == 1.0  # a bright square on noise
+    assert logged["test/pro"] > 0.8
+    assert set(found.figures) == {"all", "Fleck ü", "Kratzer"}
+
+
+def test_nominal_images_alone(root, trainer):
+    data = FolderDataModule(root / "ok", num_workers=0, test_share=0.3)
+    assert len(data.records[0]) == 7
+    found, runner = model(calibration_share=0.4, false_alarm_rate=0.3), trainer()
+    runner.fit(found, data)
+    (logged,) = runner.test(found, data, verbose=False)
+    assert np.isnan(logged["test/image_auroc"])
+    assert found.figures["all"]["nominal"] == 3
+    assert found.image_threshold > 0
+
+
+def test_split_is_seeded_and_leaves_nothing_out(root):
+    parts = [FolderDataModule(root / "ok", split_seed=seed).records for seed in (0, 0, 1)]
+    names = [[r.path.name for r in test] for _, test in parts]
+    assert names[0] == names[1] != names[2]
+    for train, test in parts:
+        assert len({r.path for r in train} | {r.path for r in test}) == 10 == len(train) + len(test)
+
+
+def test_test_nominal_takes_the_place_of_the_share(root):
+    data = FolderDataModule(root / "ok", test_nominal=root / "bad" / "Kratzer")
+    assert [len(part) for part in data.records] == [10, 2]
+    with pytest.raises(UserError, match=r"Kratzer.*: is named twice"):
+        _ = FolderDataModule(root / "bad", test_nominal=root / "bad" / "Kratzer").records
+
+
+def test_a_broken_file_is_named_before_any_work(root):
+    broken = root / "ok" / "kaputt.jpg"
+    broken.write_bytes((root / "ok" / "f.jpg").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"kaputt\.jpg: cannot be read"):
+        FolderDataModule(root / "ok", num_workers=0).prepare_data()
+
+
+def test_broken_files_can_be_skipped(root, caplog):
+    good = (root / "ok" / "f.jpg").read_bytes()
+    (root / "ok" / "kaputt.jpg").write_bytes(good[:300])
+    png = bytearray((root / "ok" / "e.png").read_bytes())
+    png[len(png) // 2] ^= 0xFF  # head and end are as they should be
+    (root / "ok" / "inside.png").write_bytes(bytes(png))
+    data = FolderDataModule(root / "ok", on_broken="skip", num_workers=0)
+    train, test = data.records
+    assert len(train) + len(test) == 10
+    assert len(data.skipped) == 2
+    assert "2 files are left out" in caplog.text
+    assert "kaputt.jpg: cannot be read" in caplog.text
+    assert "inside.png: cannot be read" in caplog.text
+    assert data.describe().endswith("; 2 unreadable files left out")
+    data.prepare_data()
+
+
+def test_masks_must_match(root):
+    def records():
+        return FolderDataModule(root / "ok", anomalous=root / "bad", masks=root / "masks").records
+
+    with pytest.raises(UserError, match=r"masks: no such folder"):
+        records()
+    masks_for(root, NAMES[:2], ".png")
+    with pytest.raises(
+        UserError, match=r"Fleck ü/1\.png: has no mask .*masks/Fleck ü/1\.png; add it, or use data\.man"
+    ):
+        records()
+    masks_for(root, NAMES[2:])
+    assert [r.mask_path.name for r in records()[1][2:]] == ["1_mask.png", "1.png", "2.png"]
+    masks_for(root, NAMES[2:], ".png")
+    with pytest.raises(UserError, match=r"is a second mask beside"):
+        records()
+    (root / "masks" / "Fleck ü" / "1.png").rename(root / "masks" / "Fleck ü" / "9.png")
+    with pytest.raises(UserError, match=r"9\.png: belongs to no image"):
+        records()
+
+
+def test_accents_match_however_they_are_written(root):
+    masks_for(root, NAMES)
+    folder = root / "masks" / "Fleck ü"
+    folder.rename(folder.with_name(unicodedata.normalize("NFD", folder.name)))
+    test = FolderDataModule(root / "ok", anomalous=root / "bad", masks=root / "masks").records[1]
+    assert all(r.mask_path is not None for r in test if r.label == 1)
+
+
+def test_manifest(root):
+    masks_for(root, NAMES[:1])
+    text = [
+        "path;label;split;defect;mask;category",
+        *(f"ok/{name};nominal;train;;;lid" for name in ("Teil 1.JPG", "größe.PNG", "日本.bmp")),
+        "ok/e.png;0;test;;;lid",
+        "bad/Kratzer/1.JPG;anomalous;;scratch;masks/Kratzer/1_mask.png;lid",
+        "bad/Kratzer/2.jpg;1;test;;;",
+    ]
+    manifest = root / "list.csv"
+    manifest.write_text("\n".join(text), encoding="utf-8-sig")  # as spreadsheets write it
+    data = FolderDataModule(manifest=manifest, num_workers=0)
+    data.prepare_data()
+    train, test = data.records
+    assert [r.path.name for r in train] == ["Teil 1.JPG", "größe.PNG", "日本.bmp"]
+    assert [(r.label, r.defect, r.category) for r in test] == [
+        (0, "nominal", "lid"), (1, "scratch", "lid"), (1, "anomalous", "images"),
+    ]  # fmt: skip
+    assert [r.mask_path is None for r in test] == [True, False, True]
+    manifest.write_text("path,label\n" + "\n".join(f"ok/{n},nominal" for n in ("e.png", "f.jpg", "b.webp", "c&d.png")))
+    assert [len(part) for part in FolderDataModule(manifest=manifest, test_share=0.25).records] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ok/e.png,fine,train", r"line 3: label must be nominal or anomalous, got 'fine'"),
+        ("ok/e.png,nominal,training", r"line 3: split must be train or test, got 'training'"),
+        ("ok/e.png,anomalous,train", r"line 3: an anomalous image cannot train"),
+        ("ok/e.png,nominal", r"line 3: has more or fewer fields"),
+        (",nominal,train", r"line 3: names no path"),
+        ("ok/none.png,nominal,train", r"none\.png: no such file"),
+    ],
+)
+def test_bad_manifest(root, line, message):
+    manifest = root / "list.csv"
+    manifest.write_text(f"path,label,split\nok/f.jpg,nominal,test\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        FolderDataModule(manifest=manifest).prepare_data()
+
+
+def test_bad_manifest_header(root):
+    manifest = root / "list.csv"
+    manifest.write_text("path,klass\nx,y\n")
+    with pytest.raises(UserError, match=r"list\.csv: has a column 'klass'; its first line must name"):
+        _ = FolderDataModule(manifest=manifest).records
+    manifest.write_text("")
+    with pytest.raises(UserError, match=r"lacks the columns path and label"):
+        _ = FolderDataModule(manifest=manifest).records
+    manifest.write_bytes("path,label\nü,nominal".encode("latin-1"))
+    with pytest.raises(UserError, match=r"is not UTF-8 text"):
+        _ = FolderDataModule(manifest=manifest).records
+
+
+def test_predict_needs_nothing_but_images(root, trainer):
+    found, runner = model(calibration_share=0.4, false_alarm_rate=0.3), trainer()
+    runner.fit(found, FolderDataModule(root / "ok", num_workers=0))
+    data = FolderDataModule(predict=root / "bad", num_workers=0)
+    batches = runner.predict(found, data)
+    paths = [path for batch in batches for path in batch["path"]]
+    assert [path.rsplit("bad/")[-1] for path in paths] == ["Fleck ü/1.png", "Kratzer/1.JPG", "Kratzer/2.jpg"]
+    assert torch.cat([batch["anomalous"] for batch in batches]).all()
+    one = runner.predict(found, FolderDataModule(predict=root / "bad" / "Kratzer" / "2.jpg", num_workers=0))
+    assert one[0]["score"].item() == pytest.approx(batches[-1]["score"][-1].item(), rel=1e-5)
+    with pytest.raises(UserError, match="no images are named"):
+        runner.fit(model(), FolderDataModule())
+    with pytest.raises(UserError, match="training set is empty"):
+        runner.fit(model(), data)
+    with pytest.raises(UserError, match="no such file or folder"):
+        runner.predict(found, FolderDataModule(predict=root / "none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nominal": "x", "manifest": "y"}, r"data\.manifest takes the place of data\.nominal"),
+        ({"nominal": "x", "masks": "y"}, r"data\.masks needs data\.anomalous"),
+        ({"nominal": "x", "test_share": 1.0}, r"test_share must be in \[0, 1\), got 1\.0"),
+        ({"nominal": "x", "shots": 0}, r"shots must be at least 1, got 0"),
+        ({"nominal": "x", "on_broken": "ignore"}, r"on_broken must be error or skip, got 'ignore'"),
+    ],
+)
+def test_contradictions(options, message):
+    with pytest.raises(UserError, match=message):
+        FolderDataModule(**options)
+
+
+def test_a_misspelt_argument_is_refused():
+    with pytest.raises(TypeError, match="batch_sise"):
+        FolderDataModule("x", batch_sise=3)
+
+
+def test_shots_are_nested_and_seeded(tmp_path):
+    root = fakes.mvtec(tmp_path, ["bottle"])
+
+    def drawn(shots, seed=0):
+        return [r.path.stem for r in MVTecDataModule(root, "bottle", shots=shots, shots_seed=seed).records[0]]
+
+    for seed in range(5):
+        draws = [set(drawn(k, seed)) for k in (1, 2, 3, 4)]
+        assert [len(draw) for draw in draws] == [1, 2, 3, 4]
+        assert draws[0] < draws[1] < draws[2] < draws[3]
+    assert len({drawn(1, seed)[0] for seed in range(20)}) > 1
+    assert drawn(3) == sorted(drawn(3)) == drawn(3)
+    with pytest.raises(UserError, match="shots is 5, but there are only 4 nominal training images"):
+        drawn(5)

@@ -1,0 +1,85 @@
+import logging
+import shutil
+
+import fakes
+import numpy as np
+import pytest
+from PIL import Image
+
+from pl_patchcore import MVTecDataModule, UserError
+from pl_patchcore.data.mvtec import COUNTS
+
+
+@pytest.fixture
+def root(tmp_path):
+    return fakes.mvtec(tmp_path / "mvtec", ["bottle", "cable"])
+
+
+def test_published_counts_are_those_of_the_paper():
+    assert len(COUNTS) == 15
+    train, nominal, anomalous = np.array(list(COUNTS.values())).sum(axis=0)
+    assert train + nominal + anomalous == 5354
+    assert nominal + anomalous == 1725
+
+
+def test_layout(root):
+    train, test = MVTecDataModule(root, "bottle").records
+    assert [r.path.relative_to(root).as_posix() for r in train] == [f"bottle/train/good/00{i}.png" for i in range(4)]
+    assert [(r.label, r.defect) for r in test] == [(0, "nominal")] * 2 + [(1, "broken")] * 2 + [(1, "dirt")] * 2
+    assert {r.category for r in train + test} == {"bottle"}
+    for record in test[2:]:
+        mask = record.mask((40, 50))
+        assert mask.sum() == fakes.DEFECT**2
+        top = 3 * int(record.path.stem)  # where the fake puts its defect
+        assert mask[top : top + fakes.DEFECT, top : top + fakes.DEFECT].all()
+
+
+def test_masks_are_paired_by_name_not_by_order(root):
+    truth = root / "bottle" / "ground_truth" / "dirt"
+    (truth / "001_mask.png").rename(truth / "001.png")  # sorts before 000_mask.png's neighbour, and lacks _mask
+    masks = {r.path.stem: r.mask_path.name for r in MVTecDataModule(root, "bottle").records[1] if r.defect == "dirt"}
+    assert masks == {"000": "000_mask.png", "001": "001.png"}
+
+
+def test_counts_are_reported(root, caplog):
+    with caplog.at_level(logging.WARNING):
+        _ = MVTecDataModule(root, "bottle").records
+    assert (
+        "4 training, 2 nominal and 4 anomalous test images, where the published set has 209, 20 and 63" in caplog.text
+    )
+    caplog.clear()
+    (root / "bottle").rename(root / "phone")
+    with caplog.at_level(logging.WARNING):
+        assert len(MVTecDataModule(root, "phone").records[0]) == 4  # another data set in this layout
+    assert not caplog.text
+
+
+def test_categories(root, caplog):
+    (root / "stray.txt").write_text("x")
+    (root / "notes").mkdir()
+    assert MVTecDataModule(root).categories() == ["bottle", "cable"]
+    assert "2 of MVTec AD's 15 categories; missing: capsule" in caplog.text
+    with pytest.raises(UserError, match=r"data\.category is not set; choose one of bottle, cable"):
+        _ = MVTecDataModule(root).records
+
+
+def test_wrong_layout(root, tmp_path):
+    def expect(message, category="bottle"):
+        with pytest.raises(UserError, match=message):
+            MVTecDataModule(root, category).prepare_data()
+
+    expect(r"botle: no such folder; choose one of bottle, cable", "botle")
+    with pytest.raises(UserError, match=r"nowhere: holds no category .*fetch MVTec AD"):
+        MVTecDataModule(tmp_path / "nowhere").prepare_data()
+    mask = root / "bottle" / "ground_truth" / "dirt" / "001_mask.png"
+    mask.rename(mask.with_name("007_mask.png"))
+    expect(r"test/dirt/001\.png: has no mask .*001_mask\.png")
+    shutil.copy(mask.with_name("007_mask.png"), mask)
+    expect(r"007_mask\.png: belongs to no image")
+    mask.with_name("007_mask.png").unlink()
+    Image.new("L", (9, 9)).save(mask)
+    expect(r"001_mask\.png: mask of 9x9 pixels for an image of 40x50")
+    mask.write_bytes(b"no image")
+    expect(r"001_mask\.png: cannot be read")
+    shutil.rmtree(root / "bottle" / "test" / "good")
+    expect(r"test/good: no such folder")
