@@ -1,0 +1,399 @@
+"""Archives from the network: an address -> the folder that a data module reads.
+
+``fetch_archive`` downloads a ``.tar``, ``.tar.gz``, ``.tar.xz`` or ``.zip``, checks it and unpacks it. Three names may
+lie beside the folder ``data/mtd``: the archive ``data/mtd.zip`` (it stays, and may be deleted), ``mtd.zip.partial``
+with its ``mtd.zip.partial.note`` (what came so far, and of which version of the file), and ``mtd.unpacking`` (removed,
+or left by a killed process and removed by the next call). A folder under the final name is always whole.
+
+Only the standard library speaks to the network: urllib follows redirects and obeys ``https_proxy``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import logging
+import lzma
+import re
+import shutil
+import ssl
+import stat
+import struct
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, Any, NamedTuple, cast
+from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit
+from urllib.request import FTPHandler, Request, build_opener
+
+from tqdm import tqdm
+
+from pl_patchcore.errors import UserError
+
+if sys.platform != "win32":
+    import fcntl
+
+SUFFIXES = (".tar", ".tar.gz", ".tar.xz", ".zip")
+_BLOCK = 1 << 20  # bytes read at once
+_PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before the second try, the third, ...
+_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP answers that a later try may not get
+_BROKEN = (
+    *(EOFError, tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(ValueError, OverflowError, RuntimeError),  # nonsense in a header; a password or an unknown compression in a .zip
+)
+
+log = logging.getLogger(__name__)
+
+
+def fetch_archive(
+    url: str,
+    folder: str | Path,
+    *,
+    sha256: str | None = None,
+    name: str | None = None,
+    strip: bool = False,
+    only: Sequence[str] = (),
+    by_hand: str = "",
+    timeout: float = 30.0,
+    progress: bool = True,
+) -> Path:
+    """Make ``folder`` from the archive at ``url``.
+
+    An archive that already lies beside ``folder`` is used without network. A broken download is continued, by up to
+    four further tries here and by the next call, unless the file has changed meanwhile. An archive with an absolute
+    path, a ``..``, a link or a device in it is refused before anything is written.
+
+    Args:
+        url: Address of the archive: http, https or file.
+        folder: Folder to make; must not exist.
+        sha256: Checksum of the archive, 64 hexadecimal digits; None skips the check and logs what the sum is.
+        name: File name of the archive beside ``folder``, ending with .tar, .tar.gz, .tar.xz or .zip; None takes the
+            last part of ``url``.
+        strip: Leave out the one folder at the top of the archive that holds all others.
+        only: Files or folders to unpack, as they are named below ``folder``; empty unpacks all.
+        by_hand: How a person gets the archive, for error messages: "register at ... and fetch ...".
+        timeout: Seconds that connecting, or waiting for more bytes, may take.
+        progress: Show bars with bytes, rate and time left.
+
+    Returns:
+        ``folder`` as a path.
+
+    Raises:
+        UserError: If ``folder`` exists, the archive cannot be had, has another checksum, is broken or hostile, lacks
+            what ``only`` names, the disk is full, or another process is fetching it.
+
+    Example:
+        >>> import shutil, tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     root = Path(name)
+        ...     (root / "tiles-1.0").mkdir()
+        ...     (root / "tiles-1.0" / "readme.txt").touch()
+        ...     archive = Path(shutil.make_archive(str(root / "packed"), "zip", root, "tiles-1.0"))
+        ...     made = fetch_archive(archive.as_uri(), root / "tiles", strip=True, progress=False)
+        ...     [path.name for path in made.iterdir()]
+        ['readme.txt']
+    """
+    folder = Path(folder).absolute()
+    name = unquote(PurePosixPath(urlsplit(url).path).name) if name is None else name
+    if not name.endswith(SUFFIXES) or Path(name).name != name:
+        raise UserError(f"{url}: its file name {name!r} must end with one of {', '.join(SUFFIXES)}; give it as name.")
+    if urlsplit(url).scheme not in ("http", "https", "file"):
+        raise UserError(f"{url}: is not an address that begins with http://, https:// or file://; give one.")
+    archive = folder.with_name(name)
+    remedy = f"{by_hand or f'fetch {url} by other means'}, put it at {archive} and run again"
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(archive):
+            if folder.exists() or folder.is_symlink():
+                raise UserError(f"{folder}: is there already and is never overwritten; move it away or use it.")
+            if archive.exists():
+                log.info("%s: is there, nothing is downloaded.", archive)
+                _check_sum(archive, sha256, "delete it and run again to download it, or " + remedy)
+            else:
+                _download(url, archive, sha256, remedy, timeout, progress)
+            _unpack(archive, folder, strip, only, progress, f"delete {archive} and run again, or {remedy}")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
+        ) from error
+    return folder
+
+
+@contextmanager
+def _alone(archive: Path) -> Iterator[None]:
+    """Refuse a second process at the same archive; a killed one holds no lock."""
+    path = archive.with_name(f"{archive.name}.lock")
+    with path.open("ab") as lock:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{archive}: another process is fetching it; wait until it is done.") from None
+            except OSError as error:
+                log.info("%s: cannot be locked (%s); run no second process on it.", archive, error)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+# Download
+
+
+class _FailedTry(Exception):
+    """A try at the network that failed; ``again`` says whether another one may do better."""
+
+    def __init__(self, what: str, again: bool = True) -> None:
+        super().__init__(what)
+        self.again = again
+
+
+class _NoFTP(FTPHandler):
+    """Takes the place of urllib's own, which would follow a redirect to ftp."""
+
+    def ftp_open(self, request: Request) -> Any:
+        raise URLError("ftp is not accepted")
+
+
+def _download(url: str, archive: Path, sha256: str | None, remedy: str, timeout: float, progress: bool) -> None:
+    """Bring ``url`` to ``archive`` through ``<archive>.partial``, in as many tries as it takes."""
+    part = archive.with_name(f"{archive.name}.partial")
+    note = part.with_name(f"{part.name}.note")
+    try:
+        with part.open("ab") as out:
+            for pause in (*_PAUSES, None):
+                try:
+                    _one_try(url, out, note, archive, timeout, progress)
+                    break
+                except _FailedTry as failure:
+                    if pause is None or not failure.again or url.startswith("file:"):
+                        raise UserError(f"{url}: cannot be downloaded ({failure}); {remedy}.") from failure
+                    log.warning("%s: %s; trying again in %g s.", url, failure, pause)
+                    time.sleep(pause)
+    finally:
+        if not part.stat().st_size:
+            part.unlink()
+            note.unlink(missing_ok=True)
+    try:
+        _check_sum(part, sha256, f"it was removed: run again, or {remedy}")
+    except UserError:
+        part.unlink()
+        raise
+    finally:
+        note.unlink(missing_ok=True)
+    part.replace(archive)
+
+
+def _one_try(url: str, out: IO[bytes], note: Path, archive: Path, timeout: float, progress: bool) -> None:
+    """Ask for the bytes that ``out`` lacks, append them, and return only if it is whole then."""
+    have = out.seek(0, 2)
+    noted_url, _, version = note.read_text(encoding="utf-8").partition("\n") if note.exists() else ("", "", "")
+    resume = bool(have and version and noted_url == url)
+    with _answer(url, {"Range": f"bytes={have}-", "If-Range": version} if resume else {}, timeout) as response:
+        headers = response.headers
+        same = resume and _version(headers) in ("", version)
+        span = headers.get("Content-Range", "")
+        if response.status == 416 and same and span == f"bytes */{have}":
+            return
+        if response.status in (206, 416):
+            found = re.fullmatch(rf"bytes {have}-\d+/(\d+)", span)
+            if response.status == 416 or not same or not found:
+                out.truncate(0)
+                raise _FailedTry("the file has changed since its first part came; that part was dropped")
+            total: int | None = int(found[1])
+        else:  # the whole file: a first try, a changed file, or a server that knows no ranges
+            out.truncate(0)
+            have = 0
+            note.write_text(f"{url}\n{_version(headers)}", encoding="utf-8")
+            length = headers.get("Content-Length", "")
+            total = int(length) if length.isdecimal() else None
+        _check_space(archive, 0 if total is None else total - have)
+        with tqdm(
+            desc=archive.name,
+            total=total,
+            initial=have,
+            disable=not progress,
+            unit="B",
+            unit_scale=True,
+            mininterval=0.5,
+        ) as bar:
+            for block in _blocks(response):
+                out.write(block)
+                bar.update(len(block))
+    size = out.seek(0, 2)
+    if not size or total not in (None, size):
+        raise _FailedTry(f"{size} of {total or 'unknown'} bytes came")
+
+
+def _answer(url: str, headers: dict[str, str], timeout: float) -> Any:
+    """Open ``url``: the response, or that of status 416."""
+    request = Request(url, headers={"User-Agent": "pl-patchcore", **headers})
+    try:
+        return build_opener(_NoFTP).open(request, timeout=timeout)
+    except HTTPError as error:
+        if error.code == 416:
+            return error
+        error.close()
+        raise _FailedTry(f"the server answers {error.code} {error.reason}", error.code in _PASSING) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise _FailedTry(_line(reason), not isinstance(reason, ssl.SSLCertVerificationError)) from error
+
+
+def _blocks(response: Any) -> Iterator[bytes]:
+    try:
+        while block := response.read1(_BLOCK):  # read1: what has come is kept when the connection breaks
+            yield block
+    except (OSError, http.client.HTTPException) as error:
+        raise _FailedTry(_line(error)) from error
+
+
+def _version(headers: http.client.HTTPMessage) -> str:
+    """What tells two versions of a file apart; a weak ETag (``W/...``) does not by the byte."""
+    tag = str(headers.get("ETag", "W/"))
+    return str(headers.get("Last-Modified", "")) if tag.startswith("W/") else tag
+
+
+def _check_sum(path: Path, sha256: str | None, remedy: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 is None:
+        log.warning("%s: no checksum is known for it, so it was not checked; its sha256 is %s.", path, found)
+    elif found != sha256.lower():
+        raise UserError(f"{path}: its sha256 is {found}, not {sha256.lower()}; {remedy}.")
+
+
+def _check_space(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise UserError(f"{path}: needs {size:,} bytes on a disk with {free:,} free; make room or use another disk.")
+
+
+def _line(error: object) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Unpacking
+
+
+class _Member(NamedTuple):
+    name: str
+    kind: str  # file, folder, or what is refused
+    size: int  # bytes, unpacked
+    open: Callable[[], IO[bytes]]
+
+
+def _unpack(archive: Path, folder: Path, strip: bool, only: Sequence[str], progress: bool, remedy: str) -> None:
+    """Write the members of ``archive`` beside ``folder``, then give them its name."""
+    staging = folder.with_name(f"{folder.name}.unpacking")
+    if staging.exists():
+        shutil.rmtree(staging)
+    try:
+        with _members(archive) as members:
+            placed = _placed(archive, members, strip, only)
+            total = sum(member.size for _, member in placed)
+            _check_space(folder, total)
+            staging.mkdir()
+            with tqdm(
+                desc=folder.name, total=total, disable=not progress, unit="B", unit_scale=True, mininterval=0.5
+            ) as bar:
+                for parts, member in placed:
+                    _write(member, staging.joinpath(*parts))
+                    bar.update(member.size)
+        for path in (staging, *staging.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        staging.rename(folder)
+    except UserError:
+        raise
+    except _BROKEN as error:
+        raise UserError(f"{archive}: is cut short or broken ({_line(error)}); {remedy}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(member: _Member, path: Path) -> None:
+    if member.kind == "folder":
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with member.open() as source, path.open("wb") as out:
+        shutil.copyfileobj(source, out, _BLOCK)
+
+
+@contextmanager
+def _members(archive: Path) -> Iterator[list[_Member]]:
+    """List the archive, reading a .tar to its end: what is cut short or fails its own checksum shows here."""
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as packed:
+            yield [_Member(m.filename, _zip_kind(m), m.file_size, partial(packed.open, m)) for m in packed.infolist()]
+        return
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()  # ends without a word at a header that is cut or nonsense
+        file = cast(IO[bytes], tar.fileobj)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
+        while file.read(_BLOCK):
+            pass  # .gz and .xz keep a checksum at the end
+        yield [
+            _Member(m.name, _tar_kind(m), m.size, cast(Callable[[], IO[bytes]], partial(tar.extractfile, m)))
+            for m in members
+        ]
+
+
+def _tar_kind(member: tarfile.TarInfo) -> str:
+    if member.isdir():
+        return "folder"
+    if member.isreg():
+        return "file"
+    return "link" if member.issym() or member.islnk() else "device"
+
+
+def _zip_kind(member: zipfile.ZipInfo) -> str:
+    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made under Unix
+    if member.is_dir():
+        return "folder"
+    if kind in (0, stat.S_IFREG):
+        return "file"
+    return "link" if kind == stat.S_IFLNK else "device"
+
+
+def _placed(
+    archive: Path, members: list[_Member], strip: bool, only: Sequence[str]
+) -> list[tuple[tuple[str, ...], _Member]]:
+    """Check every member, and say where below the folder the wanted ones go."""
+    placed = []
+    for member in members:
+        path = PureWindowsPath(member.name)  # takes / and \ as separators, and knows drives
+        if path.anchor or ".." in path.parts:
+            raise UserError(f"{archive}: its member {member.name!r} leads out of the folder; do not use this archive.")
+        if member.kind not in ("file", "folder"):
+            raise UserError(f"{archive}: its member {member.name!r} is a {member.kind}; do not use this archive.")
+        if parts := PurePosixPath(member.name).parts:
+            placed.append((parts, member))
+    if strip:
+        tops = sorted({parts[0] for parts, _ in placed})
+        if len(tops) != 1 or any(len(parts) == 1 and member.kind == "file" for parts, member in placed):
+            raise UserError(
+                f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; unpack it without strip."
+            )
+        placed = [(parts[1:], member) for parts, member in placed]
+    if not any(member.kind == "file" for _, member in placed):
+        raise UserError(f"{archive}: holds no file; give the archive of the data set.")
+    if not only:
+        return placed
+    wanted = [PurePosixPath(path).parts for path in only]
+    for tree in wanted:
+        if not any(parts[: len(tree)] == tree for parts, _ in placed):
+            tops = sorted({parts[0] for parts, _ in placed if parts})
+            raise UserError(f"{archive}: holds no {'/'.join(tree)}; at its top are {', '.join(tops[:30])}.")
+    return [(parts, member) for parts, member in placed if any(parts[: len(tree)] == tree for tree in wanted)]
