@@ -110,9 +110,7 @@ class Trainer(L.Trainer):
         failed = benchmark.run_jobs(jobs, processes, restart)
         benchmark.write_table(Path(folder), benchmark.table_lines(jobs, published), failed, published)
         if failed:
-            raise UserError(
-                f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry them."
-            )
+            raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
 
 
 def make_model(

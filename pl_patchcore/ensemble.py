@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pl_patchcore.anomaly_module import AnomalyModule
 from pl_patchcore.data.base import as_batch
@@ -61,9 +62,7 @@ class PatchCoreEnsemble(AnomalyModule):
         models = [PatchCore(**(settings | member)) for member in members]
         shared = models[0].hparams
         if combine == "test_range" and shared["calibration_share"]:
-            raise UserError(
-                "combine test_range looks at the test set and cannot be calibrated; use nominal."
-            )
+            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
         super().__init__(models[0].transform, shared["calibration_share"], shared["false_alarm_rate"])
         self.save_hyperparameters()
         for name in ("calibration_share", "false_alarm_rate", "save_backbone", "seed"):
@@ -96,9 +95,7 @@ class PatchCoreEnsemble(AnomalyModule):
         if self.combine == "nominal":
             return (scores / self.scale[:, None]).mean(0), (maps / self.scale[:, None, None, None]).mean(0)
         if not len(self.ranges):
-            raise UserError(
-                "combine test_range scores whole test sets by test or predict; for single images use nominal."
-            )
+            raise UserError("combine test_range scores whole sets, by test or predict; for single images use nominal.")
         low, high = self.ranges.to(scores.device).unbind(2)  # (members, 2) each: of scores, of pixels
         span = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
         scores = (scores - low[:, :1]) / span[:, :1]
@@ -121,15 +118,13 @@ class PatchCoreEnsemble(AnomalyModule):
         rank_zero_info("combine test_range: going through all images once to find each member's range.")
         ranges = torch.tensor([torch.inf, -torch.inf], device=self.device).repeat(len(self.members), 2, 1)
         for loader in loaders if isinstance(loaders, list) else [loaders]:
-            for batch in loader:
+            for batch in _second_loader(loader):
                 images = self.trainer.strategy.batch_to_device(as_batch(batch)["image"], self.device)
                 for place, model in zip(ranges, self._models(), strict=True):
                     for bounds, values in zip(place, model.score(images), strict=True):
                         bounds[0] = torch.minimum(bounds[0], values.min())
                         bounds[1] = torch.maximum(bounds[1], values.max())
-        gathered: Tensor = self.all_gather(ranges)  # type: ignore[assignment]
-        everywhere = gathered.reshape(-1, *ranges.shape)  # (processes, members, 2, 2)
-        self.ranges = torch.stack([everywhere[..., 0].amin(0), everywhere[..., 1].amax(0)], dim=-1)
+        self.ranges = ranges
 
     # Fitting
 
@@ -162,3 +157,12 @@ class PatchCoreEnsemble(AnomalyModule):
         """Combined anomaly scores and maps of the images collected for calibration, some at a time."""
         for parts in zip(*(model.score_held_out() for model in self._models()), strict=True):
             yield self._combined(parts)
+
+
+def _second_loader(loader: Any) -> Any:
+    """A loader of the whole data set, apart from the one that Lightning has begun; the same on every process."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    return DataLoader(
+        loader.dataset, loader.batch_size or 1, num_workers=loader.num_workers, collate_fn=loader.collate_fn
+    )

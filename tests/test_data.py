@@ -50,6 +50,18 @@ def test_mtd_split_from_file(mtd, tmp_path):
         _ = MTDDataModule(mtd, train_files=tmp_path / "none.txt").records
 
 
+def test_mtd_download(mtd, tmp_path, caplog):
+    (tmp_path / "packed").mkdir()
+    mtd.rename(tmp_path / "packed" / "Magnetic-tile-defect-datasets.-cc4eb53")
+    archive = shutil.make_archive(str(tmp_path / "cc4eb53"), "zip", tmp_path / "packed")
+    data = MTDDataModule(tmp_path / "data" / "mtd", download=True, url=f"file://{archive}")
+    data.prepare_data()
+    assert len(data.records[0]) == 8
+    assert "not the published numbers of images: 10 of 952 MT_Free, 2 of 115 MT_Blowhole" in caplog.text
+    with pytest.raises(UserError, match=r"fetch https://github\.com/abin24/.*, put it at .*magnetic_tile_defects\.zip"):
+        MTDDataModule(tmp_path / "other", download=True, url="file:///nowhere.zip").prepare_data()
+
+
 def test_sample_and_batch(mtd):
     data = ready(MTDDataModule(mtd, batch_size=5, num_workers=0))
     batches = list(data.test_dataloader())
@@ -102,7 +114,7 @@ def mask_of_another_size(mtd):
 
 def missing_category(mtd):
     shutil.rmtree(mtd / "MT_Uneven")
-    return "MT_Uneven.*no such folder; fetch"
+    return "MT_Uneven.*no such folder; .*fetch"
 
 
 def empty_folder(mtd):
@@ -134,7 +146,7 @@ def test_broken_data_is_refused_before_fitting(mtd, break_it):
 
 
 def test_missing_root(tmp_path):
-    with pytest.raises(UserError, match=r"MT_Free.*no such folder; fetch https://github\.com"):
+    with pytest.raises(UserError, match=r"MT_Free.*no such folder; .*fetch https://github\.com"):
         MTDDataModule(tmp_path / "nowhere").prepare_data()
 
 

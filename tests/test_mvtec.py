@@ -83,3 +83,25 @@ def test_wrong_layout(root, tmp_path):
     expect(r"001_mask\.png: cannot be read")
     shutil.rmtree(root / "bottle" / "test" / "good")
     expect(r"test/good: no such folder")
+
+
+def test_download(root, tmp_path, caplog):
+    archive = tmp_path / "mvtec_anomaly_detection.tar.xz"
+    shutil.make_archive(str(tmp_path / "mvtec_anomaly_detection"), "xztar", root)
+    target = tmp_path / "data" / "mvtec_ad"
+    data = MVTecDataModule(target, "bottle", download=True, url=archive.as_uri())
+    data.prepare_data()
+    assert len(data.records[0]) == 4
+    assert (target / "cable" / "test" / "dirt" / "000.png").is_file()
+    MVTecDataModule(target, "bottle", download=True, url="file:///nowhere.tar.xz").prepare_data()  # is there already
+    with pytest.raises(UserError, match=r"fetch MVTec AD from https://www\.mvtec\.com/.*put it at .*and run again"):
+        MVTecDataModule(tmp_path / "other" / "x", "bottle", download=True, url="file:///nowhere.tar.xz").prepare_data()
+
+
+def test_a_download_that_is_not_mvtec_is_refused_by_its_checksum(root, tmp_path, monkeypatch):
+    shutil.make_archive(str(tmp_path / "mvtec_anomaly_detection"), "xztar", root)
+    archive = tmp_path / "mvtec_anomaly_detection.tar.xz"
+    monkeypatch.setattr("pl_patchcore.data.mvtec.URL", archive.as_uri())
+    with pytest.raises(UserError, match="cf4313b13603bec6"):
+        MVTecDataModule(tmp_path / "data" / "x", "bottle", download=True, url=archive.as_uri()).prepare_data()
+    assert not (tmp_path / "data" / "x").exists()

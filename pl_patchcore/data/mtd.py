@@ -9,16 +9,25 @@ is defect. Four anomalous tiles have an empty mask; they count in image figures 
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
+from pl_patchcore.data.download import fetch_archive
 from pl_patchcore.errors import UserError
 
+log = logging.getLogger(__name__)
+
 DEFECTS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
-_HELP = "fetch https://github.com/abin24/Magnetic-tile-defect-datasets. and give its folder as data.root"
+COMMIT = "cc4eb530b57b9cb7225bf76023873043ffd50655"
+URL = f"https://github.com/abin24/Magnetic-tile-defect-datasets./archive/{COMMIT}.zip"
+COUNTS = {"Free": 952, "Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Uneven": 103}  # as published
+_BY_HAND = f"fetch {URL}"
+_HELP = f"set data.download, or {_BY_HAND}, unpack it, and give its folder as data.root"
 
 
 class MTDDataModule(AnomalyDataModule):
@@ -29,6 +38,9 @@ class MTDDataModule(AnomalyDataModule):
         train_files: Text file with the names of the nominal training tiles, one a line (published results use
             one such list); None draws 80 % of them.
         split_seed: Seed of that draw.
+        download: Fetch the data set (its authors' repository at a fixed commit) if ``root`` does not exist. Such
+            archives have no lasting checksum; the published numbers of images are the check.
+        url: Address it is fetched from.
         **loading: Arguments of `AnomalyDataModule`.
 
     Raises:
@@ -40,12 +52,21 @@ class MTDDataModule(AnomalyDataModule):
         root: str = "data/mtd",
         train_files: str | None = None,
         split_seed: int = 0,
+        download: bool = False,
+        url: str = URL,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
+        self.download, self.url = download, url
         self.root = Path(root)
         self.train_files = None if train_files is None else Path(train_files)
         self.split_seed = split_seed
+
+    def download_data(self) -> None:
+        """Fetch the data set where that was asked for and ``root`` does not exist."""
+        if self.download and not self.root.exists():
+            name = "magnetic_tile_defects.zip"
+            fetch_archive(self.url, self.root, name=name, strip=True, by_hand=_BY_HAND)
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
         """List the tiles: nominal ones by name, then defects in alphabetical order."""
@@ -59,6 +80,11 @@ class MTDDataModule(AnomalyDataModule):
                 if not mask.is_file():
                     raise UserError(f"{path}: has no mask {mask.name} beside it; {_HELP}.")
                 test.append(Record(path, 1, defect.lower(), "magnetic_tile", mask))
+        found = Counter(record.path.parts[-3].removeprefix("MT_") for record in (*train, *test))
+        if short := [
+            f"{found[kind]} of {number} MT_{kind}" for kind, number in COUNTS.items() if found[kind] != number
+        ]:
+            log.warning("%s: not the published numbers of images: %s.", self.root, ", ".join(short))
         return train, test
 
     def _images(self, kind: str) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
+from pl_patchcore.data.download import fetch_archive
 from pl_patchcore.data.files import list_images
 from pl_patchcore.errors import UserError
 
@@ -24,10 +25,13 @@ COUNTS = {
     "pill": (267, 26, 141), "screw": (320, 41, 119), "tile": (230, 33, 84), "toothbrush": (60, 12, 30),
     "transistor": (213, 60, 40), "wood": (247, 19, 60), "zipper": (240, 32, 119),
 }  # fmt: skip
-_HELP = (
-    "fetch MVTec AD from https://www.mvtec.com/company/research/datasets/mvtec-ad, unpack it, and give its folder as "
-    "data.root"
+URL = (
+    "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/download/420938113-1629960298/"
+    "mvtec_anomaly_detection.tar.xz"
 )
+SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"  # as several who fetched it have found it
+_BY_HAND = "fetch MVTec AD from https://www.mvtec.com/company/research/datasets/mvtec-ad"
+_HELP = f"set data.download, or {_BY_HAND}, unpack it, and give its folder as data.root"
 
 
 class MVTecDataModule(AnomalyDataModule):
@@ -36,6 +40,8 @@ class MVTecDataModule(AnomalyDataModule):
     Args:
         root: Folder that holds the categories (``bottle``, ``cable``, ...).
         category: The category; ``pl-patchcore benchmark`` goes through all.
+        download: Fetch the data set (5 GB; CC BY-NC-SA 4.0, not for commercial use) if ``root`` does not exist.
+        url: Address it is fetched from; another than the default is not compared with the known checksum.
         **loading: Arguments of `AnomalyDataModule`.
 
     Raises:
@@ -44,10 +50,23 @@ class MVTecDataModule(AnomalyDataModule):
 
     category_argument: ClassVar[str | None] = "category"
 
-    def __init__(self, root: str = "data/mvtec_ad", category: str | None = None, **loading: Any) -> None:
+    def __init__(
+        self,
+        root: str = "data/mvtec_ad",
+        category: str | None = None,
+        download: bool = False,
+        url: str = URL,
+        **loading: Any,
+    ) -> None:
         super().__init__(**loading)
         self.root = Path(root)
         self.category = category
+        self.download, self.url = download, url
+
+    def download_data(self) -> None:
+        """Fetch all categories where that was asked for and ``root`` does not exist."""
+        if self.download and not self.root.exists():
+            fetch_archive(self.url, self.root, sha256=SHA256 if self.url == URL else None, by_hand=_BY_HAND)
 
     def categories(self) -> list[str]:
         """The folders of ``root`` that hold a ``train`` folder, in alphabetical order."""

@@ -1,0 +1,174 @@
+"""The benchmark, through real processes."""
+
+import csv
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import fakes
+import pytest
+import yaml
+
+from pl_patchcore import RECIPES, UserError
+from pl_patchcore.benchmark import Job, plan, run_jobs, table_lines, write_table
+from pl_patchcore.cli import main
+from pl_patchcore.published import PUBLISHED, published_for
+
+MODEL = {"backbone": "resnet18", "weights": None, "layers": ["layer1"], "resize": 32, "crop": None, "coreset_size": 20}
+
+
+def finished(folder, category, figures, shots=None, seed=None):
+    """A row as if it had been run."""
+    name = f"{category}_shots{shots}_seed{seed}"
+    job = Job(category, shots, seed, folder / name, {"model": {"coreset_ratio": 0.1}})
+    job.folder.mkdir(parents=True)
+    (job.folder / "job.yaml").write_text(yaml.safe_dump(job.settings))
+    row = dict(zip(("image_auroc", "pixel_auroc", "pro"), figures, strict=True))
+    (job.folder / "metrics.json").write_text(json.dumps(row))
+    return job
+
+
+def test_mean_and_standard_error(tmp_path):
+    values = {("a", 0): 0.5, ("a", 1): 0.7, ("a", 2): 0.9, ("b", 0): 0.9, ("b", 1): 0.9, ("b", 2): 0.6}
+    jobs = [finished(tmp_path, c, (v, None, 1.0), shots=5, seed=s) for (c, s), v in values.items()]
+    a, b, average = table_lines(jobs)
+    assert [line["category"] for line in (a, b, average)] == ["a", "b", "average"]
+    assert a["image_auroc"] == pytest.approx(0.7)
+    assert a["image_auroc_se"] == pytest.approx(0.2 / math.sqrt(3))
+    assert average["image_auroc"] == pytest.approx(0.75)  # of 0.7, 0.8, 0.75
+    assert average["image_auroc_se"] == pytest.approx(0.05 / math.sqrt(3))
+    assert a["pixel_auroc"] is None
+    assert a["pro_se"] == 0
+    assert (a["seeds"], a["missing"], a["shots"]) == (3, 0, 5)
+
+
+def test_published_figures_stand_beside_ours(tmp_path):
+    run = next(run for run in PUBLISHED if run.average == (99.2, 98.1, 94.4))
+    jobs = [finished(tmp_path, name, (0.99, 0.98, 0.9)) for name in run.categories]
+    lines = table_lines(jobs, run)
+    assert lines[0]["category"] == "bottle"
+    assert lines[0]["image_auroc_published"] == 1.0
+    assert lines[-1]["image_auroc_published"] == pytest.approx(0.992)
+    write_table(tmp_path, lines, {"x": "gone"}, run)
+    text = (tmp_path / "benchmark.md").read_text()
+    assert "| bottle | 99.00 | 100.0 (-1.0) | 98.00 | 98.5 (-0.5) | 90.00 | 97.1 (-7.1) |" in text
+    assert "| average | 99.00 | 99.2 (-0.2) |" in text
+    assert "x failed: gone" in text
+    few = table_lines(jobs[:3], run)
+    assert few[-1]["image_auroc_published"] is None  # the average is over all fifteen
+
+
+def test_published_averages_are_those_of_the_categories():
+    for run in PUBLISHED:
+        if run.categories:
+            assert len(run.categories) == 15
+            for place, average in enumerate(run.average):
+                assert sum(row[place] for row in run.categories.values()) / 15 == pytest.approx(average, abs=0.11)
+
+
+def test_published_is_found_by_the_settings():
+    paper = RECIPES["paper"] | {"members": None}
+    assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.25}).source == "the paper, 25 %"
+    official = RECIPES["official"] | {"members": None, "coreset_ratio": 0.1}
+    assert published_for("MVTecDataModule", official).average == (99.2, 98.1, 94.4)
+    assert published_for("MVTecDataModule", official | {"crop": 320}) is None
+    assert published_for("MTDDataModule", official | {"backbone": "resnet18"}) is None
+    assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.1, "coreset_method": "random"}) is None
+
+
+def test_changed_settings_are_noticed(tmp_path):
+    job = finished(tmp_path, "a", (1.0, 1.0, 1.0))
+    changed = Job("a", None, None, job.folder, {"model": {"coreset_ratio": 0.01}})
+    with pytest.raises(UserError, match=r"was run with model\.coreset_ratio 0\.1, which is 0\.01 now"):
+        run_jobs([changed])
+    elsewhere = Job("a", None, None, job.folder, job.settings | {"trainer": {"devices": 2}, "report": {"pictures": 0}})
+    assert elsewhere.figures() == {"image_auroc": 1.0, "pixel_auroc": 1.0, "pro": 1.0}
+
+
+def test_plan(tmp_path):
+    settings = {"model": {"seed": 7}, "data": {"class_path": "X", "init_args": {"root": "r"}}, "trainer": {}}
+    jobs = plan(settings, tmp_path, ["a", "b"], "category", [1, 5], [0, 3])
+    assert [job.name for job in jobs][:3] == ["a_shots1_seed0", "a_shots1_seed3", "a_shots5_seed0"]
+    last = jobs[-1].settings
+    assert last["data"]["init_args"] == {"root": "r", "category": "b", "shots": 5, "shots_seed": 3}
+    assert last["model"]["seed"] == 3
+    (alone,) = plan(settings, tmp_path, ["mtd"], None, [None], [None])
+    assert alone.settings["data"] == settings["data"]
+    assert alone.settings["model"] == settings["model"]
+    assert settings["trainer"] == {}
+
+
+@pytest.fixture
+def command(tmp_path):
+    root = fakes.mvtec(tmp_path / "data", ["bottle", "cable"])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "model": MODEL,
+                "data": {"class_path": "MVTecDataModule", "init_args": {"root": str(root), "num_workers": 0}},
+                "trainer": {"accelerator": "cpu"},
+                "report": {"pictures": 0},
+            }
+        )
+    )
+    return [sys.executable, "-m", "pl_patchcore", "benchmark", "--config", str(config)]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_gives_the_same_table(command, tmp_path):
+    def run(folder, *more):
+        return subprocess.run([*command, "--folder", str(folder), *more], capture_output=True, text=True)
+
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    first = run(whole, "--processes", "2")
+    assert first.returncode == 0, first.stderr
+    process = subprocess.Popen([*command, "--folder", str(again)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (again / "cable" / "job.yaml").exists():  # bottle is done, cable is at work
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    stamp = (again / "bottle" / "metrics.json").stat().st_mtime_ns
+    assert not (again / "benchmark.csv").exists()
+    second = run(again)  # the row left behind is at work still
+    assert second.returncode == 0, second.stderr
+    assert "1 of 2 rows are finished already" in second.stderr
+    assert (again / "bottle" / "metrics.json").stat().st_mtime_ns == stamp
+    for name in ("benchmark.csv", "benchmark.md", "benchmark.json"):
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
+    with (whole / "benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["category"] for row in rows] == ["bottle", "cable", "average"]
+    mean = sum(float(row["image_auroc"]) for row in rows[:2]) / 2
+    assert float(rows[2]["image_auroc"]) == pytest.approx(mean)
+    changed = run(again, "--model.coreset_size", "30")
+    assert changed.returncode == 2
+    assert "was run with model.coreset_size 20, which is 30 now" in changed.stderr
+
+
+@pytest.mark.slow
+def test_goes_on_when_one_fails(command, tmp_path):
+    (tmp_path / "data" / "bottle" / "train" / "good" / "001.png").write_bytes(b"no image")
+    done = subprocess.run([*command, "--folder", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith("1 of 2 rows failed: bottle; start again to retry.")
+    content = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert "001.png: cannot be read" in content["failed"]["bottle"]
+    assert [row["missing"] for row in content["rows"]] == [1, 0, 1]
+    assert content["rows"][1]["image_auroc"] is not None
+
+
+@pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_unknown_category_is_refused_at_once(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    with pytest.raises(SystemExit):
+        main([*command[3:], "--folder", str(tmp_path / "out"), "--categories", "[botle]"])
+    assert "no category 'botle'; there are bottle, cable" in capsys.readouterr().err
