@@ -130,6 +130,14 @@ def test_accents_match_however_they_are_written(root):
     assert all(r.mask_path is not None for r in test if r.label == 1)
 
 
+def test_links_are_followed_and_not_in_circles(root, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a").symlink_to(root / "ok")
+    (tmp_path / "linked" / "a2").symlink_to(tmp_path / "linked")
+    train, test = FolderDataModule(tmp_path / "linked").records
+    assert len(train) + len(test) == 10
+
+
 def test_manifest(root):
     masks_for(root, NAMES[:1])
     text = [
