@@ -114,6 +114,25 @@ def test_run_then_test_in_another_process(config, tmp_path, capsys):
     assert "Traceback" not in again.stderr
 
 
+def test_ensemble(config, tmp_path, capsys):
+    members = [{"layers": ["layer1"]}, {"layers": ["layer2"], "coreset_size": 20}]
+    path = config(model={"members": members, "calibration_share": 0.3, "false_alarm_rate": 0.5, "layers": ["layer3"]})
+    main(["run", "--config", path])
+    first = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert first["memory_bank"] == [[30, 64], [20, 128]]
+    (checkpoint,) = (tmp_path / "out").rglob("*.ckpt")
+    data = tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(Path(path).read_text()).items() if k != "model"}))
+    main(["test", "--config", str(data), "--ckpt_path", str(checkpoint), "--model.false_alarm_rate", "0.6"])
+    second = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert second["image_auroc"] == pytest.approx(first["image_auroc"], abs=1e-6)
+    assert second["model"]["false_alarm_rate"] == 0.6
+    capsys.readouterr()
+    main(["predict", "--config", str(data), "--ckpt_path", str(checkpoint)])
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        assert "anomalous" in next(csv.DictReader(file))
+
+
 def test_checkpoint_brings_its_model(config, tmp_path, capsys):
     main(["fit", "--config", config()])
     (checkpoint,) = (tmp_path / "out").rglob("*.ckpt")

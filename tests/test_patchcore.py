@@ -2,16 +2,19 @@
 
 import logging
 
+import fakes
 import lightning as L
 import numpy as np
 import pytest
 import reference
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchvision.datasets import ImageFolder
 
-from pl_patchcore import PatchCore, SyntheticDataModule, UserError
+from pl_patchcore import MVTecDataModule, PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.recipes import RECIPES
 
@@ -129,6 +132,36 @@ def test_own_loaders(fitted, tiny, trainer):
     (full,) = runner.test(expected, data_of(), verbose=False)
     assert logged["test/image_auroc"] == pytest.approx(full["test/image_auroc"])
     assert np.isnan(logged["test/pixel_auroc"])
+
+
+def test_existing_data_module_and_torchvision_data_set(tiny, trainer, tmp_path):
+    root = fakes.mvtec(tmp_path, ["bottle"]) / "bottle"
+    model, runner = model_of(tiny, resize=None, crop=None), trainer()
+
+    class Existing(L.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(ImageFolder(root / "train", transform=model.transform), batch_size=3)
+
+        def test_dataloader(self):
+            images = ImageFolder(root / "test", transform=model.transform)
+            images.target_transform = lambda index: int(images.classes[index] != "good")
+            return DataLoader(images, batch_size=4)
+
+        def predict_dataloader(self):
+            names = sorted((root / "test" / "dirt").glob("*"))
+            images = [model.transform(Image.open(name).convert("RGB")) for name in names]
+            return DataLoader([{"image": image, "serial_number": 7} for image in images])
+
+    data = Existing()
+    runner.fit(model, data)
+    (logged,) = runner.test(model, data, verbose=False)
+    assert logged["test/image_auroc"] == 1.0
+    assert [model.figures["all"][key] for key in ("nominal", "anomalous")] == [2, 4]
+    ours = runner.test(model, MVTecDataModule(root.parent, "bottle", num_workers=0), verbose=False)
+    assert ours[0]["test/image_auroc"] == 1.0
+    scores = [batch["score"].item() for batch in runner.predict(model, data)]
+    assert len(scores) == 2
+    assert min(scores) > 0
 
 
 def test_images_of_another_size_are_refused(tiny, trainer):
