@@ -11,9 +11,11 @@ The way of an image, one file a stage::
     memory_bank.py      kept features (M, D)     -> nearest neighbours of queries
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
     metrics/            scores, maps, masks      -> image AUROC, pixel AUROC, PRO
+    calibration.py      scores of nominal images -> thresholds
     report/             figures, maps            -> tables, pictures, files
-    patchcore.py        the LightningModule that joins these; checkpoint.py what it saves, recipes.py its settings
-    cli.py              the command pl-patchcore
+    patchcore.py        joins these; ensemble.py several of it, recipes.py its settings
+    anomaly_module.py   what is Lightning's of both: fit, test, predict; checkpoint.py what they save
+    cli.py              the command pl-patchcore; benchmark.py all categories, published.py what others had
 """
 
 from pl_patchcore.data import (
