@@ -1,7 +1,8 @@
 """Patch features -> the rows kept as memory bank.
 
 Reads projected features ``(N, d)``, returns row indices ``(M,)`` in order of selection; the first ``M'`` of them
-are the coreset of size ``M'``. Next: `memory_bank.py`.
+are the coreset of size ``M'``, and greedy selection tells how far each of these leaves any row. Next:
+`memory_bank.py`.
 
 Greedy selection (Roth et al. 2022, Algorithm 1; Gonzalez 1985) is exact: the same rows in the same order as a
 loop that computes every squared distance by float64 differences, rounds it to float32, and gives ties to the
@@ -13,8 +14,10 @@ only shrink, so no candidate is missed.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -60,14 +63,29 @@ def random_projection(dimension: int, target: int, seed: int) -> Tensor | None:
     return matrix
 
 
+class Selection(NamedTuple):
+    """Rows selected, and how well they cover all rows.
+
+    Args:
+        rows: Row indices in order of selection, ``(M,)``, int64.
+        radii: Coverage radii, ``(M + 1,)``, float32: the first m rows leave no row farther than ``radii[m]`` from
+            the nearest of them; they never increase, and ``radii[0]`` is infinite. None where the order of
+            selection doesn't tell.
+    """
+
+    rows: Tensor
+    radii: Tensor | None = None
+
+
 def select_coreset(
     features: Tensor,
     size: int,
     method: CoresetMethod = "greedy",
     *,
     seed: int = 0,
+    seconds: float | None = None,
     progress: Callable[[int], object] | None = None,
-) -> Tensor:
+) -> Selection:
     """Select ``size`` rows of ``features`` by one of the methods.
 
     Args:
@@ -76,26 +94,27 @@ def select_coreset(
         method: ``greedy``: farthest point first, from row 0. ``approximate``: the authors' start, gaps are first
             taken as the mean distance to 10 random rows. ``random``: a uniform draw. ``none``: all rows.
         seed: Seed of the random choices.
+        seconds: Time after which greedy selection stops with the rows it has, at least one.
         progress: Called with the number of rows selected since the last call.
 
     Returns:
-        Row indices in order of selection, int64, on the device of ``features``.
+        Rows in order of selection, on the device of ``features``; radii for ``greedy``.
 
     Raises:
         UserError: As `greedy_coreset`, or for an unknown method.
     """
     generator = torch.Generator().manual_seed(seed)
     if method == "greedy":
-        return greedy_coreset(features, size, progress=progress)
+        return greedy_selection(features, size, seconds=seconds, progress=progress)
     if method == "approximate":
         anchors = torch.randperm(len(features), generator=generator)[:10].to(features.device)
         distances = [torch.linalg.vector_norm(features.double() - features[a].double(), dim=1) for a in anchors]
         gaps = torch.stack(distances).mean(0).square()
-        return greedy_coreset(features, size, gaps=gaps, progress=progress)
+        return greedy_selection(features, size, gaps=gaps, seconds=seconds, progress=progress)
     if method == "random":
-        return torch.randperm(len(features), generator=generator)[:size].to(features.device)
+        return Selection(torch.randperm(len(features), generator=generator)[:size].to(features.device))
     if method == "none":
-        return torch.arange(len(features), device=features.device)
+        return Selection(torch.arange(len(features), device=features.device))
     raise UserError(f"coreset_method must be greedy, approximate, random or none, got {method!r}.")
 
 
@@ -107,27 +126,48 @@ def greedy_coreset(
     gaps: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Select rows that cover ``features``, farthest point first.
+    """Select rows that cover ``features``, farthest point first: the rows of `greedy_selection`.
+
+    Example:
+        >>> greedy_coreset(torch.tensor([[0.0], [1.0], [2.0], [10.0]]), 3).tolist()
+        [0, 3, 2]
+    """
+    return greedy_selection(features, size, start=start, gaps=gaps, progress=progress).rows
+
+
+def greedy_selection(
+    features: Tensor,
+    size: int,
+    *,
+    start: int = 0,
+    gaps: Tensor | None = None,
+    seconds: float | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Selection:
+    """Select rows that cover ``features``, farthest point first, and tell how well they do.
 
     Each pick is the row with the largest distance to the rows already picked; ties go to the lowest row, and no
-    row is picked twice.
+    row is picked twice. The coverage radius of the first m rows is at most twice that of the best m rows there
+    are (Gonzalez 1985).
 
     Args:
         features: (Projected) patch features, ``(N, d)``, float32 or float64, any finite scale.
         size: Rows to keep, ``1 <= size <= N``.
         start: Row picked first.
-        gaps: Squared distances ``(N,)`` to start from in place of a first row.
+        gaps: Squared distances ``(N,)`` to start from in place of a first row; there are no radii then.
+        seconds: Time after which selection stops with the rows it has, at least one. None takes its time.
         progress: Called with the number of rows selected since the last call.
 
     Returns:
-        Row indices in order of selection, ``(size,)``, int64, on the input's device.
+        Rows in order of selection, on the input's device, ``size`` of them unless time was up.
 
     Raises:
         UserError: If ``features`` is not 2-D or not finite, or ``size`` or ``start`` is out of range.
 
     Example:
-        >>> greedy_coreset(torch.tensor([[0.0], [1.0], [2.0], [10.0]]), 3).tolist()
-        [0, 3, 2]
+        >>> rows, radii = greedy_selection(torch.tensor([[0.0], [1.0], [2.0], [10.0]]), 3)
+        >>> rows.tolist(), radii.tolist()
+        ([0, 3, 2], [inf, 10.0, 2.0, 1.0])
     """
     if features.ndim != 2 or not len(features):
         raise UserError(f"features must be (N, d) with N >= 1, got shape {tuple(features.shape)}.")
@@ -138,17 +178,26 @@ def greedy_coreset(
     largest = features.abs().max()  # NaN if any is
     if not torch.isfinite(largest):
         raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     with full_precision(features.device):
         rows = _distinct_rows(features, start)
         scale = float(torch.ldexp(torch.ones((), dtype=torch.float64), -torch.frexp(largest.double().cpu())[1]))
-        search = _Greedy(features, rows, scale, size)
+        search = _Greedy(features, rows, scale, size + 1)  # one more, for its gap
         search.begin(start, gaps)
-        picks = search.run(progress)
-        if len(picks) < size:  # every gap is 0: the lowest rows not yet picked
+        finished = search.run(deadline, size, progress)
+        picks, gap = rows[search.picks[: search.count]], torch.cat(search.gaps)
+        if finished and len(picks) < size:  # every gap is 0: the lowest rows not yet picked
             left = torch.ones(len(features), dtype=torch.bool, device=features.device)
             left[picks] = False
             picks = torch.cat([picks, left.nonzero().flatten()[: size - len(picks)]])
-    return picks
+        elif len(picks) <= size and not finished:
+            picks = picks[:-1]  # the last one's gap tells of those before it
+    picks = picks[:size]
+    if gaps is not None:
+        return Selection(picks)
+    radii = torch.zeros(len(picks) + 1)
+    radii[: len(gap)] = (gap.double().sqrt() / scale).float()[: len(radii)]
+    return Selection(picks, radii)
 
 
 class _Greedy:
@@ -175,34 +224,36 @@ class _Greedy:
         self.pick_near = torch.empty(self.size, d, device=device)
         self.pick_norm = torch.empty(self.size, device=device)
         self.count = 0
+        self.gaps: list[Tensor] = []  # squared and scaled, of each pick when it was picked
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         if gaps is None:
             first = int((self.rows == start).nonzero())
-            self._add(torch.tensor([first], device=self.rows.device))
+            self._add(torch.tensor([first], device=self.rows.device), [math.inf])
             self.key[first] = self.bound[first] = _PICKED
             self._refresh(torch.arange(len(self.rows), device=self.rows.device))
         else:
             self.key = (gaps[self.rows].double() * self.scale**2).float()
             self.bound = self.key.clone()
 
-    def run(self, progress: Callable[[int], object] | None) -> Tensor:
+    def run(self, deadline: float, wanted: int, progress: Callable[[int], object] | None) -> bool:
+        """Pick until there are ``size`` or every gap is 0: True; or until ``deadline``, two picks at least: False."""
         smallest = max(64, min(2048, len(self.rows) // 16))
         width, reported = smallest, 0
-        while self.count < self.size:
+        while self.count < self.size and not (self.count > 1 and time.monotonic() > deadline):
             if progress is not None:
-                progress(self.count - reported)
-                reported = self.count
+                progress(min(self.count, wanted) - reported)
+                reported = min(self.count, wanted)
             pool, rest = self._pool(width)
             self._refresh(pool)
             before = self.count
             alive = pool[self.bound[pool] > rest]
             if len(alive) and self._pick(self._settle(alive), rest) <= 0:
-                break  # every gap is 0
+                return True  # every gap is 0
             width = smallest if self.count > before else 2 * width
         if progress is not None:
-            progress(self.count - reported)
-        return self.rows[self.picks[: self.count]]
+            progress(min(self.count, wanted) - reported)
+        return self.count == self.size
 
     def _pool(self, width: int) -> tuple[Tensor, float]:
         """Return the ``width`` rows with the largest bounds, and the largest bound among the others."""
@@ -270,6 +321,7 @@ class _Greedy:
         place = np.arange(len(alive))
         floor = max(rest, 0.0)
         chosen: list[int] = []
+        gaps: list[float] = []
         while len(chosen) < most:
             if len(chosen) % 32 == 31 and (beat := key > floor).mean() < 0.7:
                 self._write(alive[torch.from_numpy(place[~beat])], key[~beat], len(chosen))
@@ -277,11 +329,12 @@ class _Greedy:
             if not len(key) or key[best := key.argmax()] <= floor:
                 break
             chosen.append(place[best])
+            gaps.append(float(key[best]))
             gap = exact - exact[best]
             np.minimum(key, np.einsum("sd,sd->s", gap, gap).astype(np.float32), out=key)
             key[best] = _PICKED
         self._write(alive[torch.from_numpy(place)], key, len(chosen))
-        self._add(alive[torch.tensor(chosen, dtype=torch.int64)])
+        self._add(alive[torch.tensor(chosen, dtype=torch.int64)], gaps)
         return max(rest, float(key.max(initial=_PICKED)))
 
     def _write(self, alive: Tensor, key: np.ndarray, new: int) -> None:
@@ -289,7 +342,8 @@ class _Greedy:
         self.key[alive] = self.bound[alive] = values
         self.known[alive] = self.seen[alive] = self.count + new
 
-    def _add(self, positions: Tensor) -> None:
+    def _add(self, positions: Tensor, gaps: list[float]) -> None:
+        self.gaps.append(torch.tensor(gaps, dtype=torch.float32))
         part = slice(self.count, self.count + len(positions))
         self.picks[part] = positions
         self.pick_near[part], self.pick_norm[part] = self.near[positions], self.norm[positions]

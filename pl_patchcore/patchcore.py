@@ -227,7 +227,7 @@ class PatchCore(AnomalyModule):
                 projected = store.project(projection).to(self.device)
             else:
                 projected = torch.empty(len(store), 0)
-            picks = select_coreset(projected, size, hp["coreset_method"], seed=hp["seed"], progress=bar.update)
+            picks = select_coreset(projected, size, hp["coreset_method"], seed=hp["seed"], progress=bar.update).rows
         self.memory_bank.fill(store.take(picks).to(self.device))
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",

@@ -1,3 +1,5 @@
+import itertools
+
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pl_patchcore import UserError
-from pl_patchcore.coreset import coreset_rows, greedy_coreset, random_projection, select_coreset
+from pl_patchcore.coreset import coreset_rows, greedy_coreset, greedy_selection, random_projection, select_coreset
 
 KINDS = {
     "random": lambda x: x,
@@ -64,30 +66,65 @@ def test_approximate_start_matches_reference():
     features = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
     anchors = torch.randperm(500, generator=torch.Generator().manual_seed(7))[:10]
     gaps = torch.cdist(features.double(), features[anchors].double()).mean(1).square()
-    picks = select_coreset(features, 100, "approximate", seed=7)
+    picks = select_coreset(features, 100, "approximate", seed=7).rows
     assert picks.tolist() == reference.greedy(features.numpy(), 100, gaps=gaps.numpy())
 
 
 @pytest.mark.parametrize("method", ["greedy", "approximate", "random", "none"])
 def test_depends_on_its_own_seed_alone(method):
     features = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
-    first = select_coreset(features, 20, method, seed=3)
+    first = select_coreset(features, 20, method, seed=3).rows
     torch.manual_seed(99)
     torch.rand(10)
-    assert torch.equal(first, select_coreset(features, 20, method, seed=3))
+    assert torch.equal(first, select_coreset(features, 20, method, seed=3).rows)
     assert len(set(first.tolist())) == len(first) == (200 if method == "none" else 20)
 
 
 def test_seed_matters():
     features = torch.randn(200, 5)
-    assert not torch.equal(
-        select_coreset(features, 20, "random", seed=0), select_coreset(features, 20, "random", seed=1)
-    )
+    first, second = (select_coreset(features, 20, "random", seed=seed).rows for seed in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_smaller_coreset_is_the_beginning_of_a_larger():
     features = torch.randn(600, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(greedy_coreset(features, 50), greedy_coreset(features, 200)[:50])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "size"), [(200, 200), (200, 60), (200, 199), (1, 1), (40, 39)])
+def test_radii_are_the_largest_distances_to_the_rows_so_far(kind, rows, size):
+    features = KINDS[kind](np.random.default_rng(rows).normal(size=(rows, 5)).astype(np.float32))
+    picks, radii = greedy_selection(torch.from_numpy(features), size)
+    assert radii.shape == (size + 1,)
+    assert radii[0] == torch.inf
+    wide = features.astype(np.float64)
+    for m in range(1, size + 1):
+        gaps = np.sqrt(((wide[:, None] - wide[picks[:m].numpy()]) ** 2).sum(-1)).min(1)
+        assert radii[m].item() == pytest.approx(gaps.max(), rel=1e-6)
+    assert (radii.diff() <= 0)[1:].all()
+
+
+def test_radius_is_at_most_twice_the_best():
+    for seed in range(20):
+        features = np.random.default_rng(seed).normal(size=(9, 2)).astype(np.float32)
+        distance = np.linalg.norm(features[:, None] - features, axis=-1)
+        for size in (1, 2, 3, 4):
+            best = min(distance[:, list(rows)].min(1).max() for rows in itertools.combinations(range(9), size))
+            assert greedy_selection(torch.from_numpy(features), size).radii[size] <= 2 * best + 1e-6
+
+
+def test_time_budget_leaves_the_beginning():
+    features = torch.randn(30000, 16, generator=torch.Generator().manual_seed(0))
+    whole = greedy_selection(features, 3000)
+    for seconds in (0.0, 0.2):
+        rows, radii = greedy_selection(features, 3000, seconds=seconds)
+        assert 1 <= len(rows) < 3000
+        assert torch.equal(rows, whole.rows[: len(rows)])
+        assert torch.equal(radii, whole.radii[: len(rows) + 1])
+    rows, radii = greedy_selection(torch.zeros(5, 2), 3, seconds=0.0)
+    assert rows.tolist() == [0, 1, 2]
+    assert radii.tolist() == [torch.inf, 0, 0, 0]
 
 
 def test_progress_counts_every_pick():
