@@ -61,6 +61,7 @@ class AnomalyModule(L.LightningModule):
         self._defects: dict[int, str] = {}
         self._input_shape: tuple[int, ...] | None = None
         self._position = 0
+        self.updating = False  # fit adds to the memory bank
         self._aside: frozenset[int] | None = None  # images kept for calibration, where their number is known
 
     def make_plain(self) -> None:
@@ -242,7 +243,7 @@ class AnomalyModule(L.LightningModule):
         """Start clean, for exactly one epoch."""
         self.clear()
         self.calibration_scores = self.calibration_peaks = torch.empty(0, device=self.device)
-        self._input_shape = None
+        self._input_shape = self._input_shape if self.updating else None
         self._position = 0
         loop = self.trainer.fit_loop
         wanted = loop.max_epochs
@@ -291,7 +292,6 @@ class AnomalyModule(L.LightningModule):
             return  # on_fit_end says so
         self.select()
         parts = [(scores, maps.flatten(1).amax(1)) for scores, maps in self.score_held_out()]
-        self.release()
         if parts:
             self.calibration_scores, self.calibration_peaks = (torch.cat(part) for part in zip(*parts, strict=True))
             self._tell_thresholds()

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 _SLACK = 1e-9  # so that 20 * 0.05 is 1
+_STREAM = (
+    1  # apart from the draws of others with the same seed: a split of the data set must not go along with this one
+)
 
 
 def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
@@ -34,10 +37,10 @@ def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
 
     Example:
         >>> sorted(draw_held_out(10, 0.2, seed=0))
-        [4, 6]
+        [1, 9]
     """
     wanted = max(1, round(share * number)) if share else 0
-    return frozenset(np.random.default_rng(seed).permutation(number)[:wanted].tolist())
+    return frozenset(np.random.default_rng([seed, _STREAM]).permutation(number)[:wanted].tolist())
 
 
 def is_held_out(index: int, share: float, seed: int) -> bool:

@@ -1,4 +1,4 @@
-"""The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test) and benchmark.
+"""The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update and benchmark.
 
 Lightning's command line, with three things of its own: option names are checked before anything else, so that a
 misspelt one, on the command line or anywhere in a YAML file, is answered with one line; what a user can put right
@@ -31,7 +31,7 @@ from pl_patchcore.ensemble import Combine, PatchCoreEnsemble
 from pl_patchcore.errors import UserError
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.published import published_for
-from pl_patchcore.report import PredictionWriter, TestReport
+from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
 
 _QUIET = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
@@ -48,7 +48,7 @@ _QUIET = (
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer with ``run`` and ``benchmark``."""
+    """Lightning's Trainer with ``run``, ``update`` and ``benchmark``."""
 
     settings: ClassVar[dict[str, Any]] = {}  # of the command line, for ``benchmark``
 
@@ -64,6 +64,24 @@ class Trainer(L.Trainer):
             datamodule.require("test")
         self.fit(model, datamodule=datamodule)
         self.test(model, datamodule=datamodule, verbose=False)
+
+    def update(self, model: L.LightningModule, datamodule: L.LightningDataModule, ckpt_path: str | None = None) -> None:
+        """Add the data module's nominal training images to a fitted model (see `PatchCore.update`).
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: Checkpoint of the fitted model; the updated one is written to the run's folder.
+
+        Raises:
+            UserError: If no checkpoint is given, or it is of an ensemble.
+        """
+        if ckpt_path is None or not isinstance(model, PatchCore):
+            raise UserError("update needs ckpt_path, the checkpoint of a single fitted model (not of an ensemble).")
+        checkpoint = read_checkpoint(ckpt_path)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        model.update(self, datamodule=datamodule)
 
     def benchmark(
         self,
@@ -151,12 +169,13 @@ class PatchCoreCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods offered, and their arguments that are not options."""
-        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "benchmark")}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "update", "benchmark")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reports and their options."""
         parser.add_lightning_class_args(TestReport, "report")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(CoverageReport, "coverage")
         parser.set_defaults({"trainer.max_epochs": 1})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,6 +31,8 @@ from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessin
 from pl_patchcore.recipes import RECIPES
 
 log = logging.getLogger(__name__)
+
+_LOOKED_AT = 1000  # stored patch features that tell of all
 
 
 class PatchCore(AnomalyModule):
@@ -56,7 +59,9 @@ class PatchCore(AnomalyModule):
         coreset_method: ``greedy``: exact farthest-first selection. ``approximate``: with the authors' start of 10
             random rows. ``random``: a uniform draw. ``none``: every patch feature is kept.
         coreset_ratio: Share of the patch features kept, in (0, 1].
-        coreset_size: Number of patch features kept, in place of ``coreset_ratio``.
+        coreset_size: Number of patch features kept, in place of ``coreset_ratio``. Lowered when a greedy bank is loaded
+            from a checkpoint, it cuts the bank down: the first ones selected are the coreset of that size.
+        coreset_seconds: Time after which greedy selection stops with the patch features it has; null takes its time.
         projection_dim: Dimension of the random projection the selection works in; features of no more dimensions
             are not projected.
         num_neighbors: Nearest neighbours whose distances are averaged.
@@ -81,6 +86,10 @@ class PatchCore(AnomalyModule):
         torch.Size([2, 16, 16, 8])
     """
 
+    seen: Tensor
+    coverage_radii: Tensor
+    coverage: Tensor
+
     def __init__(
         self,
         backbone: str | nn.Module = "wide_resnet50_2",
@@ -99,6 +108,7 @@ class PatchCore(AnomalyModule):
         coreset_method: CoresetMethod = "greedy",
         coreset_ratio: float = 0.1,
         coreset_size: int | None = None,
+        coreset_seconds: float | None = None,
         projection_dim: int = 128,
         num_neighbors: int = 1,
         distance: Distance = "euclidean",
@@ -118,6 +128,8 @@ class PatchCore(AnomalyModule):
             raise UserError(f"coreset_size must be at least 1, got {coreset_size}; leave it out to use coreset_ratio.")
         if coreset_method not in ("greedy", "approximate", "random", "none"):
             raise UserError(f"coreset_method must be greedy, approximate, random or none, got {coreset_method!r}.")
+        if coreset_seconds is not None and coreset_seconds <= 0:
+            raise UserError(f"coreset_seconds must be more than 0, got {coreset_seconds}; leave it out for no limit.")
         if projection_dim < 1:
             raise UserError(f"projection_dim must be at least 1, got {projection_dim}.")
         weights = None if weights is None else str(weights)
@@ -131,6 +143,11 @@ class PatchCore(AnomalyModule):
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
         self._grid = (0, 0)  # patches of an image, down and across
+        self._kept: Tensor | None = None  # the bank that an update starts from
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # patch features selected from, all updates
+        self.register_buffer("coverage_radii", torch.empty(0))  # (M + 1,), see coreset.Selection, projected
+        self.register_buffer("coverage", torch.full((2,), torch.nan))  # see `measure_coverage`
+        self.selected: tuple[Tensor, Tensor] | None = None  # projected patch features and picks, until fit ends
 
     @classmethod
     def from_recipe(cls, name: str, **overrides: Any) -> PatchCore:
@@ -178,6 +195,35 @@ class PatchCore(AnomalyModule):
             model.hparams["weights"] = saved["hyper_parameters"]["weights"]
         return model
 
+    def update(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Add nominal images to a fitted model.
+
+        The memory bank is selected again from what it held and the new images' patch features, down to
+        ``coreset_size``, or to ``coreset_ratio`` of all patch features ever seen. What an earlier selection left
+        out is gone: the bank is as good as one fitted on all images at once where the earlier bank stands well for
+        its images. Thresholds are calibrated anew on held-out new images, if ``calibration_share`` asks for them.
+
+        Args:
+            trainer: A Trainer.
+            args: As `lightning.Trainer.fit` takes them after the model: loader or data module of the new images.
+            kwargs: As `lightning.Trainer.fit`.
+
+        Raises:
+            UserError: If the model is not fitted.
+        """
+        self._check_fitted()
+        before = {name: value for name, value in self._buffers.items() if value is not None}
+        bank, self.updating = self.memory_bank.features, True
+        before["seen"] = self.seen.clone()
+        try:
+            trainer.fit(self, *args, **kwargs)
+        except BaseException:
+            self._buffers.update(before)
+            self.memory_bank.fill(bank)  # as it was
+            raise
+        finally:
+            self.updating, self._kept = False, None
+
     # What `AnomalyModule` asks for
 
     @property
@@ -195,13 +241,19 @@ class PatchCore(AnomalyModule):
         return scores, maps
 
     def clear(self) -> None:
-        """Forget the memory bank, and what was collected for one."""
+        """Forget the memory bank (an update puts it aside), and what was collected for one."""
+        if self.updating:
+            self._kept = self.memory_bank.features
+        else:
+            self._kept = None
+            self.seen.zero_()
+        self.coverage_radii = torch.empty(0, device=self.device)
         self.memory_bank.fill(torch.empty(0, 0, device=self.device))
         self.release()
 
     def release(self) -> None:
         """Free what was collected."""
-        self._store = self._held_out = None
+        self._store = self._held_out = self.selected = None
 
     def collect(self, images: Tensor, index: Tensor, aside: Tensor) -> None:
         """Store the images' patch features, those for calibration apart."""
@@ -214,24 +266,50 @@ class PatchCore(AnomalyModule):
 
     def select(self) -> None:
         """Select the coreset and fill the memory bank."""
-        store, start = self._store, time.perf_counter()
+        store, start, hp = self._store, time.perf_counter(), self.hparams
         if store is None or not len(store):
             raise UserError("no training image is left for the memory bank; lower calibration_share.")
-        hp = self.hparams
-        size = coreset_rows(len(store), hp["coreset_ratio"], hp["coreset_size"])
+        kept = torch.empty(0, store.dimension) if self._kept is None else self._kept.cpu()
+        self.seen += len(store)
+        size = coreset_rows(int(self.seen), hp["coreset_ratio"], hp["coreset_size"])
+        size = min(size, len(kept) + len(store))
         projection = random_projection(store.dimension, hp["projection_dim"], hp["seed"])
         trainer = self._trainer
         shown = trainer is not None and trainer.progress_bar_callback is not None and trainer.is_global_zero
         with tqdm(total=size, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
             if hp["coreset_method"] in ("greedy", "approximate"):
-                projected = store.project(projection).to(self.device)
+                before = kept if projection is None else kept @ projection
+                projected = torch.cat([before, store.project(projection)]).to(self.device)
             else:
-                projected = torch.empty(len(store), 0)
-            picks = select_coreset(projected, size, hp["coreset_method"], seed=hp["seed"], progress=bar.update).rows
-        self.memory_bank.fill(store.take(picks).to(self.device))
+                projected = torch.empty(len(kept) + len(store), 0)
+            picks, radii = select_coreset(
+                projected,
+                size,
+                hp["coreset_method"],
+                seed=hp["seed"],
+                seconds=hp["coreset_seconds"],
+                progress=bar.update,
+            )
+        if projected.shape[1]:
+            self.selected = projected, picks
+        picks = picks.cpu()
+        bank = torch.empty(len(picks), store.dimension)
+        old = picks < len(kept)
+        bank[old], bank[~old] = kept[picks[old]], store.take(picks[~old] - len(kept))
+        self.memory_bank.fill(bank.to(self.device))
+        self._kept = None
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
-            *(len(picks), len(store), store.dimension, time.perf_counter() - start),
+            *(len(picks), len(kept) + len(store), store.dimension, time.perf_counter() - start),
+        )
+        if len(picks) < size and hp["coreset_method"] in ("greedy", "approximate"):
+            log.warning("coreset_seconds: time was up with %d of %d patch features selected.", len(picks), size)
+        if radii is not None:
+            self.coverage_radii = radii.to(self.device)
+        self.coverage = self.measure_coverage()
+        log.info(
+            "coverage: patch features lie %.4g from the memory bank on average, %.4g at most (%d looked at).",
+            *(self.coverage[1].item(), self.coverage[0].item(), min(_LOOKED_AT, len(store))),
         )
 
     def score_held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -243,17 +321,48 @@ class PatchCore(AnomalyModule):
             patches = self._held_out.take(rows).view(-1, h, w, self._held_out.dimension).to(self.device)
             yield self.scorer(patches, self.memory_bank, self._input_shape[-2:])
 
-    def nominal_distance(self, rows: int = 1000) -> float:
-        """Mean distance of stored patch features to the memory bank, themselves not counted.
+    def measure_coverage(self) -> Tensor:
+        """Largest and mean distance of stored patch features to the memory bank, those in it counted with 0.
 
-        Args:
-            rows: Patch features looked at, evenly spread over the training images.
+        Returns:
+            float32 ``(2,)``, of at most 1000 patch features, evenly spread over the training images.
         """
-        assert self._store is not None
-        chosen = torch.linspace(0, len(self._store) - 1, min(rows, len(self._store))).long()
-        nearest, _ = self.memory_bank(self._store.take(chosen).to(self.device), min(2, len(self.memory_bank)))
+        nearest = self.memory_bank(self._stored_sample())[0][:, 0]
+        return torch.stack([nearest.max(), nearest.mean()])
+
+    def nominal_distance(self) -> float:
+        """Mean distance of stored patch features to the memory bank, themselves not counted, as in the score.
+
+        Of at most 1000 patch features, evenly spread over the training images.
+        """
+        nearest, _ = self.memory_bank(self._stored_sample(), min(2, len(self.memory_bank)))
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
         return float((distance.square() if self.hparams["distance"] == "squared" else distance).mean())
+
+    def _stored_sample(self) -> Tensor:
+        assert self._store is not None
+        rows = torch.linspace(0, len(self._store) - 1, min(_LOOKED_AT, len(self._store))).long()
+        return self._store.take(rows).to(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As `AnomalyModule`; also cut the bank down to ``coreset_size``."""
+        super().on_load_checkpoint(checkpoint)
+        state, size = checkpoint["state_dict"], self.hparams["coreset_size"]
+        bank, radii = state["memory_bank.features"], state["coverage_radii"]
+        if size is not None and size < len(bank):
+            saved = checkpoint.get("hyper_parameters", {}).get("coreset_method")
+            if saved not in ("greedy", "approximate"):
+                raise UserError(
+                    f"coreset_size cannot cut down a bank selected by {saved}, which has no order; fit again."
+                )
+            log.info("memory bank: the first %d of %d patch features.", size, len(bank))
+            state["memory_bank.features"] = bank[:size].clone()
+            state["coverage_radii"] = radii[: size + 1].clone()
+            if len(state["calibration_scores"]):
+                log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
+            state["calibration_scores"], state["calibration_peaks"] = torch.empty(2, 0)
+            self.calibration_scores = self.calibration_peaks = torch.empty(0, device=self.device)
+        self.coverage_radii = torch.empty_like(state["coverage_radii"], device=self.device)
 
     def _make_stores(self, patches: Tensor) -> tuple[FeatureStore, FeatureStore | None]:
         batches, (b, h, w, d) = self.trainer.num_training_batches, patches.shape

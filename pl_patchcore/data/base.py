@@ -275,7 +275,7 @@ class AnomalyDataModule(L.LightningDataModule):
             raise UserError(
                 f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
             )
-        order = np.random.default_rng(self.shots_seed).permutation(len(train))
+        order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
         return [train[i] for i in sorted(order[: self.shots])]
 
     def _readable(self, *parts: list[Record]) -> list[list[Record]]:

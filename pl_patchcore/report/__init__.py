@@ -1,6 +1,7 @@
 """Figures and maps -> what a person looks at: tables, pictures, files."""
 
+from pl_patchcore.report.coverage import CoverageReport, draw_coverage
 from pl_patchcore.report.predictions import PredictionWriter
 from pl_patchcore.report.summary import TestReport
 
-__all__ = ["PredictionWriter", "TestReport"]
+__all__ = ["CoverageReport", "PredictionWriter", "TestReport", "draw_coverage"]

@@ -1,0 +1,79 @@
+"""What the coreset covers, as a picture: the selected rows against as many random ones (the paper's figure 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pl_patchcore.memory_bank import MemoryBank
+from pl_patchcore.report.files import output_folder, plain_console, whole_file
+
+_SHOWN = 20_000  # rows drawn, and measured
+
+
+def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> None:
+    """Draw which of ``features`` were selected, beside a random selection of the same size.
+
+    Both panels show the features on their first two principal components. The titles give the mean and largest
+    distance of the features drawn to the nearest selected one, in all dimensions.
+
+    Args:
+        features: (Projected) patch features, ``(N, d)``.
+        rows: Rows selected, ``(M,)``, int64.
+        path: Picture to write.
+        seed: Seed of the random selection, and of the 20,000 features drawn where there are more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(features), generator=generator).to(features.device)
+    drawn = features[order[:_SHOWN]].float()
+    mean = drawn.mean(0)
+    _, _, axes = torch.pca_lowrank(drawn - mean, q=min(2, *drawn.shape), center=False)
+    picture = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(picture)
+    panels = picture.subplots(1, 2, sharex=True, sharey=True)
+    for panel, (name, chosen) in zip(panels, (("coreset", rows), ("random", order[: len(rows)])), strict=True):
+        bank = MemoryBank()
+        bank.fill(features[chosen].float())
+        distance = bank(drawn)[0][:, 0]
+        for points, size, colour in ((drawn, 2, "0.8"), (features[chosen].float(), 6, "tab:red")):
+            flat = ((points - mean) @ axes).cpu().numpy()
+            flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+            panel.scatter(flat[:, 0], flat[:, 1], s=size, c=colour, linewidths=0, rasterized=True)
+        panel.set_title(
+            f"{name}: {len(chosen)} of {len(features)}\ndistance {distance.mean():.3g}, at most {distance.max():.3g}"
+        )
+        panel.set_xlabel("first principal component")
+    panels[0].set_ylabel("second principal component")
+    with whole_file(path) as partial:
+        picture.savefig(partial, dpi=100)
+
+
+class CoverageReport(Callback):
+    """Draws ``coverage.png`` when a fit ends: the coreset in its patch features, beside a random one.
+
+    Args:
+        picture: Whether to draw it.
+    """
+
+    def __init__(self, picture: bool = False) -> None:
+        self.picture = picture
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw, while the model still holds its patch features."""
+        folder = output_folder(trainer)
+        selected = getattr(pl_module, "selected", None)
+        if not self.picture or not trainer.is_global_zero:
+            return
+        if selected is None:
+            plain_console().print("No coverage.png: there is one only for a single model with a greedy coreset.")
+            return
+        features, rows = selected
+        draw_coverage(features, rows, folder / "coverage.png")
+        plain_console().print(f"Written to {folder}: coverage.png")
