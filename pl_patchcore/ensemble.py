@@ -61,9 +61,7 @@ class PatchCoreEnsemble(AnomalyModule):
         models = [PatchCore(**(settings | member)) for member in members]
         shared = models[0].hparams
         if combine == "test_range" and shared["calibration_share"]:
-            raise UserError(
-                "combine test_range looks at the test set and cannot be calibrated; use nominal."
-            )
+            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
         super().__init__(models[0].transform, shared["calibration_share"], shared["false_alarm_rate"])
         self.save_hyperparameters()
         for name in ("calibration_share", "false_alarm_rate", "save_backbone", "seed"):

@@ -81,9 +81,7 @@ def test_checkpoint(fitted, images):
     with pytest.raises(UserError, match="of an ensemble of 2, this is a single model"):
         trainer.test(PatchCore(**SHARED, layers=["layer1"]), data_of(), ckpt_path=path)
     other = PatchCoreEnsemble([{"layers": ["layer1"]}, {"layers": ["layer2"]}], **SHARED)
-    with pytest.raises(
-        UserError, match=r"other settings: layers \['layer2', 'layer3'\], here \['layer2'\]"
-    ):
+    with pytest.raises(UserError, match=r"other settings: layers \['layer2', 'layer3'\], here \['layer2'\]"):
         trainer.test(other, data_of(), ckpt_path=path)
 
 
