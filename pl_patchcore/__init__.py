@@ -21,6 +21,7 @@ The way of an image, one file a stage::
 from pl_patchcore.data import (
     AnomalyDataModule,
     FolderDataModule,
+    MSTCDataModule,
     MTDDataModule,
     MVTecDataModule,
     SyntheticDataModule,
@@ -38,6 +39,7 @@ __all__ = [
     "RECIPES",
     "AnomalyDataModule",
     "FolderDataModule",
+    "MSTCDataModule",
     "MTDDataModule",
     "MVTecDataModule",
     "MemoryBank",

@@ -154,7 +154,7 @@ class PatchCore(AnomalyModule):
         """Build a model from a named recipe, some of its choices overridden.
 
         Args:
-            name: ``paper`` or ``official``.
+            name: ``paper``, ``official`` or ``mstc``.
             overrides: Arguments of `PatchCore`.
 
         Raises:

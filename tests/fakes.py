@@ -1,7 +1,9 @@
 """Data sets in their true layout, with tiny made-up images."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -75,4 +77,63 @@ def stranger(root: Path) -> Path:
         pixels = rng.integers(90, 110, (50, 60), dtype=np.uint8)
         pixels[20:30, 20:30] = 250
         Image.fromarray(pixels).save(root / "bad" / name)
+
+
+def coded(code: int, grey: int = 110, size: tuple[int, int] = (48, 64)) -> np.ndarray:
+    """A picture (H, W, 3) that tells its number, as 16 black or white blocks of 8x8, after any codec."""
+    picture = np.full((*size, 3), grey, np.uint8)
+    for bit in range(16):
+        top, left = 8 * (bit // 8), 8 * (bit % 8)
+        picture[top : top + 8, left : left + 8] = 255 * (code >> bit & 1)
+    return picture
+
+
+def code_of(picture: Image.Image) -> int:
+    """Read the number back."""
+    pixels = np.asarray(picture).mean(axis=2)
+    return sum(int(pixels[8 * (b // 8) + 2 :, 8 * (b % 8) + 2 :][:4, :4].mean() > 127) << b for b in range(16))
+
+
+def video(path: Path, pictures: Iterable[np.ndarray], codec: str = "mpeg4", fmt: str = "yuv420p", **options) -> Path:
+    """An .avi of RGB pictures; ``options`` are the codec's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="avi") as container:
+        stream = None
+        for number, picture in enumerate(pictures):
+            if stream is None:
+                stream = container.add_stream(codec, rate=24, options=options)
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = fmt
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def mstc(root: Path, scenes: Iterable[int] = (1, 2), videos: int = 2, frames: int = 23, test_frames: int = 16) -> Path:
+    """ShanghaiTech Campus, no test videos of scene 13.
+
+    Training frame k of video v of scene s has the code ``1000 * v + k``, test frame k the code k; their grey is
+    ``60 + 10 * s``. In the test frames 4 to 11 of each scene's first test video there is a red square.
+    """
+    for scene in scenes:
+        for number in range(1, videos + 1):
+            pictures = (coded(1000 * number + k, 60 + 10 * scene) for k in range(frames))
+            video(root / "training" / "videos" / f"{scene:02d}_{number:03d}.avi", pictures, qmin="2", qmax="2")
+        for number in (14, 135) if scene != 13 else ():
+            name = f"{scene:02d}_{number:04d}"
+            folder = root / "testing" / "frames" / name
+            folder.mkdir(parents=True)
+            labels, masks = np.zeros(test_frames, np.int8), np.zeros((test_frames, 48, 64), np.uint8)
+            for k in range(test_frames):
+                picture = coded(k, 60 + 10 * scene)
+                if number == 14 and 4 <= k < 12:
+                    picture[24:40, 2 * k : 2 * k + 16] = (255, 0, 0)
+                    labels[k], masks[k, 24:40, 2 * k : 2 * k + 16] = 1, 1
+                Image.fromarray(picture).save(folder / f"{k:03d}.jpg", quality=95)
+            for kind, array in (("frame", labels), ("pixel", masks)):
+                path = root / "testing" / f"test_{kind}_mask" / f"{name}.npy"
+                path.parent.mkdir(exist_ok=True)
+                np.save(path, array)
     return root
