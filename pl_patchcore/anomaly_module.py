@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -42,6 +42,7 @@ class AnomalyModule(L.LightningModule):
         false_alarm_rate: See `PatchCore`.
     """
 
+    sized_by_fit: ClassVar[tuple[str, ...]] = ("calibration_scores", "calibration_peaks")  # buffers
     calibration_scores: Tensor
     calibration_peaks: Tensor
 
@@ -343,6 +344,10 @@ class AnomalyModule(L.LightningModule):
         own = {k: v for k, v in self.state_dict().items() if "patch_features." in k}
         check_identity(checkpoint, self.identity())
         checkpoint["state_dict"] = own | state
-        for name in ("calibration_scores", "calibration_peaks"):
-            setattr(self, name, torch.empty_like(state[name], device=self.device))
         self._input_shape = tuple(checkpoint["patchcore"]["input_shape"]) or None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.sized_by_fit:
+            if (saved := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, torch.empty_like(saved, device=self.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)

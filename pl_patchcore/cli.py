@@ -12,15 +12,17 @@ import importlib
 import inspect
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pl_patchcore import benchmark
@@ -77,7 +79,7 @@ class Trainer(L.Trainer):
             UserError: If no checkpoint is given, or it is of an ensemble.
         """
         if ckpt_path is None or not isinstance(model, PatchCore):
-            raise UserError("update needs ckpt_path, the checkpoint of a single fitted model (not of an ensemble).")
+            raise UserError("update needs ckpt_path of a single fitted model; an ensemble must be fitted again.")
         checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
@@ -115,10 +117,10 @@ class Trainer(L.Trainer):
         if processes < 1:
             raise UserError(f"processes must be at least 1, got {processes}.")
         datamodule.download_data()
-        known = datamodule.categories()
-        if strange := [name for name in categories or [] if name not in known]:
-            raise UserError(f"no category {strange[0]!r}; there are {', '.join(known) or 'none to choose from'}.")
         settings, kind = self.settings, type(datamodule)
+        known = datamodule.categories()
+        if strange := [name for name in categories or [] if name not in (*known, kind.category_all)]:
+            raise UserError(f"no category {strange[0]!r}; there are {', '.join(known) or 'none to choose from'}.")
         if processes > 1:
             settings["trainer"]["devices"] = 1
         argument = kind.category_argument if known else None
@@ -146,6 +148,23 @@ def make_model(
     if members is None:
         return PatchCore(**settings)
     return PatchCoreEnsemble(members, combine, **settings)
+
+
+def _refuse(message: str, *_: Any) -> NoReturn:
+    """Say in one line which option has a value it cannot have; jsonargparse's own answer is a nest of types."""
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, re.MULTILINE))
+    values = re.findall(r"(?:Got|Given) value: (.*)", message)
+    if not (key and expected and values):
+        raise UserError(" ".join(message.split()))
+    if key == "data":
+        names = [name for name in sys.modules["pl_patchcore.data"].__all__ if name.endswith("DataModule")]
+        raise UserError(f"no data module {values[0]!r}; did you mean {_nearest(values[0], names)!r}?")
+    types = [re.sub(r"<class '(?:.*\.)?(.+)'>|typing\.(.+)", r"\1\2", kind) for kind in expected]
+    kinds = [kind for kind in types if kind != "NoneType" or len(types) == 1]
+    if any(kind.startswith("Literal[") for kind in kinds):
+        kinds = ["one of " + ", ".join(kind.removeprefix("Literal[").removesuffix("]") for kind in kinds)]
+    raise UserError(f"{key} must be {' or '.join(kinds)}, got {values[0]}.")
 
 
 class PatchCoreCLI(LightningCLI):
@@ -177,6 +196,7 @@ class PatchCoreCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CoverageReport, "coverage")
         parser.set_defaults({"trainer.max_epochs": 1})
+        parser.error = _refuse  # type: ignore[method-assign, assignment]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check the names of all options, take the model of ``ckpt_path`` as default, then parse."""
@@ -187,6 +207,8 @@ class PatchCoreCLI(LightningCLI):
         """Put the model's settings of the checkpoint to be loaded before the user's own, which win."""
         arguments = self.arguments
         path = next((value for key, value in _options(arguments) if key == "ckpt_path"), None)
+        if arguments and arguments[0] == "update" and not path and not any(a in ("-h", "--help") for a in arguments):
+            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
         if not path or path in ("best", "last", "hpc") or arguments[0] == "fit":
             return arguments
         checkpoint = read_checkpoint(path)
@@ -205,6 +227,16 @@ class PatchCoreCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `_with_checkpoint` has done it, and lets the user's options win."""
+
+    def instantiate_classes(self) -> None:
+        """Make the model, the data and the Trainer; what one of them refuses is said in its own words."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, MisconfigurationException) as error:  # a setting that Lightning refuses, or a data module
+            found = re.search(r"Errors:\n  - (.*)\n  - Expected a <class 'NoneType'>", str(error), re.DOTALL)
+            raise UserError(" ".join((found[1] if found else str(error)).split())) from error
 
     def before_instantiate_classes(self) -> None:
         """Do not collect predictions, maps and all, in memory: they are written as they come."""

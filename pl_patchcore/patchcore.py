@@ -86,6 +86,7 @@ class PatchCore(AnomalyModule):
         torch.Size([2, 16, 16, 8])
     """
 
+    sized_by_fit = (*AnomalyModule.sized_by_fit, "coverage_radii")
     seen: Tensor
     coverage_radii: Tensor
     coverage: Tensor
@@ -361,8 +362,6 @@ class PatchCore(AnomalyModule):
             if len(state["calibration_scores"]):
                 log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
             state["calibration_scores"], state["calibration_peaks"] = torch.empty(2, 0)
-            self.calibration_scores = self.calibration_peaks = torch.empty(0, device=self.device)
-        self.coverage_radii = torch.empty_like(state["coverage_radii"], device=self.device)
 
     def _make_stores(self, patches: Tensor) -> tuple[FeatureStore, FeatureStore | None]:
         batches, (b, h, w, d) = self.trainer.num_training_batches, patches.shape

@@ -114,6 +114,29 @@ def test_run_then_test_in_another_process(config, tmp_path, capsys):
     assert "Traceback" not in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.batch_size=0"], "batch_size must be at least 1, got 0."),
+        (["--data.shots=0"], "shots must be at least 1, got 0; leave it out to train on all nominal images."),
+        (["--data.texture=wood"], "data.texture must be one of 'brick', 'gravel', 'grass', got wood."),
+        (
+            ["--model.coreset_method=best"],
+            "model.coreset_method must be one of 'greedy', 'approximate', 'random',",
+        ),
+        (["--model.coreset_ratio=abc"], "model.coreset_ratio must be float, got abc."),
+        (["--trainer.max_epochs=x"], "trainer.max_epochs must be int, got x."),
+        (["--trainer.accelerator=foo"], "You selected an invalid accelerator name"),
+        (["--data=MTDDatamodule"], "no data module 'MTDDatamodule'; did you mean 'MTDDataModule'?"),
+        (["--model.layers=3"], "model.layers must be Sequence, got 3."),
+        (["--model.members=[{layer: [layer1]}]"], "'layer' cannot be set for a member; did you mean 'layers'"),
+        (["--model.coreset_seconds=0"], "coreset_seconds must be more than 0"),
+    ],
+)
+def test_what_a_constructor_refuses_is_one_line(config, capsys, arguments, message):
+    assert message in error_of(capsys, "fit", "--config", config(), *arguments)
+
+
 def test_ensemble(config, tmp_path, capsys):
     members = [{"layers": ["layer1"]}, {"layers": ["layer2"], "coreset_size": 20}]
     path = config(model={"members": members, "calibration_share": 0.3, "false_alarm_rate": 0.5, "layers": ["layer3"]})
@@ -236,7 +259,7 @@ def test_no_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
-    assert "{fit,validate,test,predict,run}" in capsys.readouterr().err
+    assert "{fit,validate,test,predict,run,update,benchmark}" in capsys.readouterr().err
 
 
 def test_config_that_is_no_yaml(capsys, tmp_path):

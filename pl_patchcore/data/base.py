@@ -179,6 +179,7 @@ class AnomalyDataModule(L.LightningDataModule):
     """
 
     category_argument: ClassVar[str | None] = None  # the constructor argument that selects one of `categories`
+    category_all: ClassVar[str | None] = None  # its value that takes all of them together, if there is one
 
     def __init__(
         self,

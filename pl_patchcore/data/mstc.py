@@ -111,6 +111,7 @@ class MSTCDataModule(AnomalyDataModule):
     """
 
     category_argument: ClassVar[str | None] = "scenes"
+    category_all: ClassVar[str | None] = "all"
 
     def __init__(
         self,

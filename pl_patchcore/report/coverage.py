@@ -59,17 +59,17 @@ class CoverageReport(Callback):
     """Draws ``coverage.png`` when a fit ends: the coreset in its patch features, beside a random one.
 
     Args:
-        picture: Whether to draw it.
+        draw: Whether to draw it.
     """
 
-    def __init__(self, picture: bool = False) -> None:
-        self.picture = picture
+    def __init__(self, draw: bool = False) -> None:
+        self.draw = draw
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, while the model still holds its patch features."""
         folder = output_folder(trainer)
         selected = getattr(pl_module, "selected", None)
-        if not self.picture or not trainer.is_global_zero:
+        if not self.draw or not trainer.is_global_zero:
             return
         if selected is None:
             plain_console().print("No coverage.png: there is one only for a single model with a greedy coreset.")

@@ -1,0 +1,176 @@
+"""Growing and shrinking a bank, and what it covers."""
+
+import logging
+
+import pytest
+import torch
+from conftest import TinyBackbone
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_patchcore import PatchCore, UserError
+from pl_patchcore.cli import main
+from pl_patchcore.coreset import greedy_coreset
+from pl_patchcore.report import CoverageReport, draw_coverage
+
+
+def images(number, seed):
+    return torch.rand(number, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def loader(*parts):
+    return DataLoader(TensorDataset(torch.cat(parts)), batch_size=4)
+
+
+def model_of(**options):
+    settings = {"layers": ["fine"], "resize": None, "crop": None, "coreset_ratio": 0.25}
+    return PatchCore(TinyBackbone(), **(settings | options))
+
+
+def fit(model, trainer, *parts):
+    runner = trainer()
+    runner.fit(model, loader(*parts))
+    return runner.checkpoint_callback.best_model_path
+
+
+def test_update_selects_from_the_bank_and_the_new_images(trainer):
+    old, new = images(6, 0), images(5, 1)
+    model = model_of()
+    fit(model, trainer, old)
+    bank = model.memory_bank.features.clone()
+    model.update(trainer(), loader(new))
+    rows = torch.cat([bank, model.patch_features(new).flatten(0, 2)])
+    size = int(0.25 * 11 * 64)
+    assert torch.equal(model.memory_bank.features, rows[greedy_coreset(rows, size)])
+    assert model.seen.item() == 11 * 64
+    assert len(model.coverage_radii) == size + 1
+
+
+def test_update_keeps_to_a_fixed_size_and_knows_the_new_images(trainer):
+    old, new = images(6, 0), images(5, 1) + 3
+    model = model_of(coreset_size=40)
+    fit(model, trainer, old)
+    before = model.eval()(new)[0]
+    model.update(trainer(), loader(new))
+    assert len(model.memory_bank) == 40
+    assert (model.eval()(new)[0] < 0.7 * before).all()
+
+
+def test_update_recalibrates_on_the_new_images(trainer):
+    model = model_of(calibration_share=0.5, false_alarm_rate=0.3)
+    fit(model, trainer, images(6, 0))
+    before = model.calibration_scores.clone()
+    model.update(trainer(), loader(images(8, 1)))
+    assert len(model.calibration_scores) == 4
+    assert not torch.equal(before, model.calibration_scores)
+
+
+def test_a_failed_update_leaves_the_model_as_it_was(trainer):
+    model = model_of(calibration_share=0.5, false_alarm_rate=0.3)
+    fit(model, trainer, images(6, 0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    class Uneven:
+        def __iter__(self):
+            return iter([images(2, 1), torch.rand(2, 3, 48, 48)])
+
+    with pytest.raises(UserError, match="training images of"):
+        model.update(trainer(), Uneven())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    model.update(trainer(), loader(images(4, 1)))  # and it can go on
+    with pytest.raises(UserError, match="the memory bank is empty"):
+        model_of().update(trainer(), loader(images(2, 1)))
+
+
+def test_a_fit_after_an_update_starts_clean(trainer):
+    model, expected = model_of(), model_of()
+    fit(model, trainer, images(6, 0))
+    model.update(trainer(), loader(images(5, 1)))
+    fit(model, trainer, images(4, 2))
+    fit(expected, trainer, images(4, 2))
+    assert torch.equal(model.memory_bank.features, expected.memory_bank.features)
+
+
+def test_a_smaller_bank_is_the_beginning(trainer, caplog):
+    model, small = model_of(calibration_share=0.5, false_alarm_rate=0.3), model_of(coreset_size=20)
+    path = fit(model, trainer, images(6, 0))
+    with caplog.at_level(logging.INFO):
+        loaded = PatchCore.load_from_checkpoint(path, backbone=TinyBackbone(), coreset_size=20)
+    assert torch.equal(loaded.memory_bank.features, model.memory_bank.features[:20])
+    assert torch.equal(loaded.coverage_radii, model.coverage_radii[:21])
+    assert loaded.image_threshold is None
+    assert "thresholds were calibrated with the larger memory bank" in caplog.text
+    path = fit(small, trainer, images(6, 0))
+    bank = PatchCore.load_from_checkpoint(path, backbone=TinyBackbone(), coreset_size=90).memory_bank.features
+    assert torch.equal(bank, small.memory_bank.features)
+
+
+def test_a_random_bank_cannot_be_cut(trainer):
+    path = fit(model_of(coreset_method="random"), trainer, images(6, 0))
+    with pytest.raises(UserError, match="cannot cut down a bank selected by random"):
+        PatchCore.load_from_checkpoint(path, backbone=TinyBackbone(), coreset_size=20)
+
+
+@pytest.mark.parametrize("method", ["greedy", "approximate", "random", "none"])
+def test_coverage_is_told(trainer, caplog, method):
+    model, data = model_of(coreset_method=method), images(6, 0)
+    with caplog.at_level(logging.INFO):
+        fit(model, trainer, data)
+    rows = model.patch_features(data).flatten(0, 2).double()
+    gaps = torch.cdist(rows, model.memory_bank.features.double()).amin(1)
+    torch.testing.assert_close(model.coverage.double(), torch.stack([gaps.max(), gaps.mean()]), rtol=1e-4, atol=1e-6)
+    assert f"{model.coverage[0].item():.4g} at most" in caplog.text
+    if method == "greedy":
+        assert model.coverage_radii[-1].item() == pytest.approx(gaps.max().item(), rel=1e-5)
+
+
+def test_time_budget(trainer, caplog):
+    model = model_of(coreset_seconds=1e-6, coreset_ratio=1.0)
+    fit(model, trainer, images(40, 0))
+    assert 1 <= len(model.memory_bank) < 40 * 64
+    assert f"time was up with {len(model.memory_bank)} of 2560 patch features selected" in caplog.text
+
+
+def test_coverage_picture(trainer, tmp_path, capsys):
+    model = model_of()
+    trainer(callbacks=[CoverageReport(draw=True)]).fit(model, loader(images(6, 0)))
+    assert (tmp_path / "coverage.png").stat().st_size > 10_000
+    assert model.selected is None
+    trainer(callbacks=[CoverageReport(draw=True)]).fit(model_of(coreset_method="none"), loader(images(6, 0)))
+    assert "No coverage.png" in capsys.readouterr().out
+    draw_coverage(torch.rand(30, 1), torch.arange(5), tmp_path / "line.png")
+    assert (tmp_path / "line.png").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_update_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    common = [
+        "--data=SyntheticDataModule", "--data.test_nominal=2", "--data.test_per_defect=1", "--data.num_workers=0",
+        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    model = ["--model.backbone=resnet18", "--model.weights=null", "--model.layers=[layer1]", "--model.resize=32"]
+    main(
+        [
+            "fit",
+            *common,
+            *model,
+            "--model.crop=null",
+            "--data.train_images=4",
+            f"--trainer.default_root_dir={tmp_path}/a",
+        ]
+    )
+    (first,) = (tmp_path / "a").rglob("*.ckpt")
+    more = [*common, "--data.train_images=6", "--data.seed=1", f"--trainer.default_root_dir={tmp_path}/b"]
+    main(["update", *more, "--ckpt_path", str(first)])
+    (second,) = (tmp_path / "b").rglob("*.ckpt")
+    assert PatchCore.load_from_checkpoint(first).seen.item() == 4 * 64
+    updated = PatchCore.load_from_checkpoint(second)
+    assert updated.seen.item() == 10 * 64
+    assert len(updated.memory_bank) == 64
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["update", *more])
+    assert "update needs ckpt_path" in capsys.readouterr().err
