@@ -28,8 +28,9 @@ from pl_patchcore.numerics import full_precision, product_margin
 
 CoresetMethod = Literal["greedy", "approximate", "random", "none"]
 
+_CHUNK = 1 << 12  # rows copied at once
 _TILE = 1024  # rows and picks of one product
-_PAIRS = 1 << 15  # float64 differences computed at once
+_PAIRS = 1 << 12  # float64 differences computed at once
 _CROWD = 512  # candidates a round picks among; more cost more a pick than another round saves
 _TINY = 1e-36  # above what a sum of flushed denormals can lose
 _PICKED = -1.0  # gap of a picked row: below every real one
@@ -175,7 +176,7 @@ def greedy_selection(
         raise UserError(f"size must be from 1 to the number of rows, {len(features)}, got {size}.")
     if not 0 <= start < len(features):
         raise UserError(f"start must be a row from 0 to {len(features) - 1}, got {start}.")
-    largest = features.abs().max()  # NaN if any is
+    largest = torch.stack(torch.aminmax(features)).abs().max()  # NaN if any is
     if not torch.isfinite(largest):
         raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
     deadline = math.inf if seconds is None else time.monotonic() + seconds
@@ -210,12 +211,13 @@ class _Greedy:
         device = features.device
         self.margin = product_margin(d)
         self.near = torch.empty(n, d, device=device)  # scaled and centred, float32, for products only
+        self.norm = torch.empty(n, device=device)
         mean = torch.zeros(d, dtype=torch.float64, device=device)
-        for part in torch.arange(n, device=device).split(1 << 16):
+        for part in torch.arange(n, device=device).split(_CHUNK):
             mean += self._exact(part).sum(0) / n
-        for part in torch.arange(n, device=device).split(1 << 16):
+        for part in torch.arange(n, device=device).split(_CHUNK):
             self.near[part] = (self._exact(part) - mean).float()
-        self.norm = self.near.square().sum(1)  # (n,)
+            self.norm[part] = self.near[part].square().sum(1)
         self.bound = torch.full((n,), torch.inf, device=device)  # >= the gap
         self.seen = torch.zeros(n, dtype=torch.int64, device=device)  # picks that bound knows
         self.key = torch.full((n,), torch.inf, device=device)  # the exact gap ...
@@ -362,14 +364,14 @@ def _distinct_rows(features: Tensor, start: int) -> Tensor:
     wide = features.dtype == torch.float64
     weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=torch.Generator().manual_seed(0))
     weights = (2 * weights + 1).to(features.device)
-    bits = ((part + 0.0).view(torch.int64 if wide else torch.int32).long() for part in features.split(1 << 14))
+    bits = ((part + 0.0).view(torch.int64 if wide else torch.int32).long() for part in features.split(_CHUNK))
     hashed = torch.cat([(part * weights).sum(1) for part in bits])  # -0.0 + 0.0 is 0.0
     value, row = hashed.sort(stable=True)
     first = torch.ones_like(value, dtype=torch.bool)
     first[1:] = value[1:] != value[:-1]
     group = row[first][first.cumsum(0) - 1]  # lowest row of the hash, in hash order
     twin = (~first).nonzero().flatten()
-    same = [(features[row[t]] == features[group[t]]).all(1) for t in twin.split(1 << 16)]
+    same = [(features[row[t]] == features[group[t]]).all(1) for t in twin.split(_CHUNK)]
     drop = row[twin[torch.cat(same)]] if same else twin
     keep = torch.ones(len(features), dtype=torch.bool, device=features.device)
     keep[drop] = False
