@@ -39,7 +39,7 @@ from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.feature_store import FeatureStore, held_out
 from pl_patchcore.memory_bank import MemoryBank, Search
-from pl_patchcore.metrics import AnomalyEvaluation
+from pl_patchcore.metrics import AnomalyEvaluation, Mode
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, UNKNOWN, Preprocessing
 from pl_patchcore.recipes import RECIPES
@@ -81,6 +81,8 @@ class PatchCore(L.LightningModule):
         search: Nearest-neighbour search by ``torch`` or ``faiss``, or ``auto``; the answers are the same.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
             selection (``calibration_scores``), to set thresholds with.
+        metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
+            of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
 
@@ -121,6 +123,7 @@ class PatchCore(L.LightningModule):
         sigma: float = 4.0,
         search: Search = "auto",
         calibration_share: float = 0.0,
+        metrics_mode: Mode = "auto",
         save_backbone: bool = False,
         seed: int = 0,
     ) -> None:
@@ -148,9 +151,11 @@ class PatchCore(L.LightningModule):
         self.scorer = AnomalyScorer(num_neighbors, distance, reweighting_neighbors, sigma)
         self.register_buffer("calibration_scores", torch.empty(0))
         self.unused = nn.Parameter(torch.zeros(()))  # see the module's docstring
-        self.evaluation = AnomalyEvaluation()
+        self.evaluation = AnomalyEvaluation(mode=metrics_mode)
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
+        self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
         self._defects: dict[int, str] = {}
+        self._categories: dict[int, str] = {}
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
         self._input_shape: tuple[int, ...] | None = None
@@ -238,7 +243,11 @@ class PatchCore(L.LightningModule):
         defects = batch.get("defect", ["anomalous"] * len(scores))
         groups = [zlib.crc32(name.encode()) for name in defects]
         self._defects |= {g: d for g, d, y in zip(groups, defects, labels.tolist(), strict=True) if y == 1}
-        self.evaluation.update(scores, maps, labels, masks, torch.tensor(groups, device=scores.device))
+        categories = None
+        if "category" in batch:
+            categories = torch.tensor([zlib.crc32(name.encode()) for name in batch["category"]], device=scores.device)
+            self._categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
+        self.evaluation.update(scores, maps, labels, masks, torch.tensor(groups, device=scores.device), categories)
         return {"score": scores, "anomaly_map": maps}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
@@ -256,17 +265,16 @@ class PatchCore(L.LightningModule):
         """Forget the last evaluation; refuse an empty memory bank before any batch is read."""
         self._check_fitted()
         self.evaluation.reset()
-        self._defects = {}
+        self._defects, self._categories = {}, {}
 
     def on_test_epoch_end(self, prefix: str = "test") -> None:
         """Compute and log the figures: image AUROC, pixel AUROC, PRO."""
         figures = self.evaluation.compute()
-        groups = figures.pop("by_group")
+        groups, categories = figures.pop("by_group"), figures.pop("by_category")
         named = {self._defects.get(group, str(group)): row for group, row in groups.items()}
-        self.figures = {
-            name: {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
-            for name, row in ({"all": figures} | dict(sorted(named.items()))).items()
-        }
+        self.figures = {name: _numbers(row) for name, row in ({"all": figures} | dict(sorted(named.items()))).items()}
+        named = {self._categories.get(number, str(number)): row for number, row in categories.items()}
+        self.figures_by_category = {name: _numbers(row) for name, row in sorted(named.items()) if self._categories}
         for name in ("image_auroc", "pixel_auroc", "pro"):
             self.log(f"{prefix}/{name}", self.figures["all"][name], rank_zero_only=True)
 
@@ -432,3 +440,7 @@ class PatchCore(L.LightningModule):
         checkpoint["state_dict"] = own | state
         self.calibration_scores = torch.empty_like(state["calibration_scores"], device=self.device)
         self._input_shape = tuple(checkpoint["patchcore"]["input_shape"]) or None
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}

@@ -7,8 +7,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pl_patchcore.metrics.curve import area, auroc
+from pl_patchcore.metrics.curve import area, exact_curve
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, ScoreMetric
+from pl_patchcore.numerics import one_thread
+
+
+def auroc(nominal: Tensor, anomalous: Tensor) -> float:
+    """Area under the ROC curve, ties counted as half.
+
+    Args:
+        nominal: Anomaly scores of nominal images or pixels, ``(n,)``, floating point.
+        anomalous: Anomaly scores of anomalous ones, ``(P,)``, of the same dtype and device.
+
+    Returns:
+        Figure in [0, 1]; NaN where either is empty. Cost: sorting ``nominal``.
+
+    Example:
+        >>> import torch
+        >>> auroc(torch.tensor([40.0, 42.0]), torch.tensor([42.0, 70.0]))
+        0.875
+    """
+    return area(exact_curve([nominal], anomalous)).value
 
 
 class ImageAUROC(ScoreMetric):
@@ -34,6 +53,7 @@ class ImageAUROC(ScoreMetric):
         self.add_list("nominal")
         self.add_list("anomalous")
 
+    @one_thread()
     def update(self, scores: Tensor, labels: Tensor) -> None:
         """Add images: raw scores ``(B,)`` and labels ``(B,)``, 0 or 1, else a `UserError`."""
         scores = self.check_scores("scores", scores, "B")
@@ -41,6 +61,7 @@ class ImageAUROC(ScoreMetric):
         self.nominal.append(scores[labels == 0])
         self.anomalous.append(scores[labels == 1])
 
+    @one_thread()
     def compute(self) -> Tensor:
         """AUROC of all updates, 0-d float64."""
         return self.figure(auroc(self.joined("nominal"), self.joined("anomalous")))
@@ -74,6 +95,7 @@ class PixelAUROC(PixelMetric):
         super().__init__(mode, pixel_limit)
         self.anomalous_only = anomalous_only
 
+    @one_thread()
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
         maps = self.check_scores("maps", maps, "B H W")
@@ -83,6 +105,7 @@ class PixelAUROC(PixelMetric):
             maps, masks = maps[chosen], masks[chosen]
         self.keep_flat(maps, masks)
 
+    @one_thread()
     def compute(self) -> Tensor:
         """AUROC of all updates, 0-d float64."""
         return self.report(area(self.curves()(lambda _: True)))

@@ -257,42 +257,5 @@ def curve_points(curve: Curve, *, weighted: bool = False) -> tuple[Tensor, Tenso
     return torch.cat([zero, fpr, one]), torch.cat([zero, share, one])
 
 
-def auroc(nominal: Tensor, anomalous: Tensor) -> float:
-    """Area under the ROC curve, ties counted as half.
-
-    Args:
-        nominal: Anomaly scores of nominal images or pixels, ``(n,)``, floating point.
-        anomalous: Anomaly scores of anomalous ones, ``(P,)``, of the same dtype and device.
-
-    Returns:
-        Figure in [0, 1]; NaN where either is empty. Cost: sorting ``nominal``.
-
-    Example:
-        >>> auroc(torch.tensor([40.0, 42.0]), torch.tensor([42.0, 70.0]))
-        0.875
-    """
-    return area(exact_curve([nominal], anomalous)).value
-
-
-def pro(nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3) -> float:
-    """Per-region overlap up to a false-positive rate (see `PRO`).
-
-    Args:
-        nominal: Scores of all nominal pixels, ``(n,)``, floating point.
-        anomalous: Scores of the anomalous pixels, ``(P,)``.
-        areas: Area in pixels of the region that each anomalous pixel belongs to, ``(P,)`` (`regions.pixel_areas`).
-        fpr_limit: False-positive rate at which the integral ends, in (0, 1].
-
-    Returns:
-        Figure in [0, 1]; NaN without nominal pixels or without regions. Cost: sorting ``nominal``.
-
-    Example:
-        >>> nominal, anomalous = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 5.0, 0.0])
-        >>> pro(nominal, anomalous, areas=torch.tensor([2, 2, 1]))  # one region found, one missed
-        0.5
-    """
-    return area(exact_curve([nominal], anomalous, areas.double().reciprocal()), fpr_limit, weighted=True).value
-
-
 def _is_exact(curve: Curve) -> bool:
     return curve.weights.is_floating_point()

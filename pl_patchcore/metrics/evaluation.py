@@ -21,6 +21,7 @@ from pl_patchcore.metrics.regions import pixel_areas
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, select
 from pl_patchcore.metrics.streaming import Cell
 from pl_patchcore.metrics.thresholds import exceeds
+from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
 Row = dict[str, Any]
@@ -69,6 +70,7 @@ class AnomalyEvaluation(PixelMetric):
         self.add_list("image_scores")
         self.add_list("images", torch.int64, columns=len(COLUMNS))
 
+    @one_thread()
     def update(
         self,
         scores: Tensor,
@@ -128,6 +130,7 @@ class AnomalyEvaluation(PixelMetric):
         self.images.append(torch.stack([row.long() for row in rows], dim=1))
         self.image_scores.append(scores.clone())
 
+    @one_thread()
     def compute(self) -> dict[str, Any]:
         """Figures of all updates.
 

@@ -16,9 +16,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import area
+from pl_patchcore.metrics.curve import area, exact_curve
 from pl_patchcore.metrics.regions import pixel_areas
 from pl_patchcore.metrics.state import MASKS, PIXEL_LIMIT, Mode, PixelMetric
+from pl_patchcore.numerics import one_thread
+
+
+def pro(nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3) -> float:
+    """Per-region overlap up to a false-positive rate (see `PRO`).
+
+    Args:
+        nominal: Scores of all nominal pixels, ``(n,)``, floating point.
+        anomalous: Scores of the anomalous pixels, ``(P,)``.
+        areas: Area in pixels of the region that each anomalous pixel belongs to, ``(P,)`` (`regions.pixel_areas`).
+        fpr_limit: False-positive rate at which the integral ends, in (0, 1].
+
+    Returns:
+        Figure in [0, 1]; NaN without nominal pixels or without regions. Cost: sorting ``nominal``.
+
+    Example:
+        >>> import torch
+        >>> nominal, anomalous = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 5.0, 0.0])
+        >>> pro(nominal, anomalous, areas=torch.tensor([2, 2, 1]))  # one region found, one missed
+        0.5
+    """
+    return area(exact_curve([nominal], anomalous, areas.double().reciprocal()), fpr_limit, weighted=True).value
 
 
 def check_fpr_limit(fpr_limit: float) -> float:
@@ -66,12 +88,14 @@ class PRO(PixelMetric):
         super().__init__(mode, pixel_limit)
         self.fpr_limit = check_fpr_limit(fpr_limit)
 
+    @one_thread()
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
         maps = self.check_scores("maps", maps, "B H W")
         masks = self.check_truth("masks", masks, MASKS, maps)
         self.keep_flat(maps, masks, pixel_areas(masks)[0])
 
+    @one_thread()
     def compute(self) -> Tensor:
         """PRO of all updates, 0-d float64."""
         return self.report(area(self.curves()(lambda _: True), self.fpr_limit, weighted=True))

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.curve import Curve, descending
-from pl_patchcore.numerics import one_thread
 
 BINS = 2**20  # 34 MB: 32 bytes a bin
 UNIT = 2**40  # fixed point of the weights
@@ -107,8 +106,7 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
         UserError: If there are more than 4 million regions, whose weights int64 could not sum.
     """
     pieces = [piece for part in parts for piece in _pieces(part)]
-    with one_thread():
-        histogram = _add(histogram, pieces)
+    histogram = _add(histogram, pieces)
     if any(part.areas is not None for part in parts):
         _check_weights(histogram.weights)
     return histogram

@@ -15,6 +15,7 @@ from torch import Tensor
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.curve import average_precision, best_f1
 from pl_patchcore.metrics.state import MASKS, PIXEL_LIMIT, Mode, PixelMetric, ScoreMetric
+from pl_patchcore.numerics import one_thread
 
 
 def exceeds(scores: Tensor, threshold: float) -> Tensor:
@@ -54,11 +55,13 @@ class AveragePrecision(PixelMetric):
     def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
         super().__init__(mode, pixel_limit)
 
+    @one_thread()
     def update(self, scores: Tensor, truth: Tensor) -> None:
         """Add raw scores of any shape, and the truth of each, 0, 1 or 255, else a `UserError`."""
         scores = self.check_scores("scores", scores, None)
         self.keep_flat(scores, self.check_truth("truth", truth, MASKS, scores))
 
+    @one_thread()
     def compute(self) -> Tensor:
         """Average precision of all updates, 0-d float64."""
         return self.report(average_precision(self.curves()(lambda _: True)))
@@ -83,6 +86,7 @@ class BestF1(AveragePrecision):
         {'oracle_f1': 0.8, 'oracle_threshold': 1.5}
     """
 
+    @one_thread()
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """``oracle_f1`` of all updates and its ``oracle_threshold``, 0-d float64."""
         figure, threshold = best_f1(self.curves()(lambda _: True))
@@ -119,6 +123,7 @@ class FalseAlarmRate(ScoreMetric):
         self.add_state("alarms", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("nominal", torch.tensor(0), dist_reduce_fx="sum")
 
+    @one_thread()
     def update(self, scores: Tensor, truth: Tensor) -> None:
         """Add raw scores of any shape, and the truth of each, 0, 1 or 255, else a `UserError`."""
         scores = self.check_scores("scores", scores, None)
@@ -126,6 +131,7 @@ class FalseAlarmRate(ScoreMetric):
         self.alarms += (nominal & exceeds(scores, self.threshold)).sum()
         self.nominal += nominal.sum()
 
+    @one_thread()
     def compute(self) -> Tensor:
         """False-alarm rate of all updates, 0-d float64."""
         return self.figure(int(self.alarms) / int(self.nominal) if self.nominal else math.nan)
