@@ -25,7 +25,7 @@ from pl_patchcore.calibration import conformal_threshold, draw_held_out, images_
 from pl_patchcore.checkpoint import check_identity, plain, rewrite_checkpoints, watch_checkpoints
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics import AnomalyEvaluation
+from pl_patchcore.metrics import AnomalyEvaluation, Mode
 from pl_patchcore.preprocessing import UNKNOWN, Preprocessing
 
 log = logging.getLogger(__name__)
@@ -40,13 +40,20 @@ class AnomalyModule(L.LightningModule):
         transform: Preprocessing of the images.
         calibration_share: See `PatchCore`.
         false_alarm_rate: See `PatchCore`.
+        metrics_mode: See `PatchCore`.
     """
 
     sized_by_fit: ClassVar[tuple[str, ...]] = ("calibration_scores", "calibration_peaks")  # buffers
     calibration_scores: Tensor
     calibration_peaks: Tensor
 
-    def __init__(self, transform: Preprocessing, calibration_share: float, false_alarm_rate: float) -> None:
+    def __init__(
+        self,
+        transform: Preprocessing,
+        calibration_share: float,
+        false_alarm_rate: float,
+        metrics_mode: Mode = "auto",
+    ) -> None:
         super().__init__()
         if not 0 <= calibration_share < 1:
             raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
@@ -57,9 +64,11 @@ class AnomalyModule(L.LightningModule):
         self.register_buffer("calibration_scores", torch.empty(0))
         self.register_buffer("calibration_peaks", torch.empty(0))  # of the anomaly maps of the same images
         self.unused = nn.Parameter(torch.zeros(()))  # see the module's docstring
-        self.evaluation = AnomalyEvaluation()
+        self.evaluation = AnomalyEvaluation(mode=metrics_mode)
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
+        self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
         self._defects: dict[int, str] = {}
+        self._categories: dict[int, str] = {}
         self._input_shape: tuple[int, ...] | None = None
         self._position = 0
         self.updating = False  # fit adds to the memory bank
@@ -153,7 +162,11 @@ class AnomalyModule(L.LightningModule):
         defects = batch.get("defect", ["anomalous"] * len(scores))
         groups = [zlib.crc32(name.encode()) for name in defects]
         self._defects |= {g: d for g, d, y in zip(groups, defects, labels.tolist(), strict=True) if y == 1}
-        self.evaluation.update(scores, maps, labels, masks, torch.tensor(groups, device=scores.device))
+        categories = None
+        if "category" in batch:
+            categories = torch.tensor([zlib.crc32(name.encode()) for name in batch["category"]], device=scores.device)
+            self._categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
+        self.evaluation.update(scores, maps, labels, masks, torch.tensor(groups, device=scores.device), categories)
         return {"score": scores, "anomaly_map": maps}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
@@ -182,17 +195,17 @@ class AnomalyModule(L.LightningModule):
         """Forget the last evaluation; refuse an empty memory bank before any batch is read."""
         self._check_fitted()
         self.evaluation.reset()
-        self._defects = {}
+        self.evaluation.image_threshold, self.evaluation.pixel_threshold = self.image_threshold, self.pixel_threshold
+        self._defects, self._categories = {}, {}
 
     def on_test_epoch_end(self, prefix: str = "test") -> None:
         """Compute and log the figures: image AUROC, pixel AUROC, PRO."""
         figures = self.evaluation.compute()
-        groups = figures.pop("by_group")
+        groups, categories = figures.pop("by_group"), figures.pop("by_category")
         named = {self._defects.get(group, str(group)): row for group, row in groups.items()}
-        self.figures = {
-            name: {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
-            for name, row in ({"all": figures} | dict(sorted(named.items()))).items()
-        }
+        self.figures = {name: _numbers(row) for name, row in ({"all": figures} | dict(sorted(named.items()))).items()}
+        named = {self._categories.get(number, str(number)): row for number, row in categories.items()}
+        self.figures_by_category = {name: _numbers(row) for name, row in sorted(named.items()) if self._categories}
         for name in ("image_auroc", "pixel_auroc", "pro"):
             self.log(f"{prefix}/{name}", self.figures["all"][name], rank_zero_only=True)
 
@@ -351,3 +364,7 @@ class AnomalyModule(L.LightningModule):
             if (saved := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}

@@ -63,9 +63,10 @@ class PatchCoreEnsemble(AnomalyModule):
         shared = models[0].hparams
         if combine == "test_range" and shared["calibration_share"]:
             raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
-        super().__init__(models[0].transform, shared["calibration_share"], shared["false_alarm_rate"])
+        own = ("calibration_share", "false_alarm_rate", "metrics_mode")
+        super().__init__(models[0].transform, *(shared[name] for name in own))
         self.save_hyperparameters()
-        for name in ("calibration_share", "false_alarm_rate", "save_backbone", "seed"):
+        for name in (*own, "save_backbone", "seed"):
             self.hparams[name] = shared[name]
         self.make_plain()
         self.members = nn.ModuleList(models)

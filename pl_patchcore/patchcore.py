@@ -26,6 +26,7 @@ from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection,
 from pl_patchcore.errors import UserError
 from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.memory_bank import MemoryBank, Search
+from pl_patchcore.metrics import Mode
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from pl_patchcore.recipes import RECIPES
@@ -73,6 +74,8 @@ class PatchCore(AnomalyModule):
             selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
         false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds; can be changed
             without fitting again.
+        metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
+            of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
 
@@ -118,11 +121,12 @@ class PatchCore(AnomalyModule):
         search: Search = "auto",
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,
+        metrics_mode: Mode = "auto",
         save_backbone: bool = False,
         seed: int = 0,
     ) -> None:
         transform = Preprocessing(resize, crop, resize_mode, interpolation, mean, std)
-        super().__init__(transform, calibration_share, false_alarm_rate)
+        super().__init__(transform, calibration_share, false_alarm_rate, metrics_mode)
         if not 0 < coreset_ratio <= 1:
             raise UserError(f"coreset_ratio must be in (0, 1], got {coreset_ratio}; 0.1 keeps one patch in ten.")
         if coreset_size is not None and coreset_size < 1:

@@ -77,6 +77,7 @@ def stranger(root: Path) -> Path:
         pixels = rng.integers(90, 110, (50, 60), dtype=np.uint8)
         pixels[20:30, 20:30] = 250
         Image.fromarray(pixels).save(root / "bad" / name)
+    return root
 
 
 def coded(code: int, grey: int = 110, size: tuple[int, int] = (48, 64)) -> np.ndarray:

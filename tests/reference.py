@@ -51,6 +51,26 @@ def pro(maps: list[np.ndarray], masks: list[np.ndarray], fpr_limit: float = 0.3)
     return area / fpr_limit
 
 
+def average_precision(nominal: np.ndarray, anomalous: np.ndarray) -> float:
+    """Mean over the anomalous scores of the precision at the threshold that just covers each."""
+    precisions = []
+    for threshold in anomalous:
+        true, false = int((anomalous >= threshold).sum()), int((nominal >= threshold).sum())
+        precisions.append(true / (true + false))
+    return float(np.mean(precisions))
+
+
+def f1(nominal: np.ndarray, anomalous: np.ndarray, threshold: float) -> float:
+    """F1 of calling every score from the threshold on anomalous."""
+    true, false = int((anomalous >= threshold).sum()), int((nominal >= threshold).sum())
+    return 2 * true / (len(anomalous) + true + false)
+
+
+def best_f1(nominal: np.ndarray, anomalous: np.ndarray) -> float:
+    """Largest F1 over every score as threshold."""
+    return max(f1(nominal, anomalous, threshold) for threshold in np.unique(np.concatenate([nominal, anomalous])))
+
+
 def greedy(features: np.ndarray, size: int, start: int | None = 0, gaps: np.ndarray | None = None) -> list[int]:
     """Farthest-first traversal: float64 differences, rounded to float32, ties to the lowest row, none twice."""
     exponent = np.frexp(np.abs(features).max())[1]

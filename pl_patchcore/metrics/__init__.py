@@ -1,17 +1,47 @@
-"""Image AUROC, pixel AUROC and PRO: exact, on raw scores of any range."""
+"""Figures of anomaly detection from raw scores of any range: exact, or streaming in bounded memory.
 
-from pl_patchcore.metrics.auroc import ImageAUROC, PixelAUROC, auroc, curve_area
-from pl_patchcore.metrics.evaluation import AnomalyEvaluation, evaluate
-from pl_patchcore.metrics.pro import PRO, pro, split_regions
+For any anomaly scores ``(B,)``, maps ``(B, H, W)`` and masks, whatever made them; larger scores mean more anomalous.
+Classes are `torchmetrics.Metric`: ``update`` per batch, ``compute`` at the end, right on several processes.
+"""
+
+from pl_patchcore.metrics.auroc import ImageAUROC, PixelAUROC, auroc
+from pl_patchcore.metrics.curve import (
+    Curve,
+    Figure,
+    area,
+    average_precision,
+    best_f1,
+    curve_area,
+    curve_points,
+    exact_curve,
+)
+from pl_patchcore.metrics.evaluation import AnomalyEvaluation
+from pl_patchcore.metrics.pro import PRO, pro
+from pl_patchcore.metrics.regions import pixel_areas
+from pl_patchcore.metrics.state import Mode
+from pl_patchcore.metrics.thresholds import AveragePrecision, BestF1, FalseAlarmRate
+
+AUPRO = PRO  # the same figure's other name
 
 __all__ = [
+    "AUPRO",
     "PRO",
     "AnomalyEvaluation",
+    "AveragePrecision",
+    "BestF1",
+    "Curve",
+    "FalseAlarmRate",
+    "Figure",
     "ImageAUROC",
+    "Mode",
     "PixelAUROC",
+    "area",
     "auroc",
+    "average_precision",
+    "best_f1",
     "curve_area",
-    "evaluate",
+    "curve_points",
+    "exact_curve",
+    "pixel_areas",
     "pro",
-    "split_regions",
 ]

@@ -1,96 +1,50 @@
-"""Scores, maps and ground truth of a test set -> all figures, overall and for each defect type.
+"""Scores, maps and ground truth of a test set -> all figures: overall, for each defect type, for each category.
 
-What the LightningModule feeds while it tests: one pass, one state (about the size of the maps) and one sort
-of the nominal pixels for all figures together. Reads what `anomaly_map.py` returns; next: `report/`.
+What the LightningModule feeds while it tests: one pass, one state. Pixels are kept apart by (label, defect type,
+category), and each row of figures is the curve of a union of those. Reads what `anomaly_map.py` returns; next:
+`report/`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.auroc import LABELS, MASKS, ScoreMetric, auroc, count_above, curve_area, sort_scores
-from pl_patchcore.metrics.pro import check_fpr_limit, region_weights, split_regions
+from pl_patchcore.metrics.curve import Curve, Figure, area, average_precision, best_f1, exact_curve
+from pl_patchcore.metrics.pro import check_fpr_limit
+from pl_patchcore.metrics.regions import pixel_areas
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, select
+from pl_patchcore.metrics.streaming import Cell
+from pl_patchcore.metrics.thresholds import exceeds
+from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
-# image_auroc, pixel_auroc, pro: 0-d float64; nominal, anomalous, lost: numbers of images
 Row = dict[str, Any]
+SMALL_LIMITS = (0.05, 0.01)  # of PRO, beside the main one
+COLUMNS = ("label", "group", "category", "lost", "nominal_pixels", "counted_pixels", "alarms", "alarm")
 
 
-def evaluate(
-    scores: Tensor, images: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3
-) -> tuple[Row, dict[int, Row]]:
-    """All figures from the state of an `AnomalyEvaluation`.
-
-    Each defect type's nominal pixels are sorted once, those of the nominal images once, and every anomalous
-    pixel is looked up in each: the overall figures add these counts up over all of them, a defect type's over
-    its own and the nominal images'.
-
-    Args:
-        scores: Anomaly scores of the images, ``(N,)``.
-        images: One row for each image, ``(N, 5)``, int64: label, group, number of nominal pixels, number of
-            regions, and 1 if its mask is known anywhere.
-        nominal: Scores of the nominal pixels, image after image.
-        anomalous: Scores of the anomalous pixels, image after image and region after region, ``(P,)``.
-        areas: Area of each region, ``(K,)``, int64, summing to P.
-        fpr_limit: False-positive rate at which PRO's integral ends.
-
-    Returns:
-        The overall row and those of the groups, as `AnomalyEvaluation.compute` describes them, on the CPU.
-    """
-    scores, areas = scores.cpu(), areas.cpu()
-    label, group, pixels, regions, known = images.cpu().unbind(1)
-    defective = label == 1
-    lost = defective & (known == 1) & (regions == 0)
-    order = anomalous.argsort()  # sorted ones are looked up four times faster
-    anomalous, order = anomalous[order], order.cpu()
-    weights = region_weights(areas)[order]
-    owner = group.repeat_interleave(regions).repeat_interleave(areas)[order]  # (P,) group of each pixel
-
-    maps = torch.split(nominal, pixels.tolist())
-    overall = torch.zeros(2, len(anomalous), dtype=torch.int64)  # nominal pixels above, and above or equal
-    within = torch.zeros_like(overall)  # the same, among the nominal images' and the own group's pixels only
-    members: dict[int | None, Tensor] = {None: ~defective}
-    members |= {name: defective & (group == name) for name in sorted(set(group[defective].tolist()))}
-    sizes = {}
-    for name, member in members.items():
-        ordered = sort_scores([nominal[:0], *(maps[index] for index in member.nonzero().flatten().tolist())])
-        counts = torch.stack(count_above(ordered, anomalous))
-        overall += counts
-        within += counts if name is None else counts * (owner == name)
-        sizes[name] = len(ordered)
-
-    def row(member: Tensor, chosen: Tensor | slice, counts: Tensor, total: int) -> Row:
-        above, at_least = counts[:, chosen]
-        return {
-            "image_auroc": auroc(scores[~defective], scores[member]),
-            "pixel_auroc": curve_area(above, at_least, total),
-            "pro": curve_area(above, at_least, total, weights[chosen], fpr_limit),
-            "nominal": int((~defective).sum()),
-            "anomalous": int(member.sum()),
-            "lost": int((lost & member).sum()),
-        }
-
-    by_group = {
-        name: row(member, owner == name, within, sizes[None] + sizes[name])
-        for name, member in members.items()
-        if name is not None
-    }
-    return row(defective, slice(None), overall, sum(sizes.values())), by_group
-
-
-class AnomalyEvaluation(ScoreMetric):
-    """Image AUROC, pixel AUROC and PRO of a test set, overall and for each defect type.
+class AnomalyEvaluation(PixelMetric):
+    """All figures of a test set: overall, for each defect type and for each category, in one pass.
 
     A defect type's figures are those of a test set of all nominal images and of its own: other types' images
-    do not enter, neither as positives nor with their nominal pixels. Pixels whose mask is 255 (unknown) count
-    in no pixel figure.
+    do not enter, neither as positives nor with their nominal pixels. A category's figures are those of its own
+    images, nominal and anomalous. Pixels whose mask is 255 (unknown) count in no pixel figure. Figures of images are
+    always exact.
+
+    ``image_threshold`` and ``pixel_threshold`` (attributes, None at first) are counted against while images are
+    added, so set them before: an image or pixel is an alarm when its score > threshold.
 
     Args:
-        fpr_limit: False-positive rate at which PRO's integral ends, in (0, 1].
+        fpr_limit: False-positive rate at which the integral of ``pro`` ends, in (0, 1].
+        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and pixel figures come
+            with the bounds of their errors. ``auto`` is exact up to ``pixel_limit`` pixels, and streaming beyond.
+        pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
 
     Example:
         >>> metric = AnomalyEvaluation()
@@ -107,20 +61,25 @@ class AnomalyEvaluation(ScoreMetric):
 
     image_scores: list[Tensor]
     images: list[Tensor]
-    nominal: list[Tensor]
-    anomalous: list[Tensor]
-    areas: list[Tensor]
+    image_threshold: float | None = None
+    pixel_threshold: float | None = None
 
-    def __init__(self, fpr_limit: float = 0.3) -> None:
-        super().__init__()
+    def __init__(self, fpr_limit: float = 0.3, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
+        super().__init__(mode, pixel_limit, columns=3)
         self.fpr_limit = check_fpr_limit(fpr_limit)
         self.add_list("image_scores")
-        self.add_list("images", torch.int64, columns=5)
-        self.add_list("nominal")
-        self.add_list("anomalous")
-        self.add_list("areas", torch.int64)
+        self.add_list("images", torch.int64, columns=len(COLUMNS))
 
-    def update(self, scores: Tensor, maps: Tensor, labels: Tensor, masks: Tensor, groups: Tensor) -> None:
+    @one_thread()
+    def update(
+        self,
+        scores: Tensor,
+        maps: Tensor,
+        labels: Tensor,
+        masks: Tensor,
+        groups: Tensor,
+        categories: Tensor | None = None,
+    ) -> None:
         """Add images.
 
         Args:
@@ -129,6 +88,7 @@ class AnomalyEvaluation(ScoreMetric):
             labels: 0 nominal or 1 anomalous, ``(B,)``.
             masks: 0 nominal, 1 anomalous or 255 unknown, ``(B, H, W)``; no 1 in nominal images.
             groups: Number of the defect type, ``(B,)``, int64; of no meaning for nominal images.
+            categories: Number of the category, ``(B,)``, int64; None puts all in category 0.
 
         Raises:
             UserError: If a shape or a value is not as above, or a score is not finite.
@@ -138,49 +98,115 @@ class AnomalyEvaluation(ScoreMetric):
             raise UserError(
                 f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both of one batch."
             )
-        labels = self.check_truth("labels", labels, LABELS, scores)
+        labels = self.check_truth("labels", labels, LABELS, scores).long()
         masks = self.check_truth("masks", masks, MASKS, maps)
-        if groups.shape != labels.shape or groups.is_floating_point():
-            raise UserError(
-                f"groups must be integers of shape {tuple(labels.shape)}, got {groups.dtype} of shape "
-                f"{tuple(groups.shape)}; number the defect types."
-            )
-        stray = int((masks[labels == 0] == 1).sum())
+        categories = torch.zeros_like(labels) if categories is None else categories
+        for name, numbers, what in (("groups", groups, "defect types"), ("categories", categories, "categories")):
+            if numbers.shape != labels.shape or numbers.is_floating_point():
+                raise UserError(
+                    f"{name} must be integers of shape {tuple(labels.shape)}, got {numbers.dtype} of shape "
+                    f"{tuple(numbers.shape)}; number the {what}."
+                )
+        nominal, anomalous = masks == 0, masks == 1
+        sizes = [chosen.flatten(1).sum(dim=1) for chosen in (nominal, anomalous)]
+        stray = int(sizes[1][labels == 0].sum())
         if stray:
             raise UserError(
                 f"masks of nominal images must hold no 1, got {stray} such pixels; label the image 1 or clear its mask."
             )
-        nominal, anomalous, areas, regions = split_regions(maps, masks)
-        self.nominal.append(nominal)
-        self.anomalous.append(anomalous)
-        self.areas.append(areas)
-        pixels = (masks == 0).flatten(1).sum(dim=1)
-        known = (masks != UNKNOWN).flatten(1).any(dim=1)
-        rows = (labels, groups.to(self.device), pixels, regions, known)
-        self.images.append(torch.stack([row.to(torch.int64) for row in rows], dim=1))
+        groups, categories = groups.to(labels) * labels, categories.to(labels)  # nominal images are of group 0
+        cell = torch.stack([labels, groups, categories, *sizes], dim=1)
+        self.keep(cell, select(maps, nominal), select(maps, anomalous), pixel_areas(masks)[0])
+
+        lost = (labels == 1) & (sizes[1] == 0) & (masks != UNKNOWN).flatten(1).any(dim=1)
+        nothing = torch.zeros_like(labels)
+        counted, alarms, alarm = nothing, nothing, nothing - 1  # -1: no threshold was known
+        if self.pixel_threshold is not None:
+            counted = sizes[0]
+            alarms = (exceeds(maps, self.pixel_threshold) & nominal).flatten(1).sum(dim=1)
+        if self.image_threshold is not None:
+            alarm = exceeds(scores, self.image_threshold)
+        rows = (labels, groups, categories, lost, sizes[0], counted, alarms, alarm)
+        self.images.append(torch.stack([row.long() for row in rows], dim=1))
         self.image_scores.append(scores.clone())
 
+    @one_thread()
     def compute(self) -> dict[str, Any]:
         """Figures of all updates.
 
         Returns:
-            ``image_auroc``, ``pixel_auroc`` and ``pro``, 0-d float64, NaN where there are no positives or no
-            negatives; ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a
-            known mask that holds no anomalous pixel any more: resize and crop took the defect away);
-            ``by_group``, a dict from each anomalous image's group to a dict of the same six keys.
+            0-d float64 each, NaN where there is nothing anomalous or nothing nominal:
+
+            - ``image_auroc``, ``image_average_precision``, ``oracle_image_f1``, ``oracle_image_f1_threshold``;
+            - ``pixel_auroc``, ``pixel_auroc_anomalous`` (of anomalous images only), ``pixel_average_precision``,
+              ``oracle_pixel_f1``, ``oracle_pixel_f1_threshold``, ``pro``, ``pro_0.05``, ``pro_0.01``; in streaming
+              mode each figure has its bound beside it, ``pixel_auroc_bound`` and so on (not for the threshold);
+            - ``image_false_alarm_rate`` and ``pixel_false_alarm_rate``, shares of the nominal images and nominal
+              pixels above the thresholds, for those thresholds that are set (NaN unless set before the first update);
+            - ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a known mask that
+              holds no anomalous pixel any more: resize and crop took the defect away);
+
+            and ``by_group`` and ``by_category``, dicts from each anomalous image's group, and from each image's
+            category, to a dict of the same keys but these two.
         """
-        overall, by_group = evaluate(
-            self.joined("image_scores"),
-            self.joined("images"),
-            self.joined("nominal"),
-            self.joined("anomalous"),
-            self.joined("areas"),
-            self.fpr_limit,
-        )
+        scores, images = self.joined("image_scores").cpu(), self.joined("images").cpu()
+        label, group, category = images.unbind(1)[:3]
+        curve, bounds = self.curves(), self.streams()
+
+        def row(members: Tensor, cells: Callable[[Cell], bool]) -> Row:
+            found = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)), bounds)
+            return self._image_row(scores[members], images[members]) | found
+
+        def of_group(name: int) -> Row:
+            return row((label == 0) | (group == name), lambda cell: cell[0] == 0 or cell[1] == name)
+
+        def of_category(name: int) -> Row:
+            return row(category == name, lambda cell: cell[2] == name)
+
+        overall = row(label >= 0, lambda _: True)
+        categories = sorted(set(category.tolist()))
         return {
-            **self._placed(overall),
-            "by_group": {name: self._placed(row) for name, row in by_group.items()},
+            **overall,
+            "by_group": {name: of_group(name) for name in sorted(set(group[label == 1].tolist()))},
+            "by_category": {name: of_category(name) if len(categories) > 1 else overall for name in categories},
         }
 
-    def _placed(self, row: Row) -> Row:
-        return {name: self.figure(value) if isinstance(value, Tensor) else value for name, value in row.items()}
+    def _image_row(self, scores: Tensor, images: Tensor) -> Row:
+        columns = dict(zip(COLUMNS, images.unbind(1), strict=True))
+        nominal, anomalous = columns["label"] == 0, columns["label"] == 1
+        curve = exact_curve([scores[nominal]], scores[anomalous])
+        f1, threshold = best_f1(curve)
+        figures = {
+            "image_auroc": area(curve).value,
+            "image_average_precision": average_precision(curve).value,
+            "oracle_image_f1": f1.value,
+            "oracle_image_f1_threshold": threshold,
+        }
+        if self.image_threshold is not None:
+            alarm = columns["alarm"][nominal]
+            known = len(alarm) > 0 and int(alarm.min()) >= 0
+            figures["image_false_alarm_rate"] = float(alarm.double().mean()) if known else math.nan
+        if self.pixel_threshold is not None:
+            pixels, counted = int(columns["nominal_pixels"].sum()), int(columns["counted_pixels"].sum())
+            known = 0 < pixels == counted
+            figures["pixel_false_alarm_rate"] = int(columns["alarms"].sum()) / pixels if known else math.nan
+        return {name: self.figure(value) for name, value in figures.items()} | {
+            "nominal": int(nominal.sum()),
+            "anomalous": int(anomalous.sum()),
+            "lost": int(columns["lost"].sum()),
+        }
+
+    def _pixel_row(self, curve: Curve, anomalous_images: Curve, bounds: bool) -> Row:
+        f1, threshold = best_f1(curve)
+        figures: dict[str, Figure] = {
+            "pixel_auroc": area(curve),
+            "pixel_auroc_anomalous": area(anomalous_images),
+            "pixel_average_precision": average_precision(curve),
+            "oracle_pixel_f1": f1,
+            "pro": area(curve, self.fpr_limit, weighted=True),
+        } | {f"pro_{limit}": area(curve, limit, weighted=True) for limit in SMALL_LIMITS}
+        row = {name: self.figure(figure.value) for name, figure in figures.items()}
+        row["oracle_pixel_f1_threshold"] = self.figure(threshold)
+        if bounds:
+            row |= {f"{name}_bound": self.figure(figure.bound) for name, figure in figures.items()}
+        return row

@@ -7,87 +7,40 @@ connected component of mask == 1 in one image; pixels that touch at a corner are
 in MVTec's evaluation code). Published tables differ: the official PatchCore numbers take anomalous images
 only, and such figures cannot be compared with these.
 
-The arithmetic is `auroc.curve_area`; next: `evaluation.py`.
+So PRO is the area under a ROC curve whose anomalous pixels weigh 1 / area of their region, and the arithmetic is
+`curve.area`; next: `thresholds.py`.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from scipy import ndimage
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.auroc import MASKS, ScoreMetric, count_above, curve_area, sort_scores
+from pl_patchcore.metrics.curve import area, exact_curve
+from pl_patchcore.metrics.regions import pixel_areas
+from pl_patchcore.metrics.state import MASKS, PIXEL_LIMIT, Mode, PixelMetric
+from pl_patchcore.numerics import one_thread
 
 
-def split_regions(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Split maps into the scores of their nominal pixels and those of their regions.
-
-    Args:
-        maps: Raw anomaly maps, ``(B, H, W)``.
-        masks: 0 nominal, 1 anomalous, 255 unknown (in no result), ``(B, H, W)``, on the maps' device.
-
-    Returns:
-        Scores of the nominal pixels ``(n,)``, image after image; scores of the anomalous pixels ``(P,)``,
-        image after image and region after region; area of each region in pixels ``(K,)``, int64; number of
-        regions of each image ``(B,)``, int64. Regions are labelled on the CPU.
-
-    Example:
-        >>> masks = torch.tensor([[[1, 0, 1], [0, 1, 0], [0, 0, 255]]])
-        >>> [part.tolist() for part in split_regions(torch.arange(9.0).reshape(1, 3, 3), masks)]
-        [[1.0, 3.0, 5.0, 6.0, 7.0], [0.0, 2.0, 4.0], [3], [1]]
-    """
-    empty = np.empty(0, np.int64)  # so that a batch of no images passes
-    pixels, areas = [empty], [empty]
-    for index, mask in enumerate((masks == 1).cpu().numpy()):
-        labels = ndimage.label(mask, structure=np.ones((3, 3)))[0].ravel()  # 1, 2, ... inside, 0 outside
-        inside = np.flatnonzero(labels)
-        inside = inside[np.argsort(labels[inside], kind="stable")]  # region after region
-        pixels.append(index * mask.size + inside)
-        areas.append(np.bincount(labels, minlength=1)[1:])
-    anomalous = maps.flatten()[torch.from_numpy(np.concatenate(pixels)).to(maps.device)]
-    regions = torch.tensor([len(area) for area in areas[1:]], dtype=torch.int64, device=maps.device)
-    return maps[masks == 0], anomalous, torch.from_numpy(np.concatenate(areas)).to(maps.device), regions
-
-
-def region_weights(areas: Tensor) -> Tensor:
-    """Weight of each anomalous pixel, 1 / area of its region: all regions weigh the same.
-
-    Args:
-        areas: Area of each region, ``(K,)``, int64.
-
-    Returns:
-        Weights ``(P,)``, P the sum of the areas, float64 on the CPU.
-
-    Example:
-        >>> region_weights(torch.tensor([2, 1])).tolist()
-        [0.5, 0.5, 1.0]
-    """
-    areas = areas.cpu()
-    return areas.double().reciprocal().repeat_interleave(areas)
-
-
-def pro(nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3) -> Tensor:
-    """Per-region overlap up to a false-positive rate, from `split_regions` of all images.
+def pro(nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3) -> float:
+    """Per-region overlap up to a false-positive rate (see `PRO`).
 
     Args:
         nominal: Scores of all nominal pixels, ``(n,)``, floating point.
-        anomalous: Scores of the anomalous pixels, region after region, ``(P,)``.
-        areas: Area of each region in pixels, ``(K,)``, int64, summing to P.
+        anomalous: Scores of the anomalous pixels, ``(P,)``.
+        areas: Area in pixels of the region that each anomalous pixel belongs to, ``(P,)`` (`regions.pixel_areas`).
         fpr_limit: False-positive rate at which the integral ends, in (0, 1].
 
     Returns:
-        Figure in [0, 1], 0-d float64 on the CPU; NaN without nominal pixels or without regions. Cost: sorting
-        ``nominal``.
+        Figure in [0, 1]; NaN without nominal pixels or without regions. Cost: sorting ``nominal``.
 
     Example:
+        >>> import torch
         >>> nominal, anomalous = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 5.0, 0.0])
-        >>> pro(nominal, anomalous, areas=torch.tensor([2, 1])).item()  # one region found, one missed
+        >>> pro(nominal, anomalous, areas=torch.tensor([2, 2, 1]))  # one region found, one missed
         0.5
     """
-    counts = count_above(sort_scores([nominal]), anomalous)
-    return curve_area(*counts, total=len(nominal), weights=region_weights(areas), fpr_limit=fpr_limit)
+    return area(exact_curve([nominal], anomalous, areas.double().reciprocal()), fpr_limit, weighted=True).value
 
 
 def check_fpr_limit(fpr_limit: float) -> float:
@@ -101,42 +54,48 @@ def check_fpr_limit(fpr_limit: float) -> float:
     return fpr_limit
 
 
-class PRO(ScoreMetric):
-    """Per-region overlap of all images; NaN without nominal pixels or without regions.
+class PRO(PixelMetric):
+    """Per-region overlap of all images (also known as AUPRO); NaN without nominal pixels or without regions.
 
-    Pixels whose mask is 255 (unknown) are left out.
+    For anyone with anomaly maps and masks: scores may have any range, larger meaning more anomalous. Pixels whose
+    mask is 255 (unknown) are left out; an anomalous image whose mask is empty adds nominal pixels and no region;
+    constant scores give ``fpr_limit / 2``; scores that are NaN or infinite raise.
 
     Args:
-        fpr_limit: False-positive rate at which the integral ends, in (0, 1].
+        fpr_limit: False-positive rate at which the integral ends, in (0, 1]; 0.05 and 0.01 are in use too.
+        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
+            ``error_bound`` says how far the true value may be. ``auto`` is exact up to ``pixel_limit`` pixels.
+        pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
 
     Example:
-        >>> metric = PRO()
-        >>> metric.update(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[0, 1, 255]]]))
-        >>> metric.compute().item()
-        1.0
+        >>> import torch
+        >>> maps = torch.tensor([[[1.0, 2.0, 9.0], [3.0, 8.0, 4.0]]])  # (B, H, W)
+        >>> masks = torch.tensor([[[1, 0, 1], [0, 0, 0]]])  # two regions of one pixel
+        >>> metric = PRO(fpr_limit=1.0)
+        >>> metric.update(maps, masks)
+        >>> metric.compute().item()  # one above all nominal pixels, one below
+        0.5
+        >>> streaming = PRO(fpr_limit=1.0, mode="streaming")
+        >>> abs(streaming(maps, masks).item() - 0.5) <= streaming.error_bound < 1e-9
+        True
     """
 
-    nominal: list[Tensor]
-    anomalous: list[Tensor]
-    areas: list[Tensor]
+    weighted = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
-    def __init__(self, fpr_limit: float = 0.3) -> None:
-        super().__init__()
+    def __init__(self, fpr_limit: float = 0.3, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
+        super().__init__(mode, pixel_limit)
         self.fpr_limit = check_fpr_limit(fpr_limit)
-        self.add_list("nominal")
-        self.add_list("anomalous")
-        self.add_list("areas", torch.int64)
 
+    @one_thread()
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
         maps = self.check_scores("maps", maps, "B H W")
         masks = self.check_truth("masks", masks, MASKS, maps)
-        nominal, anomalous, areas, _ = split_regions(maps, masks)
-        self.nominal.append(nominal)
-        self.anomalous.append(anomalous)
-        self.areas.append(areas)
+        self.keep_flat(maps, masks, pixel_areas(masks)[0])
 
+    @one_thread()
     def compute(self) -> Tensor:
         """PRO of all updates, 0-d float64."""
-        states = self.joined("nominal"), self.joined("anomalous"), self.joined("areas")
-        return self.figure(pro(*states, fpr_limit=self.fpr_limit))
+        return self.report(area(self.curves()(lambda _: True), self.fpr_limit, weighted=True))

@@ -24,6 +24,11 @@ from pl_patchcore.report.pictures import Gallery
 
 _FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
 
+_ALARMS = {
+    "image_false_alarm_rate": "nominal images above the threshold, share",
+    "pixel_false_alarm_rate": "nominal pixels above the threshold, share",
+}
+
 
 class TestReport(Callback):
     """Report of a test.
@@ -88,11 +93,13 @@ class TestReport(Callback):
         if not trainer.is_global_zero:
             return
         figures: dict[str, dict[str, Any]] = pl_module.figures  # type: ignore[assignment]
+        categories: dict[str, dict[str, Any]] = pl_module.figures_by_category  # type: ignore[assignment]
         seconds = self._seconds / max(1, self._images)
         with whole_file(folder / "metrics.json") as partial:
             content = {
                 **_for_json(figures["all"]),
                 "defects": {name: _for_json(row) for name, row in figures.items() if name != "all"},
+                "categories": {name: _for_json(row) for name, row in categories.items()},
                 "seconds_per_image": seconds,
                 "memory_bank": pl_module.bank_shape,
                 "image_threshold": pl_module.image_threshold,
@@ -103,13 +110,18 @@ class TestReport(Callback):
         thresholds = pl_module.image_threshold, pl_module.pixel_threshold
         written = self._gallery.write(folder / "pictures", *thresholds)  # type: ignore[arg-type]
         console = plain_console()
-        console.print(_table(figures, seconds))
+        console.print(_table("defect", figures, seconds))
+        if len(categories) > 1:
+            console.print(_table("category", {"all": figures["all"], **categories}, seconds))
         if lost := figures["all"]["lost"]:
             console.print(
                 f"{lost} anomalous images have lost their whole defect to the resize and centre crop, and count as "
                 "anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small specks."
             )
         console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
+        for key, name in _ALARMS.items():
+            if not math.isnan(rate := figures["all"].get(key, math.nan)):
+                console.print(f"{name} {rate:.4g}", highlight=False)
         for key, name in _FIGURES.items():
             console.print(f"{name} {figures['all'][key]:.4f}", highlight=False)
 
@@ -123,8 +135,8 @@ def _for_json(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
 
-def _table(figures: dict[str, dict[str, Any]], seconds: float) -> Table:
-    table = Table("defect", *_FIGURES.values(), "nominal", "anomalous", "s / image")
+def _table(what: str, figures: dict[str, dict[str, Any]], seconds: float) -> Table:
+    table = Table(what, *_FIGURES.values(), "nominal", "anomalous", "s / image")
     table.columns[0].overflow = "fold"  # a defect type's name is never cut short
     for column in table.columns[1:]:
         column.justify = "right"

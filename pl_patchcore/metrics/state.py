@@ -1,0 +1,304 @@
+"""Scores and ground truth -> checked states of the metrics, exact or streaming.
+
+`ScoreMetric` checks what comes in and gathers states over processes; `PixelMetric` keeps pixels, exactly up to a
+number of them and in a histogram beyond. Reads raw scores: finite numbers of any range, never clamped, normalised
+or passed through a sigmoid (as torchmetrics' own AUROC does with scores outside [0, 1], which turns large ones
+into ties). Next: `auroc.py`, `pro.py`, `thresholds.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from pl_patchcore.errors import UserError
+from pl_patchcore.metrics.curve import Curve, Figure, curve_points, exact_curve, sort_scores
+from pl_patchcore.metrics.streaming import (
+    Cell,
+    Histogram,
+    Pixels,
+    add_pixels,
+    binned_curve,
+    cell_bins,
+    empty_histogram,
+    pack,
+    unpack,
+)
+from pl_patchcore.preprocessing import UNKNOWN
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["auto", "exact", "streaming"]
+PIXEL_LIMIT = 2**26  # 1,024 maps of 256x256: 268 MB kept, twice that while the figures are computed
+FLUSH = 2**22  # pixels that streaming mode collects before it adds them to its bins: 17 MB
+
+LABELS = {0: "nominal", 1: "anomalous"}
+MASKS = {**LABELS, UNKNOWN: "unknown"}
+
+
+class ScoreMetric(Metric):
+    """Base of the metrics: states are lists of tensors, joined over batches and processes.
+
+    Each list is declared once, with its dtype. A process that saw no image hands in an empty tensor of that dtype
+    when states are gathered (torchmetrics would hand in float32, which int64 states cannot be gathered with).
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = True
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._empty: dict[str, Tensor] = {}
+
+    def add_list(self, name: str, dtype: torch.dtype = torch.float32, columns: int | None = None) -> None:
+        """Declare a list state of vectors, or of matrices with ``columns``."""
+        self.add_state(name, [], dist_reduce_fx="cat")
+        self._empty[name] = torch.empty((0,) if columns is None else (0, columns), dtype=dtype)
+
+    def joined(self, name: str) -> Tensor:
+        """State ``name`` as one tensor, in the order of the updates."""
+        state: Tensor | list[Tensor] = getattr(self, name)
+        return dim_zero_cat(state) if len(state) else self._empty[name].to(self.device)
+
+    def sync(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        distributed_available: Callable[[], bool] | None = None,
+    ) -> None:
+        """Gather the states of all processes (see `torchmetrics.Metric.sync`)."""
+        available = distributed_available or self.distributed_available_fn
+        if should_sync and not self._is_synced and callable(available) and available():
+            self.before_sync()
+        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
+
+    def before_sync(self) -> None:
+        """Bring states to a form that can be gathered; only called where there are several processes."""
+        for name in self._empty:
+            if len(getattr(self, name)) == 0:
+                setattr(self, name, [self.joined(name)])
+
+    def check_scores(self, name: str, scores: Tensor, dims: str | None) -> Tensor:
+        """Check raw scores of shape ``dims`` (None: any); returns them in float32 on the metric's device.
+
+        Raises:
+            UserError: If the shape is wrong, or a score is NaN, infinite or beyond float32.
+        """
+        if dims is not None and scores.ndim != len(dims.split()):
+            raise UserError(f"{name} must have dimensions {dims}, got shape {tuple(scores.shape)}; reshape them.")
+        kept = scores.detach().float()
+        if kept.numel() and not math.isfinite(sum(end.item() for end in kept.aminmax())):
+            finite = torch.isfinite(kept)
+            raise UserError(
+                f"{name} must be finite float32 numbers, got {scores[~finite][0].item()} among "
+                f"{int((~finite).sum())} such of {scores.numel()}; look for broken images or features."
+            )
+        return kept.to(self.device)
+
+    def check_truth(self, name: str, truth: Tensor, allowed: dict[int, str], scores: Tensor) -> Tensor:
+        """Check that ``truth`` holds an ``allowed`` value for each score; returns it on the metric's device.
+
+        Raises:
+            UserError: If it does not.
+        """
+        if truth.shape != scores.shape:
+            raise UserError(
+                f"{name} must have the shape of the scores or maps, got {tuple(truth.shape)} for "
+                f"{tuple(scores.shape)}; pass one value for each."
+            )
+        wrong = torch.ones_like(truth, dtype=torch.bool)
+        for value in allowed:
+            wrong &= truth != value
+        if wrong.any():
+            meaning = ", ".join(f"{value} ({word})" for value, word in allowed.items())
+            raise UserError(f"{name} must hold {meaning}, got {truth[wrong][0].item()}; convert them first.")
+        return truth.to(self.device)
+
+    def figure(self, value: float) -> Tensor:
+        """A figure as 0-d tensor on the metric's device: float64, float32 where there is none."""
+        return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value, or one for each epoch (see `torchmetrics.Metric.plot`).
+
+        Args:
+            val: What ``compute`` or ``forward`` returned, or a list of such; None computes.
+            ax: Matplotlib axes to draw in; None makes new ones.
+
+        Returns:
+            Figure and axes.
+        """
+        return self._plot(val, ax)
+
+
+class PixelMetric(ScoreMetric):
+    """Base of the metrics over pixels: keeps them exactly, or in bins of bounded memory.
+
+    Pixels are kept apart by cell, a row of numbers that names a group of images, so that figures of any union of
+    cells can be had from one pass.
+
+    Args:
+        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory; figures come with a
+            bound of their error. ``auto`` is exact up to ``pixel_limit`` pixels, and streaming beyond.
+        pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
+        columns: Numbers that name a cell, 1 or more.
+    """
+
+    nominal: list[Tensor]
+    anomalous: list[Tensor]
+    areas: list[Tensor]
+    segments: list[Tensor]
+    packed: list[Tensor]
+    dense: list[Tensor]
+    weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
+    error_bound: float | None = None  # of the last computed figure; 0 if exact, None before the first
+
+    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT, columns: int = 1) -> None:
+        super().__init__()
+        if mode not in ("auto", "exact", "streaming"):
+            raise UserError(f"mode must be auto, exact or streaming, got {mode!r}.")
+        if pixel_limit < 0:
+            raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
+        self.mode, self.pixel_limit, self.columns = mode, pixel_limit, columns
+        # kept as they are: all pixels, or in streaming mode those that wait for the histogram
+        self.add_list("nominal")
+        self.add_list("anomalous")
+        self.add_list("areas", torch.int32)  # of each anomalous pixel's region
+        self.add_list("segments", torch.int64, columns=columns + 2)  # cell, numbers of nominal and anomalous pixels
+        # in bins: as rows, which other processes can be sent, or as the six tensors of a histogram
+        self.add_list("packed", torch.int64, columns=columns + 7)
+        self.add_state("dense", [], dist_reduce_fx=None)
+
+    def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
+        """Keep the pixels of a batch.
+
+        Args:
+            segments: Cell, number of nominal and number of anomalous pixels of each run of pixels of one cell,
+                ``(n, columns + 2)``, int64.
+            nominal: Scores of the nominal pixels, run after run, float32.
+            anomalous: Scores of the anomalous pixels, run after run, float32.
+            areas: Area of the region of each anomalous pixel (1 where regions do not matter), int32.
+        """
+        for name, values in (("segments", segments), ("nominal", nominal), ("anomalous", anomalous), ("areas", areas)):
+            getattr(self, name).append(values.to(self.device))
+        if self.mode != "exact":
+            waiting = sum(map(len, self.nominal)) + sum(map(len, self.anomalous))
+            binned = self.mode == "streaming" or self._binned()
+            if waiting > (FLUSH if binned else self.pixel_limit):
+                if not binned:
+                    log.info(
+                        "more than %d pixels: %s goes on in streaming mode, with bounded memory and error.",
+                        self.pixel_limit,
+                        type(self).__name__,
+                    )
+                self.fold()
+
+    def streams(self) -> bool:
+        """Whether figures come from bins; called after states are gathered, it is the same for any processes."""
+        if self.mode != "auto":
+            return self.mode == "streaming"
+        if self._binned():
+            return True
+        return sum(len(self.joined(name)) for name in ("nominal", "anomalous")) > self.pixel_limit
+
+    def fold(self) -> None:
+        """Put all pixels kept as they are into the histogram."""
+        histogram = self._merged()
+        columns = [getattr(self, name) for name in ("segments", "nominal", "anomalous", "areas")]
+        batches = zip(*columns, strict=True) if isinstance(self.segments, list) else [columns]
+        self.dense = []
+        self.dense = list(add_pixels(histogram, [part for batch in batches for part in _cells(*batch)]))
+        self.segments, self.nominal, self.anomalous, self.areas = [], [], [], []
+
+    def curves(self) -> Callable[[Callable[[Cell], bool]], Curve]:
+        """What gives the curve of all pixels of the cells that a condition holds for."""
+        if not self.streams():
+            return _exact_curves(_cells(*(self.joined(n) for n in ("segments", "nominal", "anomalous", "areas"))))
+        self.fold()
+        cells = cell_bins(Histogram(*self.dense))
+        return lambda chosen: binned_curve(bins for cell, bins in cells.items() if chosen(cell))
+
+    def keep_flat(self, scores: Tensor, truth: Tensor, areas: Tensor | None = None) -> None:
+        """Keep scores of any shape, all of one cell (see `keep`)."""
+        nominal, anomalous = select(scores, truth == 0), select(scores, truth == 1)
+        areas = torch.ones(len(anomalous), dtype=torch.int32) if areas is None else areas
+        sizes = [*[0] * self.columns, len(nominal), len(anomalous)]
+        self.keep(torch.tensor([sizes]), nominal, anomalous, areas)
+
+    def curve(self) -> tuple[Tensor, Tensor]:
+        """Corners of the curve of all updates, over all processes.
+
+        Returns:
+            False-positive rate, ascending, and share covered at it; each float64, on the CPU, of one length.
+        """
+        with self.sync_context():
+            return curve_points(self.curves()(lambda _: True), weighted=self.weighted)
+
+    def report(self, figure: Figure) -> Tensor:
+        """Value of a figure; remembers its bound."""
+        self.error_bound = figure.bound
+        return self.figure(figure.value)
+
+    def reset(self) -> None:
+        """Forget all pixels."""
+        super().reset()
+        self.error_bound = None
+
+    def before_sync(self) -> None:
+        """Bring states to a form that can be gathered: bins travel as rows."""
+        if self.mode == "streaming" or self._binned():
+            self.fold()
+            self.packed, self.dense = [pack(Histogram(*self.dense))], []
+        super().before_sync()
+
+    def _binned(self) -> bool:
+        return bool(self.dense) or any(map(len, self.packed))
+
+    def _merged(self) -> Histogram:
+        if len(self.dense) == 6 and not any(map(len, self.packed)):
+            return Histogram(*self.dense)
+        groups = [Histogram(*self.dense[start : start + 6]) for start in range(0, len(self.dense), 6)]
+        rows = torch.cat([self.joined("packed"), *map(pack, groups)])
+        self.packed = []
+        return unpack(rows) if len(rows) else empty_histogram(self.columns, self.device)
+
+
+def select(values: Tensor, chosen: Tensor) -> Tensor:
+    """``values[chosen]``, a copy; on the CPU by NumPy, which is several times faster."""
+    if values.device.type != "cpu":
+        return values[chosen]
+    return torch.from_numpy(values.numpy()[chosen.numpy()])
+
+
+def _cells(segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> list[Pixels]:
+    *cells, nominal_sizes, anomalous_sizes = segments.T.tolist()
+    names = list(zip(*cells, strict=True))
+    runs = zip(names, nominal.split(nominal_sizes), strict=True)
+    parts = [Pixels(name, scores, None) for name, scores in runs if len(scores)]
+    regions = zip(names, anomalous.split(anomalous_sizes), areas.split(anomalous_sizes), strict=True)
+    return parts + [Pixels(*region) for region in regions if len(region[1])]
+
+
+def _exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], Curve]:
+    cells = sorted({part.cell for part in parts})
+    nominal = {cell: [p.scores for p in parts if p.areas is None and p.cell == cell] for cell in cells}
+    ascending = {cell: sort_scores(scores) for cell, scores in nominal.items() if scores}
+    regions = [part for part in parts if part.areas is not None]
+
+    def curve(chosen: Callable[[Cell], bool]) -> Curve:
+        own = [part for part in regions if chosen(part.cell)]
+        scores = torch.cat([torch.empty(0), *(part.scores.cpu() for part in own)])
+        areas = torch.cat([torch.empty(0), *(part.areas.cpu() for part in own if part.areas is not None)])
+        ranked = [scores.cpu() for cell, scores in ascending.items() if chosen(cell)]
+        return exact_curve(ranked, scores, areas.double().reciprocal(), ordered=True)
+
+    return curve

@@ -1,0 +1,218 @@
+"""Metrics: speed beside anomalib and scikit-learn, memory of a large test set, share of a test loop. `make bench`.
+
+    python tests/benchmarks/bench_metrics.py [speed] [memory] [loop]
+
+Peers come with the extra ``bench`` and are left out where they are absent. Maps are 256x256, smooth noise around 40
+with 60 % anomalous images; each time is the best of some runs, all at the same number of threads (OMP_NUM_THREADS).
+Labelling: finding the regions of the masks, which scikit-learn does not need. The answers kept for masks seen before
+are thrown away before each run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy import ndimage
+from torch import Tensor
+
+from pl_patchcore import PatchCore
+from pl_patchcore.metrics import PRO, AnomalyEvaluation, PixelAUROC, pixel_areas, regions
+
+SIDE, BATCH = 256, 32
+console = Console()
+
+
+def smooth_noise(images: int, seed: int = 0) -> np.ndarray:
+    g = np.random.default_rng(seed)
+    base = np.stack([ndimage.gaussian_filter(g.standard_normal((SIDE, SIDE)), 4) for _ in range(min(images, 64))])
+    base = (base / base.std()).astype(np.float32)
+    maps = np.empty((images, SIDE, SIDE), np.float32)
+    for index in range(images):
+        maps[index] = 40 + 10 * base[index % len(base)] + g.standard_normal((SIDE, SIDE), np.float32)
+    return maps
+
+
+def map_set(images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Maps and masks: about 60 % of the images have two or three defects of 2 % of the image together."""
+    g = np.random.default_rng(seed)
+    maps, masks = smooth_noise(images, seed), np.zeros((images, SIDE, SIDE), np.uint8)
+    for index in range(images * 6 // 10):
+        for height, width in ((30, 40), (8, 8), (3, 20))[: g.integers(2, 4)]:
+            row, column = g.integers(0, SIDE - 40, 2)
+            masks[index, row : row + height, column : column + width] = 1
+    maps[masks == 1] += 15
+    return torch.from_numpy(maps), torch.from_numpy(masks)
+
+
+def best(call: Callable[[], object], runs: int) -> tuple[float, object]:
+    seconds, result = float("inf"), None
+    for _ in range(runs):
+        regions._areas.cache_clear()
+        start = time.perf_counter()
+        result = call()
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds, result
+
+
+def ours(make: Callable[[], PRO | PixelAUROC], maps: Tensor, masks: Tensor, labelled: bool = False) -> float:
+    metric = make()
+    if labelled:
+        pixel_areas(masks)
+    for start in range(0, len(maps), BATCH):
+        metric.update(maps[start : start + BATCH], masks[start : start + BATCH])
+    return metric.compute().item()
+
+
+def anomalib_pro(maps: Tensor, masks: Tensor) -> float:
+    from anomalib.metrics.aupro import _AUPRO
+
+    metric = _AUPRO()
+    for start in range(0, len(maps), BATCH):
+        metric.update(maps[start : start + BATCH], masks[start : start + BATCH].int())
+    return float(metric.compute())
+
+
+def speed() -> None:
+    table = Table("maps", "figure", "seconds", "peer / ours", "value")
+    for images in (100, 400):
+        maps, masks = map_set(images)
+        runs = 7 if images == 100 else 4
+        label, _ = best(lambda masks=masks: pixel_areas(masks), runs)
+        table.add_row(str(images), "labelling the masks", f"{label:.3f}", "", "")
+        times = {}
+        for mode in ("streaming", "exact"):
+            for make in (PRO, PixelAUROC):
+                seconds, value = best(
+                    lambda make=make, mode=mode, data=(maps, masks): ours(lambda: make(mode=mode), *data), runs
+                )
+                times[make.__name__, mode] = seconds
+                note = ", labelling included" if make is PRO else ""
+                table.add_row("", f"{make.__name__} {mode}{note}", f"{seconds:.3f}", "", f"{value:.7f}")
+        peers: dict[str, tuple[str, Callable[[], float]]] = {}
+        if importlib.util.find_spec("anomalib"):
+            peers["anomalib AUPRO"] = ("PRO", lambda data=(maps, masks): anomalib_pro(*data))
+        if importlib.util.find_spec("sklearn"):
+            from sklearn.metrics import roc_auc_score
+
+            flat = masks.numpy().ravel(), maps.numpy().ravel()
+            peers["scikit-learn ROC"] = ("PixelAUROC", lambda flat=flat: float(roc_auc_score(*flat)))
+        for name in {"anomalib AUPRO", "scikit-learn ROC"} - set(peers):
+            console.print(f"{name} left out: not installed (pip install 'pl-patchcore[bench]').")
+        for name, (own, call) in peers.items():
+            seconds, value = best(call, 2)
+            streaming, exact = times[own, "streaming"], times[own, "exact"]
+            ratio = f"{seconds / streaming:.1f} streaming, {seconds / exact:.1f} exact"
+            if own == "PRO":
+                ratio += f"; {(seconds - label) / (streaming - label):.1f} streaming, labelling taken off both"
+            else:
+                ratio += f"; {(seconds + label) / (streaming + label):.1f} streaming, labelling added to both"
+            table.add_row("", name, f"{seconds:.3f}", ratio, f"{value:.7f}")
+        table.add_section()
+    console.print(table)
+
+
+def resident() -> float:
+    """Resident memory now, MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def simulated_mstc(images: int = 8600) -> None:
+    """One pass over maps that are made on the fly; prints the largest memory above the start."""
+    import resource
+
+    base, _ = map_set(64)
+    masks = map_set(64, seed=1)[1]
+    g = torch.Generator().manual_seed(0)
+    metric = AnomalyEvaluation(mode="streaming")
+    metric.update(*batch(base, masks, g))  # libraries and code pages are loaded
+    metric.compute()
+    metric.reset()
+    before = resident()
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    largest, start = 0.0, time.perf_counter()
+    for _ in range(images // BATCH + 1):
+        metric.update(*batch(base, masks, g))
+        largest = max(largest, resident())
+    figures = metric.compute()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = time.perf_counter() - start
+    print(f"{before:.0f} {largest - before:.0f} {peak / 1e3 * 1.024 - before:.0f} {peak_before == peak} {seconds:.0f}")
+    print({name: f"{float(value):.2e}" for name, value in figures.items() if name.endswith("_bound")})
+
+
+def batch(base: Tensor, masks: Tensor, g: torch.Generator) -> tuple[Tensor, ...]:
+    chosen = torch.randint(len(base), (BATCH,), generator=g)
+    mask = masks[chosen]
+    maps = base[chosen] * (0.9 + 0.2 * torch.rand(BATCH, 1, 1, generator=g)) + 15 * (mask == 1)
+    labels = mask.flatten(1).amax(1).long()
+    return maps.amax((1, 2)), maps, labels, mask, labels, torch.randint(12, (BATCH,), generator=g)
+
+
+def memory() -> None:
+    command = [sys.executable, __file__, "simulated_mstc"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    before, running, peak, _, seconds = printed[-2].split()
+    console.print(
+        f"8,600 maps of 256x256 in streaming mode, 12 categories: {running} MB above the start ({before} MB) after "
+        f"batches, {peak} MB at the highest; {seconds} s with making the maps. Bounds: {printed[-1]}"
+    )
+
+
+def loop(images: int = 32, bank: int = 10_000) -> None:
+    """All metrics against a test loop with WideResNet-50 (untrained: the same work) on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PatchCore(weights=None, resize=256, crop=None).eval()
+    g = torch.Generator().manual_seed(0)
+    model.memory_bank.fill(torch.randn(bank, 1536, generator=g))
+    maps, masks = map_set(images)
+    labels = masks.flatten(1).amax(1).long()
+    pictures = torch.rand(images, 3, SIDE, SIDE, generator=g)
+    with torch.no_grad():
+        model(pictures[:8])
+        start = time.perf_counter()
+        for at in range(0, images, 8):
+            model(pictures[at : at + 8])
+        scoring = time.perf_counter() - start
+    table = Table("", "s / image", "share of the loop")
+    table.add_row(f"scoring, {bank:,} rows in the memory bank", f"{scoring / images:.4f}", "")
+    for mode in ("exact", "streaming"):
+
+        def run(mode: str = mode) -> None:
+            metric = AnomalyEvaluation(mode=mode)
+            for at in range(0, images, 8):
+                part = slice(at, at + 8)
+                metric.update(maps[part].amax((1, 2)), maps[part], labels[part], masks[part], labels[part])
+            metric.compute()
+
+        seconds, _ = best(run, 3)
+        table.add_row(f"all metrics, {mode}", f"{seconds / images:.4f}", f"{seconds / (scoring + seconds):.1%}")
+    console.print(table)
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or ["speed", "memory", "loop"]
+    if wanted == ["simulated_mstc"]:
+        simulated_mstc()
+        return
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    console.print(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, load before {load}"
+    )
+    for name in wanted:
+        {"speed": speed, "memory": memory, "loop": loop}[name]()
+
+
+if __name__ == "__main__":
+    main()
