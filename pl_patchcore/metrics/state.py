@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "exact", "streaming"]
 PIXEL_LIMIT = 2**26  # 1,024 maps of 256x256: 268 MB kept, twice that while the figures are computed
-FLUSH = 2**22  # pixels that streaming mode collects before it adds them to its bins: 17 MB
+FLUSH = 2**20  # pixels that streaming mode collects before it adds them to its bins: 4 MB
 
 LABELS = {0: "nominal", 1: "anomalous"}
 MASKS = {**LABELS, UNKNOWN: "unknown"}

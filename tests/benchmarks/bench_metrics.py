@@ -43,7 +43,7 @@ def smooth_noise(images: int, seed: int = 0) -> np.ndarray:
     return maps
 
 
-def test_set(images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_test_set(images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Maps and masks: about 60 % of the images have two or three defects of 2 % of the image together."""
     g = np.random.default_rng(seed)
     maps, masks = smooth_noise(images, seed), np.zeros((images, SIDE, SIDE), np.uint8)
@@ -86,7 +86,7 @@ def anomalib_pro(maps: Tensor, masks: Tensor) -> float:
 def speed() -> None:
     table = Table("maps", "figure", "seconds", "peer / ours", "value")
     for images in (100, 400):
-        maps, masks = test_set(images)
+        maps, masks = make_test_set(images)
         runs = 7 if images == 100 else 4
         label, _ = best(lambda masks=masks: pixel_areas(masks), runs)
         table.add_row(str(images), "labelling the masks", f"{label:.3f}", "", "")
@@ -127,12 +127,12 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def simulated_mstc(images: int = 8600) -> None:
+def simulated_mstc(images: int = int(os.environ.get('IMAGES', 8600))) -> None:
     """One pass over maps that are made on the fly; prints the largest memory above the start."""
     import resource
 
-    base, _ = test_set(64)
-    masks = test_set(64, seed=1)[1]
+    base, _ = make_test_set(64)
+    masks = make_test_set(64, seed=1)[1]
     g = torch.Generator().manual_seed(0)
     metric = AnomalyEvaluation(mode="streaming")
     metric.update(*batch(base, masks, g))  # libraries and code pages are loaded
@@ -176,7 +176,7 @@ def loop(images: int = 32, bank: int = 10_000) -> None:
         model = PatchCore(weights=None, resize=256, crop=None).eval()
     g = torch.Generator().manual_seed(0)
     model.memory_bank.fill(torch.randn(bank, 1536, generator=g))
-    maps, masks = test_set(images)
+    maps, masks = make_test_set(images)
     labels = masks.flatten(1).amax(1).long()
     pictures = torch.rand(images, 3, SIDE, SIDE, generator=g)
     with torch.no_grad():
