@@ -127,8 +127,8 @@ class AnomalyEvaluation(PixelMetric):
         if self.image_threshold is not None:
             alarm = exceeds(scores, self.image_threshold)
         rows = (labels, groups, categories, lost, sizes[0], counted, alarms, alarm)
-        self.images.append(torch.stack([row.long() for row in rows], dim=1))
-        self.image_scores.append(scores.clone())
+        self.append("images", torch.stack([row.long() for row in rows], dim=1))
+        self.append("image_scores", scores.clone())
 
     @one_thread()
     def compute(self) -> dict[str, Any]:

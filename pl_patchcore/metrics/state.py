@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "exact", "streaming"]
 PIXEL_LIMIT = 2**26  # 1,024 maps of 256x256: 268 MB kept, twice that while the figures are computed
-FLUSH = 2**22  # pixels that streaming mode collects before it adds them to its bins: 17 MB
+FLUSH = 2**20  # pixels that streaming mode collects before it adds them to its bins: 4 MB
 
 LABELS = {0: "nominal", 1: "anomalous"}
 MASKS = {**LABELS, UNKNOWN: "unknown"}
@@ -62,6 +62,16 @@ class ScoreMetric(Metric):
         """Declare a list state of vectors, or of matrices with ``columns``."""
         self.add_state(name, [], dist_reduce_fx="cat")
         self._empty[name] = torch.empty((0,) if columns is None else (0, columns), dtype=dtype)
+
+    def append(self, name: str, values: Tensor) -> None:
+        """Append to a list state that lives long, joining neighbours of like length into one.
+
+        Hundreds of small tensors that stay, each between large ones that go, would leave the heap full of holes.
+        """
+        state: list[Tensor] = getattr(self, name)
+        state.append(values)
+        while len(state) > 1 and len(state[-2]) <= len(state[-1]):
+            state[-2:] = [torch.cat(state[-2:])]
 
     def joined(self, name: str) -> Tensor:
         """State ``name`` as one tensor, in the order of the updates."""
@@ -115,10 +125,9 @@ class ScoreMetric(Metric):
                 f"{name} must have the shape of the scores or maps, got {tuple(truth.shape)} for "
                 f"{tuple(scores.shape)}; pass one value for each."
             )
-        wrong = torch.ones_like(truth, dtype=torch.bool)
-        for value in allowed:
-            wrong &= truth != value
-        if wrong.any():
+        right = sum(int((truth == value).count_nonzero()) for value in allowed)
+        if right != truth.numel():
+            wrong = torch.stack([truth != value for value in allowed]).all(dim=0)
             meaning = ", ".join(f"{value} ({word})" for value, word in allowed.items())
             raise UserError(f"{name} must hold {meaning}, got {truth[wrong][0].item()}; convert them first.")
         return truth.to(self.device)

@@ -43,15 +43,18 @@ class Pixels(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Bins of all cells, ``U`` buckets of ``2^bits`` bins.
+    """Bins of all cells, ``U`` buckets of ``2^bits`` bins, one after another; the rest of the ``BINS`` is 0.
+
+    Columns keep their size from the first score to the last: blocks of changing size would leave holes in the
+    allocator's memory, several times the histogram in the end.
 
     Attributes:
         buckets: Cell and upper 16 bits of the key (its sign flipped), ``(U, C + 1)``, int64, rows ascending.
-        nominal: Number of nominal pixels in each bin, ``(U, 2^bits)``, int64.
-        anomalous: Number of anomalous pixels, ``(U, 2^bits)``, int64.
-        weights: Sum of their weights, units of 2^-40, ``(U, 2^bits)``, int64.
-        lowest: 2^16 - lower 16 bits of the smallest key, 0 in empty bins, ``(U, 2^bits)``, int32.
-        highest: 1 + lower 16 bits of the largest key, 0 in empty bins, ``(U, 2^bits)``, int32.
+        nominal: Number of nominal pixels in each bin, ``(BINS,)``, int64.
+        anomalous: Number of anomalous pixels, ``(BINS,)``, int64.
+        weights: Sum of their weights, units of 2^-40, ``(BINS,)``, int64.
+        lowest: 2^16 - lower 16 bits of the smallest key, 0 in empty bins, ``(BINS,)``, int32.
+        highest: 1 + lower 16 bits of the largest key, 0 in empty bins, ``(BINS,)``, int32.
     """
 
     buckets: Tensor
@@ -64,7 +67,7 @@ class Histogram(NamedTuple):
     @property
     def bits(self) -> int:
         """Binary logarithm of the number of bins in a bucket."""
-        return self.nominal.shape[1].bit_length() - 1
+        return max(0, min(16, (len(self.nominal) // max(1, len(self.buckets))).bit_length() - 1))
 
 
 def score_keys(scores: Tensor) -> Tensor:
@@ -125,11 +128,11 @@ def _add(histogram: Histogram, pieces: Sequence[Pixels]) -> Histogram:
             starts = {cell: _first_bins(histogram, cell)}
             first = starts[cell].index_select(0, upper)
         bins = first + (lower >> (16 - histogram.bits))
-        histogram.lowest.view(-1).scatter_reduce_(0, bins, 2**16 - lower, "amax")
-        histogram.highest.view(-1).scatter_reduce_(0, bins, lower + 1, "amax")
+        histogram.lowest.scatter_reduce_(0, bins, 2**16 - lower, "amax")
+        histogram.highest.scatter_reduce_(0, bins, lower + 1, "amax")
         _count(histogram.nominal if areas is None else histogram.anomalous, bins)
         if areas is not None:
-            histogram.weights.view(-1).scatter_add_(0, bins, (UNIT + areas.long() // 2) // areas.long())
+            histogram.weights.scatter_add_(0, bins, (UNIT + areas.long() // 2) // areas.long())
     return histogram
 
 
@@ -138,9 +141,9 @@ def pack(histogram: Histogram) -> Tensor:
 
     Columns: cell, upper 16 bits, first lower 16 bits of the bin, and the five counts of `Histogram`.
     """
-    filled = (histogram.highest > 0).view(-1).nonzero().flatten()
+    filled = histogram.highest.nonzero().flatten()
     position = (filled & (2**histogram.bits - 1)) << (16 - histogram.bits)
-    counts = [column.view(-1)[filled].long() for column in histogram[1:]]
+    counts = [column[filled].long() for column in histogram[1:]]
     return torch.cat(
         [histogram.buckets[filled >> histogram.bits], torch.stack([position, *counts], dim=1)],
         dim=1,
@@ -154,9 +157,9 @@ def unpack(rows: Tensor) -> Histogram:
     merged = _zeros(buckets)
     bins = (place << merged.bits) + (rows[:, -6] >> (16 - merged.bits))
     for column, values in zip(merged[1:4], rows[:, -5:-2].unbind(1), strict=True):
-        column.view(-1).scatter_add_(0, bins, values)
+        column.scatter_add_(0, bins, values)
     for column, values in zip(merged[4:], rows[:, -2:].int().unbind(1), strict=True):
-        column.view(-1).scatter_reduce_(0, bins, values, "amax")
+        column.scatter_reduce_(0, bins, values, "amax")
     return merged
 
 
@@ -174,17 +177,18 @@ class Bins(NamedTuple):
 def cell_bins(histogram: Histogram) -> dict[Cell, Bins]:
     """Split a histogram by cell, on the CPU; ``anomalous`` and ``weights`` are empty where a cell has none."""
     histogram = Histogram(*(column.cpu() for column in histogram))
+    bits = histogram.bits
     cells, sizes = torch.unique_consecutive(histogram.buckets[:, :-1], dim=0, return_counts=True)
-    result = {}
-    for cell, *columns in zip(cells.tolist(), *(column.split(sizes.tolist()) for column in histogram), strict=True):
-        part = Histogram(*columns)
-        filled = (part.highest > 0).view(-1).nonzero().flatten()
-        keys = (part.buckets[:, -1][filled >> part.bits] << 16) + ((filled & (2**part.bits - 1)) << (16 - part.bits))
-        nominal, anomalous, weights, lowest, highest = (column.reshape(-1)[filled] for column in part[1:])
+    result, start = {}, 0
+    for cell, size in zip(cells.tolist(), sizes.tolist(), strict=True):
+        filled = histogram.highest[start << bits : start + size << bits].nonzero().flatten() + (start << bits)
+        keys = (histogram.buckets[:, -1][filled >> bits] << 16) + ((filled & (2**bits - 1)) << (16 - bits))
+        nominal, anomalous, weights, lowest, highest = (column[filled] for column in histogram[1:])
         if not anomalous.any():
             anomalous = weights = anomalous[:0].clone()
         below = torch.cat([nominal.new_zeros(1), nominal.cumsum(0)])
         result[tuple(cell)] = Bins(keys, below, anomalous, weights, lowest, highest)
+        start += size
     return result
 
 
@@ -218,21 +222,23 @@ def binned_curve(cells: Iterable[Bins]) -> Curve:
 
 
 def _zeros(buckets: Tensor) -> Histogram:
-    bits = max(0, min(16, (BINS // max(1, len(buckets))).bit_length() - 1))
-    counts = [torch.zeros(len(buckets), 2**bits, dtype=torch.int64, device=buckets.device) for _ in range(3)]
-    ends = [torch.zeros(len(buckets), 2**bits, dtype=torch.int32, device=buckets.device) for _ in range(2)]
+    size, device = max(BINS, len(buckets)), buckets.device
+    counts = [torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3)]
+    ends = [torch.zeros(size, dtype=torch.int32, device=device) for _ in range(2)]
     return Histogram(buckets, *counts, *ends)
 
 
 def _grow(histogram: Histogram, met: Tensor) -> Histogram:
-    """Make room for the buckets ``met``, with coarser bins where the budget asks for it."""
+    """Make room for the buckets ``met``, with coarser bins where the budget asks for it; in place."""
     buckets, place = torch.unique(torch.cat([histogram.buckets, met]), dim=0, return_inverse=True)
-    place = place[: len(histogram.buckets)]
-    grown = _zeros(buckets)
-    for index, (old, new) in enumerate(zip(histogram[1:], grown[1:], strict=True)):
-        if len(place):
-            coarser = old.view(len(old), new.shape[1], -1)
-            new[place] = coarser.sum(2) if index < 3 else coarser.amax(2)
+    old, place = len(histogram.buckets), place[: len(histogram.buckets)]
+    grown = Histogram(buckets, *histogram[1:]) if len(buckets) <= len(histogram.nominal) else _zeros(buckets)
+    if old:
+        for index, (before, after) in enumerate(zip(histogram[1:], grown[1:], strict=True)):
+            finer = before[: old << histogram.bits].view(old, 2**grown.bits, -1)
+            coarser = finer.sum(2) if index < 3 else finer.amax(2)
+            after.zero_()
+            after[: len(buckets) << grown.bits].view(len(buckets), -1)[place] = coarser
     return grown
 
 
@@ -257,9 +263,9 @@ def _met(pieces: Sequence[Pixels]) -> Tensor:
 
 def _count(column: Tensor, bins: Tensor) -> None:
     if column.device.type == "cpu":
-        np.add.at(column.view(-1).numpy(), bins.numpy(), 1)  # half the time of torch's scatter_add_
+        np.add.at(column.numpy(), bins.numpy(), 1)  # half the time of torch's scatter_add_
     else:
-        column.view(-1).scatter_add_(0, bins, torch.ones_like(bins))
+        column.scatter_add_(0, bins, torch.ones_like(bins))
 
 
 def _first_bins(histogram: Histogram, cell: Cell) -> Tensor:
