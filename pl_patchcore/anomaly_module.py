@@ -234,6 +234,10 @@ class AnomalyModule(L.LightningModule):
                     "figures, before fit ends; take monitor out (the finished model is what gets saved)."
                 )
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """A callback that frees what was collected when a fit fails or is interrupted: the module has no such hook."""
+        return [_ReleaseOnException()]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """An optimiser that changes nothing (see the module's docstring)."""
         return torch.optim.SGD([self.unused], lr=0.0)
@@ -346,3 +350,9 @@ class AnomalyModule(L.LightningModule):
         for name in ("calibration_scores", "calibration_peaks"):
             setattr(self, name, torch.empty_like(state[name], device=self.device))
         self._input_shape = tuple(checkpoint["patchcore"]["input_shape"]) or None
+
+
+class _ReleaseOnException(L.Callback):
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, AnomalyModule):
+            pl_module.release()
