@@ -27,10 +27,11 @@ StoreDtype = Literal["float32", "float16", "bfloat16"]
 
 GIB = 2**30
 SHARE = 0.5  # of the memory available: what "auto" lets a fit take before it turns to the disk
-_ROW_STATE = 64  # bytes a row that greedy selection keeps beside the row and its centred copy
+_ROW_STATE = 96  # bytes a row that greedy selection keeps beside the row, its centred copy and that one's square
 _WORK = 2**28  # bytes of blocks, whatever the size
 _EVALUATED = 0.75  # of N M distances, those that greedy selection evaluates
-_PICK = 3e-5  # seconds a pick, beside them
+_EXTRA = 3000  # picks whose distances take as long as what is done once for each row
+_PICK = 5e-5  # seconds a pick, beside its distances
 
 
 def at_once_in(gib: float, numbers: int) -> int:
@@ -39,7 +40,7 @@ def at_once_in(gib: float, numbers: int) -> int:
 
 
 def _row_bytes(numbers: int) -> int:
-    return 12 * numbers + _ROW_STATE  # the row, its centred copy, and its copy once picked
+    return 16 * numbers + _ROW_STATE  # the row, its centred copy, the square of that, and its copy once picked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class StorePlan:
         if not self.projected:
             return 0
         copy = self.at_once < self.rows or self.projections == 0 or self.device is not None
-        row = 4 * self.projected * (2 if copy else 1) + _ROW_STATE
+        row = 4 * self.projected * (3 if copy else 2) + _ROW_STATE
         return self.at_once * row + min(self.bank, self.at_once) * (4 * self.projected + 16) + _WORK
 
     @property
@@ -229,9 +230,9 @@ def selection_seconds(rows: int, bank: int, numbers: int, flops: float) -> float
 
     Example:
         >>> selection_seconds(94_080, 9_408, 128, 213e9)
-        1.08...
+        1.5...
     """
-    return _EVALUATED * 2 * rows * bank * numbers / flops + _PICK * bank
+    return _EVALUATED * 2 * rows * (bank + _EXTRA) * numbers / flops + _PICK * bank
 
 
 def product_rate(numbers: int, device: torch.device) -> float:
