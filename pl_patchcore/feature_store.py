@@ -14,6 +14,7 @@ as the process's own.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import tempfile
@@ -64,7 +65,9 @@ class FeatureStore:
     ) -> None:
         self.dimension = dimension
         self._matrix = projection
-        self._images: list[Tensor] = []  # index of each image, per batch, in order of arrival
+        # index of each image, in order of arrival; numbers, since a small tensor kept of each batch would split the
+        # allocator's free blocks, and each batch then take new memory
+        self._images: list[int] = []
         self._patches = 1  # of an image
         self._features = _rows(dimension, dtype, folder)
         self._projected: _Memory | _File | None = None
@@ -91,7 +94,7 @@ class FeatureStore:
             UserError: If memory or disk is full, or a number does not fit float16.
         """
         self._patches = patches.shape[1] * patches.shape[2]
-        self._images.append(images.cpu())
+        self._images += images.tolist()
         self._features.append(patches.reshape(-1, self.dimension))
         if self._projected is not None and self._matrix is not None:
             self._matrix = self._matrix.to(patches.device)
@@ -111,7 +114,7 @@ class FeatureStore:
         kept = self._features if self._projected is None else self._projected
         if rows is not None:
             return kept.read(self._arrival(rows)).float()
-        if (own := kept.whole()) and (torch.cat(self._images).diff() > 0).all():
+        if (own := kept.whole()) and all(a < b for a, b in itertools.pairwise(self._images)):
             return own[0].float()
         result = torch.empty(len(self), kept.width)
         for part in torch.arange(len(self)).split(_GROW):
@@ -136,7 +139,7 @@ class FeatureStore:
         """Where rows of the data set's order lie, int64."""
         if not len(rows):
             return rows
-        order = torch.cat(self._images).argsort(stable=True)
+        order = torch.tensor(self._images).argsort(stable=True)
         return order[rows // self._patches] * self._patches + rows % self._patches
 
 
