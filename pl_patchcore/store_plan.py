@@ -257,7 +257,8 @@ def duration(seconds: float) -> str:
     for limit, unit, name in ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h")):
         if seconds < limit:
             return f"{max(1.0, seconds / unit):.2g} {name}"
-    return f"{seconds / 86400:.2g} days"
+    days = seconds / 86400
+    return f"{days:.2g} days" if days < 10 else f"{days:.0f} days"
 
 
 def _size(bytes_: float) -> str:
