@@ -254,8 +254,10 @@ def limited_options(**options):
 @LINUX
 @pytest.mark.slow
 def test_hard_memory_limit(tmp_path):
-    """Under ``ulimit -d``, with room for less than a third of the features: on disk a fit gives the bank of an unlimited
-    one, in RAM it is refused."""
+    """On disk a fit under ``ulimit -d`` gives the bank of an unlimited one; in RAM it is refused.
+
+    There is room for less than a third of the features.
+    """
     if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 * GIB or store_plan.free_on_disk(tmp_path) < 8e9:
         pytest.skip("needs 12 GiB of memory and 8 GB of disk")
     command, env = process("limited", tmp_path)
