@@ -249,6 +249,10 @@ class AnomalyModule(L.LightningModule):
                     "figures, before fit ends; take monitor out (the finished model is what gets saved)."
                 )
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """A callback that frees what was collected when a fit fails or is interrupted: the module has no such hook."""
+        return [_ReleaseOnException()]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """An optimiser that changes nothing (see the module's docstring)."""
         return torch.optim.SGD([self.unused], lr=0.0)
@@ -368,3 +372,9 @@ class AnomalyModule(L.LightningModule):
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value.item() if isinstance(value, Tensor) else value for key, value in row.items()}
+
+
+class _ReleaseOnException(L.Callback):
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, AnomalyModule):
+            pl_module.release()

@@ -143,9 +143,12 @@ class PatchCoreEnsemble(AnomalyModule):
 
     def collect(self, images: Tensor, index: Tensor, aside: Tensor) -> None:
         """Store each member's patch features of the images."""
+        promised = 0.0
         for model in self._models():
             model._input_shape = tuple(images.shape[1:])
+            model.memory_promised = promised
             model.collect(images, index, aside)
+            promised += model.memory_planned
 
     def select(self) -> None:
         """Select each member's coreset, and find what distances are usual among nominal patches."""

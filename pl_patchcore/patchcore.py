@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -23,6 +23,7 @@ from pl_patchcore.anomaly_module import AnomalyModule
 from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
 from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
+from pl_patchcore.coreset_bounded import bounded_coreset, selections
 from pl_patchcore.errors import UserError
 from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.memory_bank import MemoryBank, Search
@@ -30,6 +31,19 @@ from pl_patchcore.metrics import Mode
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from pl_patchcore.recipes import RECIPES
+from pl_patchcore.store_plan import (
+    StoreDtype,
+    StoreKind,
+    StorePlan,
+    at_once_in,
+    available_memory,
+    device_memory,
+    duration,
+    free_on_disk,
+    lies_in_memory,
+    product_rate,
+    store_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +79,15 @@ class PatchCore(AnomalyModule):
         coreset_seconds: Time after which greedy selection stops with the patch features it has; null takes its time.
         projection_dim: Dimension of the random projection the selection works in; features of no more dimensions
             are not projected.
+        store: Where the patch features of the training images go until the memory bank is selected: ``ram``,
+            ``disk`` (a temporary file), or ``auto``: the disk where the fit would take more than half of the main
+            memory available. The memory bank is the same.
+        store_dir: Folder of the file; null: the system's folder for temporary files.
+        store_dtype: ``float32``, or ``float16`` or ``bfloat16`` to halve the space: the memory bank's features are
+            rounded so (which are selected does not change).
+        selection_memory: GiB that the greedy selection may take; where that is too little to hold all projected
+            features, it selects within chunks, then among the selected: farther from the best coverage, at most 4
+            times in place of 2. Null: select exactly.
         num_neighbors: Nearest neighbours whose distances are averaged.
         distance: ``euclidean``, or ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
@@ -114,6 +137,10 @@ class PatchCore(AnomalyModule):
         coreset_size: int | None = None,
         coreset_seconds: float | None = None,
         projection_dim: int = 128,
+        store: StoreKind = "auto",
+        store_dir: str | None = None,
+        store_dtype: StoreDtype = "float32",
+        selection_memory: float | None = None,
         num_neighbors: int = 1,
         distance: Distance = "euclidean",
         reweighting_neighbors: int = 9,
@@ -137,6 +164,17 @@ class PatchCore(AnomalyModule):
             raise UserError(f"coreset_seconds must be more than 0, got {coreset_seconds}; leave it out for no limit.")
         if projection_dim < 1:
             raise UserError(f"projection_dim must be at least 1, got {projection_dim}.")
+        if store not in ("auto", "ram", "disk"):
+            raise UserError(f"store must be auto, ram or disk, got {store!r}.")
+        if store_dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError(f"store_dtype must be float32, float16 or bfloat16, got {store_dtype!r}.")
+        if selection_memory is not None and coreset_seconds is not None:
+            raise UserError("coreset_seconds goes with exact selection; leave it or selection_memory out.")
+        if selection_memory is not None and (coreset_method != "greedy" or not selection_memory > 0):
+            raise UserError(
+                f"selection_memory must be GiB above 0 and goes with coreset_method greedy, got {selection_memory} "
+                f"and {coreset_method}; leave it out to select exactly."
+            )
         weights = None if weights is None else str(weights)
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else None)
         self.make_plain()
@@ -152,7 +190,10 @@ class PatchCore(AnomalyModule):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # patch features selected from, all updates
         self.register_buffer("coverage_radii", torch.empty(0))  # (M + 1,), see coreset.Selection, projected
         self.register_buffer("coverage", torch.full((2,), torch.nan))  # see `measure_coverage`
-        self.selected: tuple[Tensor, Tensor] | None = None  # projected patch features and picks, until fit ends
+        self.selected: tuple[Tensor, Tensor] | None = None
+        self.keep_selected = False  # whether to hold projected patch features and picks until fit ends
+        self.memory_promised = 0.0  # bytes that others (of an ensemble) will still take
+        self.memory_planned = 0.0  # bytes that this fit takes until the features are released
 
     @classmethod
     def from_recipe(cls, name: str, **overrides: Any) -> PatchCore:
@@ -258,6 +299,9 @@ class PatchCore(AnomalyModule):
 
     def release(self) -> None:
         """Free what was collected."""
+        for store in (self._store, self._held_out):
+            if store is not None:
+                store.close()
         self._store = self._held_out = self.selected = None
 
     def collect(self, images: Tensor, index: Tensor, aside: Tensor) -> None:
@@ -276,27 +320,31 @@ class PatchCore(AnomalyModule):
             raise UserError("no training image is left for the memory bank; lower calibration_share.")
         kept = torch.empty(0, store.dimension) if self._kept is None else self._kept.cpu()
         self.seen += len(store)
-        size = coreset_rows(int(self.seen), hp["coreset_ratio"], hp["coreset_size"])
-        size = min(size, len(kept) + len(store))
-        projection = random_projection(store.dimension, hp["projection_dim"], hp["seed"])
+        number = len(kept) + len(store)
+        size = min(number, coreset_rows(int(self.seen), hp["coreset_ratio"], hp["coreset_size"]))
+        at_once = number
+        if hp["selection_memory"] is not None:
+            at_once = min(at_once, at_once_in(hp["selection_memory"], min(store.dimension, hp["projection_dim"])))
         trainer = self._trainer
         shown = trainer is not None and trainer.progress_bar_callback is not None and trainer.is_global_zero
-        with tqdm(total=size, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
-            if hp["coreset_method"] in ("greedy", "approximate"):
-                before = kept if projection is None else kept @ projection
-                projected = torch.cat([before, store.project(projection)]).to(self.device)
+        total = size if at_once == number else selections(number, size, at_once)
+        with tqdm(total=total, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
+            if at_once < number:
+                fetch = self._projections(store, kept)
+                picks, radius = bounded_coreset(fetch, number, size, at_once, bar.update)
+                radii = None
+                log.info(
+                    "selected %d rows at once: no patch feature is farther than %.4g (projected).", at_once, radius
+                )
             else:
-                projected = torch.empty(len(kept) + len(store), 0)
-            picks, radii = select_coreset(
-                projected,
-                size,
-                hp["coreset_method"],
-                seed=hp["seed"],
-                seconds=hp["coreset_seconds"],
-                progress=bar.update,
-            )
-        if projected.shape[1]:
-            self.selected = projected, picks
+                method, seed, seconds = hp["coreset_method"], hp["seed"], hp["coreset_seconds"]
+                projected = torch.empty(number, 0)
+                if method in ("greedy", "approximate"):
+                    projected = self._projections(store, kept)(None)
+                picks, radii = select_coreset(projected, size, method, seed=seed, seconds=seconds, progress=bar.update)
+                self.selected = (projected, picks) if self.keep_selected and projected.shape[1] else None
+                del projected
+        store.forget_projected()
         picks = picks.cpu()
         bank = torch.empty(len(picks), store.dimension)
         old = picks < len(kept)
@@ -316,6 +364,24 @@ class PatchCore(AnomalyModule):
             "coverage: patch features lie %.4g from the memory bank on average, %.4g at most (%d looked at).",
             *(self.coverage[1].item(), self.coverage[0].item(), min(_LOOKED_AT, len(store))),
         )
+
+    def _projections(self, store: FeatureStore, kept: Tensor) -> Callable[[Tensor | None], Tensor]:
+        """What gives projected rows, by number or all, of the earlier bank and then of the store."""
+        matrix = random_projection(store.dimension, self.hparams["projection_dim"], self.hparams["seed"])
+        before = kept if matrix is None else kept @ matrix
+
+        def projected(rows: Tensor | None) -> Tensor:
+            if not len(kept):
+                return store.projected(rows).to(self.device)
+            if rows is None:
+                return torch.cat([before, store.projected()]).to(self.device)
+            old = rows.cpu() < len(kept)
+            result = torch.empty(len(rows), before.shape[1])
+            result[old] = before[rows.cpu()[old]]
+            result[~old] = store.projected(rows.cpu()[~old] - len(kept))
+            return result.to(self.device)
+
+        return projected
 
     def score_held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Anomaly scores and maps of the images collected for calibration, 16 at a time."""
@@ -368,11 +434,53 @@ class PatchCore(AnomalyModule):
             state["calibration_scores"], state["calibration_peaks"] = torch.empty(2, 0)
 
     def _make_stores(self, patches: Tensor) -> tuple[FeatureStore, FeatureStore | None]:
-        batches, (b, h, w, d) = self.trainer.num_training_batches, patches.shape
+        """Plan for the whole data set, told or refused, then the stores: for the memory bank, for calibration."""
+        hp, (_, h, w, d) = self.hparams, patches.shape
         self._grid = (h, w)
-        images = int(batches) * b if batches != float("inf") else None
-        if images is not None:
-            gib = images * h * w * d * 4 / 2**30
-            log.info("collecting up to %d patch features of %d numbers (%.2f GiB).", images * h * w, d, gib)
-        held_out = FeatureStore(d, 64 * h * w) if self.hparams["calibration_share"] else None
-        return FeatureStore(d, None if images is None else images * h * w), held_out
+        folder, dtype = store_folder(hp["store_dir"]), getattr(torch, hp["store_dtype"])
+        reads = hp["coreset_method"] in ("greedy", "approximate")
+        projection = random_projection(d, hp["projection_dim"], hp["seed"]) if reads else None
+        images, aside = self._image_counts(len(patches))
+        rows, held_out = None, None
+        if images is None:
+            store = "ram" if hp["store"] == "auto" else hp["store"]
+            place = f"on disk in {folder}" if store == "disk" else "in RAM"
+            log.info("collecting patch features of %d numbers of an unknown number of images, %s.", d, place)
+        else:
+            rows, held_out = images * h * w, aside * h * w
+            plan = StorePlan(
+                rows, held_out, d, min(d, hp["projection_dim"]) if reads else 0,
+                rows if hp["coreset_method"] == "none" else coreset_rows(rows, hp["coreset_ratio"], hp["coreset_size"]),
+                hp["store"], folder, dtype, hp["selection_memory"], available_memory() - self.memory_promised,
+                free_on_disk(folder), lies_in_memory(folder), device_memory(self.device),
+                hp["coreset_method"] == "greedy",
+            ).chosen()  # fmt: skip
+            self.memory_planned, store = plan.peak, plan.store
+            seconds = plan.seconds(product_rate(plan.projected, self.device)) if reads else 0.0
+            log.info("collecting %s; selection takes about %s (an estimate).", plan, duration(seconds))
+        on_disk = folder if store == "disk" else None
+        main = FeatureStore(
+            d, rows, projection=projection, folder=on_disk, projected_on_disk=hp["selection_memory"] is not None,
+            dtype=dtype,
+        )  # fmt: skip
+        if not hp["calibration_share"]:
+            return main, None
+        try:  # float32: held-out images are to be scored as new ones will be
+            return main, FeatureStore(d, held_out or 64 * h * w, folder=on_disk)
+        except UserError:
+            main.close()
+            raise
+
+    def _image_counts(self, batch: int) -> tuple[int | None, int]:
+        """Most images that can come for the memory bank (None where that is not known) and for calibration."""
+        batches = self.trainer.num_training_batches
+        if batches == float("inf"):
+            return None, 0
+        images = int(batches) * batch
+        try:
+            total = len(self.trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+        except (AttributeError, TypeError):
+            return images, 0
+        images = min(images, total)
+        aside = len(self._aside or ())
+        return min(images, total - aside), min(images, aside)

@@ -65,6 +65,10 @@ class CoverageReport(Callback):
     def __init__(self, draw: bool = False) -> None:
         self.draw = draw
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have the model keep its projected patch features until fit ends."""
+        pl_module.keep_selected = self.draw  # type: ignore[assignment]
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, while the model still holds its patch features."""
         folder = output_folder(trainer)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.calibration import conformal_threshold, draw_held_out
+from pl_patchcore.coreset import random_projection
 from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.feature_store import FeatureStore
 
@@ -44,7 +45,9 @@ def main(splits: int = 40) -> None:
         order = np.random.default_rng(split).permutation(len(patches))
         known, new = np.sort(order[: int(0.8 * len(order))]), order[int(0.8 * len(order)) :]
         aside = draw_held_out(len(known), SHARE, split)
-        model._store, model._held_out = FeatureStore(d, len(known) * h * w), FeatureStore(d, len(known) * h * w)
+        matrix = random_projection(d, model.hparams["projection_dim"], model.hparams["seed"])
+        model._store = FeatureStore(d, len(known) * h * w, projection=matrix)
+        model._held_out = FeatureStore(d, len(known) * h * w)
         model._grid, model._input_shape = (h, w), (3, 160, 160)
         for position, index in enumerate(known):
             store = model._held_out if position in aside else model._store
