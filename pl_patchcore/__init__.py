@@ -6,11 +6,11 @@ The way of an image, one file a stage::
     data/               folders of a data set    -> samples, batches
     backbone.py         images (B, 3, H, W)      -> layers (B, C, h, w)
     patch_features.py   layers                   -> patch features (B, h, w, D)
-    feature_store.py    the epoch's features     -> one store (N, D)
-    coreset.py          (N, d) projected         -> kept rows (M,)
+    feature_store.py    the epoch's features     -> one store (N, D), as store_plan.py says: RAM or disk
+    coreset.py          (N, d) projected         -> kept rows (M,); coreset_bounded.py where RAM does not hold all
     memory_bank.py      kept features (M, D)     -> nearest neighbours of queries
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
-    metrics/            scores, maps, masks      -> image AUROC, pixel AUROC, PRO
+    metrics/            scores, maps, masks      -> AUROC, PRO and others
     calibration.py      scores of nominal images -> thresholds
     report/             figures, maps            -> tables, pictures, files
     patchcore.py        joins these; ensemble.py several of it, recipes.py its settings

@@ -12,11 +12,24 @@ import torch.multiprocessing as mp
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sklearn.metrics import roc_auc_score
+from matplotlib import pyplot
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics import PRO, AnomalyEvaluation, ImageAUROC, PixelAUROC, auroc, pro
+from pl_patchcore.metrics import (
+    PRO,
+    AnomalyEvaluation,
+    AveragePrecision,
+    BestF1,
+    FalseAlarmRate,
+    ImageAUROC,
+    PixelAUROC,
+    auroc,
+    pixel_areas,
+    pro,
+    regions,
+)
 
 SHAPES = {
     "random": lambda noise: noise,
@@ -180,6 +193,136 @@ def test_without_positives_or_negatives_is_nan() -> None:
     assert math.isnan(pro(torch.ones(3), torch.empty(0), torch.empty(0, dtype=torch.int64)))
 
 
+@pytest.mark.parametrize("mode", ["exact", "streaming"])
+def test_degenerate_sets(mode: Any) -> None:
+    """No anomalous image, no nominal image, empty masks of defective images: stated results."""
+    scores, maps, labels, masks, groups = images()
+
+    def row(keep: Tensor, masks: Tensor = masks) -> dict[str, Any]:
+        metric = AnomalyEvaluation(mode=mode)
+        metric.update(scores[keep], maps[keep], labels[keep], masks[keep], groups[keep])
+        return metric.compute()
+
+    figures_of_pixels = ("pixel_auroc", "pixel_average_precision", "oracle_pixel_f1", "pro", "pro_0.05", "pro_0.01")
+    nominal = row(labels == 0)
+    assert all(nominal[name].isnan() for name in (*figures_of_pixels, "image_auroc", "image_average_precision"))
+    anomalous = row(labels == 1)
+    assert all(anomalous[name].isnan() for name in ("image_auroc", "oracle_image_f1"))
+    assert not any(anomalous[name].isnan() for name in figures_of_pixels)
+    empty = row(labels >= 0, torch.where(masks == 1, 0, masks))
+    assert all(empty[name].isnan() for name in figures_of_pixels)
+    assert not empty["image_auroc"].isnan()
+    assert empty["lost"] == 7  # the eighth is wholly unknown
+    nothing = row(labels < 0)
+    assert all(value.isnan() for value in nothing.values() if isinstance(value, Tensor))
+    for make in (PixelAUROC, PRO, AveragePrecision):
+        assert make(mode=mode)(maps[:0], masks[:0]).isnan()
+        assert make(mode=mode)(maps, torch.full_like(masks, 255)).isnan()
+    assert BestF1(mode=mode)(maps[:0], masks[:0])["oracle_threshold"].isnan()
+    assert FalseAlarmRate(1.0)(maps[:0], masks[:0]).isnan()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_figures_match_references(shape: str) -> None:
+    scores, maps, labels, masks, _ = images(shape)
+    row = figures(images(shape))["evaluation"]
+    nominal, anomalous = maps[masks == 0].numpy(), maps[masks == 1].numpy()
+    good, bad = scores[labels == 0].numpy(), scores[labels == 1].numpy()
+    only = (masks == 1).flatten(1).any(1)
+    defective, truth = maps[labels == 1].numpy(), masks[labels == 1].numpy()
+    expected = {
+        "pixel_average_precision": reference.average_precision(nominal, anomalous),
+        "oracle_pixel_f1": reference.best_f1(nominal, anomalous),
+        "image_average_precision": reference.average_precision(good, bad),
+        "oracle_image_f1": reference.best_f1(good, bad),
+        "pro_0.05": reference.pro(list(maps.numpy()), list(masks.numpy()), 0.05),
+        "pro_0.01": reference.pro(list(maps.numpy()), list(masks.numpy()), 0.01),
+        "pixel_auroc_anomalous": reference.auroc(defective[truth == 0], defective[truth == 1]),
+    }
+    for name, figure in expected.items():
+        assert row[name].item() == pytest.approx(figure, abs=1e-12), name
+    assert reference.f1(good, bad, row["oracle_image_f1_threshold"].item()) == pytest.approx(
+        expected["oracle_image_f1"]
+    )
+    assert reference.f1(nominal, anomalous, row["oracle_pixel_f1_threshold"].item()) == pytest.approx(
+        expected["oracle_pixel_f1"]
+    )
+    single = PixelAUROC(anomalous_only=True)(maps, masks)
+    of_those = maps[only].numpy(), masks[only].numpy()
+    assert single.item() == pytest.approx(
+        reference.auroc(of_those[0][of_those[1] == 0], of_those[0][of_those[1] == 1]), abs=1e-12
+    )
+    assert feed(AveragePrecision(), scores, labels).item() == pytest.approx(expected["image_average_precision"])
+    assert average_precision_score(labels, scores.double()) == pytest.approx(expected["image_average_precision"])
+
+
+@pytest.mark.parametrize("mode", ["exact", "streaming"])
+def test_false_alarms_per_group_and_category(mode: Any) -> None:
+    scores, maps, labels, masks, groups = images("tied")
+    categories = torch.tensor([3, 3, 8, 8] * 3)
+    metric = AnomalyEvaluation(mode=mode)
+    metric.image_threshold, metric.pixel_threshold = 1.0 + 1e-12, 0.0  # 1.0 itself is no alarm, either way
+    for start in range(0, 12, 5):
+        part = slice(start, start + 5)
+        metric.update(scores[part], maps[part], labels[part], masks[part], groups[part], categories[part])
+    result = metric.compute()
+    chosen = {("all", None): labels >= 0}
+    chosen |= {("by_group", group): (labels == 0) | (groups == group) for group in (-2, 5)}
+    chosen |= {("by_category", category): categories == category for category in (3, 8)}
+    for (kind, name), keep in chosen.items():
+        row = result if kind == "all" else result[kind][name]
+        nominal = maps[keep][masks[keep] == 0]
+        assert row["pixel_false_alarm_rate"] == (nominal > 0).double().mean()
+        good = scores[keep & (labels == 0)]
+        assert row["image_false_alarm_rate"] == (good > 1).double().mean()
+        alone = FalseAlarmRate(0.0)
+        assert feed(alone, maps[keep], masks[keep]) == row["pixel_false_alarm_rate"]
+        assert (row["nominal"], row["anomalous"]) == (len(good), int((labels[keep] == 1).sum()))
+        if kind == "by_category":
+            single = AnomalyEvaluation(mode=mode)
+            single.update(*(column[keep] for column in (scores, maps, labels, masks, groups)))
+            for figure in ("image_auroc", "pixel_auroc", "pro", "pixel_auroc_anomalous", "oracle_pixel_f1"):
+                assert row[figure].item() == pytest.approx(single.compute()[figure].item(), abs=1e-9)
+    late = AnomalyEvaluation(mode=mode)
+    late.update(scores, maps, labels, masks, groups)
+    late.image_threshold = late.pixel_threshold = 0.5
+    assert late.compute()["image_false_alarm_rate"].isnan()  # nothing was counted
+    assert late.compute()["pixel_false_alarm_rate"].isnan()
+
+
+def test_curves_and_plots() -> None:
+    _, maps, _, masks, _ = images("tied")
+    for make, weighted in ((PRO, True), (PixelAUROC, False)):
+        for mode in ("exact", "streaming"):
+            metric = make(mode=mode)
+            feed(metric, maps, masks)
+            fpr, share = metric.curve()
+            assert (fpr[0], share[0], fpr[-1], share[-1]) == (0, 0, 1, 1)
+            assert (fpr.diff() >= 0).all()
+            assert (share.diff() >= 0).all()
+            whole = PRO(1.0) if weighted else PixelAUROC()
+            assert torch.trapezoid(share, fpr).item() == pytest.approx(feed(whole, maps, masks).item(), abs=1e-9)
+    figure, axes = metric.plot()
+    assert axes.get_ylim()[1] >= 1.0
+    pyplot.close(figure)
+    assert PRO.higher_is_better
+    assert not FalseAlarmRate.higher_is_better
+
+
+def test_regions_are_labelled_once_for_each_mask() -> None:
+    _, _, _, masks, _ = images()
+    regions._areas.cache_clear()
+    first, _ = pixel_areas(masks)
+    labelled = regions._areas.cache_info().misses
+    second, _ = pixel_areas(masks.clone())
+    assert torch.equal(first, second)
+    assert regions._areas.cache_info().misses == labelled <= 8
+    for mask in masks:
+        found = {pixel: len(region) for region in reference.regions(mask.numpy()) for pixel in region}
+        places = [tuple(place) for place in (mask == 1).nonzero().tolist()]
+        assert pixel_areas(mask[None])[0].tolist() == [found[place] for place in places]
+
+
 def test_constant_scores() -> None:
     result = figures(images("constant"))["evaluation"]
     assert result["image_auroc"] == result["pixel_auroc"] == 0.5
@@ -205,6 +348,8 @@ BAD_INPUT = [
     (PixelAUROC, "masks", ONES.int() * 254, r"masks must hold .*255 \(unknown\), got 254; convert"),
     (PRO, "masks", ONES.mT, r"masks must have the shape .* got \(12, 10, 9\) for \(12, 9, 10\)"),
     (PRO, "masks", ONES / 2, "masks must hold .* got 0.5; convert"),
+    (AveragePrecision, "scores", ONES * torch.nan, "scores must be finite .* got nan among 1080"),
+    (FalseAlarmRate, "truth", ONES * 3, r"truth must hold .* got 3.0; convert"),
     (AnomalyEvaluation, "maps", ONES[:5], "maps must be one for each score, got 5 for 12 scores; pass"),
     (AnomalyEvaluation, "labels", ONES[:, 0, 0] * 0, "masks of nominal images must hold no 1, got .* label"),
     (AnomalyEvaluation, "groups", ONES[:, 0, 0], "groups must be integers .* got torch.float32 of shape"),
@@ -217,8 +362,17 @@ def test_bad_input(make: Any, name: str, value: Tensor, message: str) -> None:
     every = ("scores", "maps", "labels", "masks", "groups")
     values = dict(zip(every, images(), strict=True)) | {name: value}
     taken = {ImageAUROC: ("scores", "labels"), AnomalyEvaluation: every}.get(make, ("maps", "masks"))
+    if make in (AveragePrecision, FalseAlarmRate):
+        taken = ("scores", "truth")
+        values = {"scores": values["maps"], "truth": values["masks"], name: value}
+    made = make(0.5) if make is FalseAlarmRate else make()
     with pytest.raises(UserError, match=message):
-        make().update(*(values[argument] for argument in taken))
+        made.update(*(values[argument] for argument in taken))
+
+
+def test_bad_threshold() -> None:
+    with pytest.raises(UserError, match="threshold must be a finite number, got nan"):
+        FalseAlarmRate(math.nan)
 
 
 @pytest.mark.parametrize("limit", [0.0, -0.3, 1.01, float("nan")])
