@@ -27,13 +27,13 @@ SHARE = 0.2
 
 
 @torch.no_grad()
-def main(splits: int = 40) -> None:
+def main(splits: int = 25) -> None:
     if not SHARED.is_dir():
         print(f"{SHARED} is not there: no magnetic tiles to measure on.")
         return
     weights = str(SHARED / "weights" / "mobilenet_v2.pth")
     model = PatchCore(
-        "mobilenet_v2", ["features.6", "features.13"], weights, resize=160, crop=None, coreset_ratio=0.01,
+        "mobilenet_v2", ["features.6", "features.13"], weights, resize=160, crop=None, coreset_ratio=0.002,
         calibration_share=SHARE,
     ).eval()  # fmt: skip
     records = [r for part in MTDDataModule(SHARED / "data" / "mtd").records for r in part if r.label == 0]
