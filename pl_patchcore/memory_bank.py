@@ -7,21 +7,16 @@ or an index (faiss) only proposes, distances by float64 differences decide, ties
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.numerics import full_precision, product_margin
+from pl_patchcore.exact_search import WAYS, ExactSearch, Way
+from pl_patchcore.numerics import full_precision
 
-Search = Literal["auto", "torch", "faiss"]
-
-_BLOCK = 1 << 24  # distances held at once: 64 MiB
-_PAIRS = 1 << 23  # float64 numbers gathered at once: 64 MiB
-_SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
+Search = Literal["auto"] | Way
 
 
 class MemoryBank(nn.Module):
@@ -39,11 +34,11 @@ class MemoryBank(nn.Module):
 
     def __init__(self, search: Search = "auto") -> None:
         super().__init__()
-        if search not in ("auto", "torch", "faiss"):
-            raise UserError(f"search must be auto, torch or faiss, got {search!r}.")
+        if search not in ("auto", *WAYS):
+            raise UserError(f"search must be auto, {', '.join(WAYS)}, got {search!r}.")
         self.search_by = search
         self.register_buffer("features", torch.empty(0, 0))
-        self._derived: tuple[Tensor, Tensor, Tensor] | None = None
+        self._exact: ExactSearch | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -57,7 +52,7 @@ class MemoryBank(nn.Module):
         if not torch.isfinite(features).all():
             raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
         self.features = features
-        self._derived = None
+        self._exact = None
 
     def forward(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Find the ``k`` nearest rows of each query.
@@ -81,10 +76,9 @@ class MemoryBank(nn.Module):
         if not len(queries):
             return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
         with full_precision(queries.device):
-            search = self._by_faiss if self.search_by == "faiss" else self._by_product
-            block = max(1, _BLOCK // len(self))
-            parts = [search(part, k) for part in queries.float().split(block)]
-            return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
+            if self._exact is None or self._exact.near.device != self.features.device:
+                self._exact = ExactSearch(self.features)
+            return self._exact(queries.float(), k, self.search_by)
 
     def _check(self, queries: Tensor, k: int) -> None:
         if not len(self):
@@ -97,61 +91,6 @@ class MemoryBank(nn.Module):
             raise UserError(
                 "patch features hold NaN or infinity; look for a broken image or an overflow in half precision."
             )
-
-    def _centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, centred rows and their squared norms: products of centred rows round less."""
-        if self._derived is None or self._derived[0].device != self.features.device:
-            mean = self.features.double().mean(0).float()
-            near = self.features - mean
-            self._derived = mean, near, near.square().sum(1)
-        return self._derived
-
-    def _by_product(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        mean, near, norm = self._centred()
-        centred = queries - mean
-        own = centred.square().sum(1, keepdim=True)  # (Q, 1)
-        square = torch.addmm(norm, centred, near.T, alpha=-2)  # (Q, M), squared distance less the query's norm
-        smallest = square.amin(1, keepdim=True) if k == 1 else square.topk(k, largest=False).values[:, -1:]
-        # the k-th distance is at most smallest + slack, and a product overstates by at most the slack again
-        slack = product_margin(queries.shape[1]) * (own + norm.max())
-        query, row = (square <= smallest + 2 * slack).nonzero(as_tuple=True)
-        return self._decide(queries, query, row, k)
-
-    def _decide(self, queries: Tensor, query: Tensor, row: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Choose the ``k`` nearest among candidate pairs (sorted by query, then row; at least k of each query)."""
-        size = max(1, _PAIRS // queries.shape[1])
-        distance = torch.cat(
-            [
-                torch.linalg.vector_norm(queries[q].double() - self.features[r].double(), dim=1)
-                for q, r in zip(query.split(size), row.split(size), strict=True)
-            ]
-        )
-        order = distance.sort(stable=True).indices
-        order = order[query[order].sort(stable=True).indices]  # by query, then distance, then row
-        count = torch.bincount(query, minlength=len(queries))
-        first = count.cumsum(0) - count
-        chosen = order[first[:, None] + torch.arange(k, device=query.device)]  # (Q, k)
-        return distance[chosen].float(), row[chosen]
-
-    def _by_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        import faiss
-
-        mean, near, norm = self._centred()
-        centred = queries - mean
-        asked = min(k + _SPARE, len(self))
-        with _faiss_threads():
-            square, row = faiss.knn(centred.cpu().numpy(), near.cpu().numpy(), asked)
-        rows = torch.from_numpy(row).to(queries.device).sort(1).values  # (Q, asked)
-        query = torch.arange(len(queries), device=queries.device).repeat_interleave(asked)
-        distance, found = self._decide(queries, query, rows.flatten(), k)
-        if asked < len(self):  # sure only where the last one proposed is farther than rounding could explain
-            own = centred.square().sum(1)
-            slack = product_margin(queries.shape[1]) * (own + norm.max())
-            last = torch.from_numpy(square[:, -1]).to(queries.device)
-            unsure = (last - slack <= distance[:, -1].square()).nonzero().flatten()
-            if len(unsure):
-                distance[unsure], found[unsure] = self._by_product(queries[unsure], k)
-        return distance, found
 
     def _traced(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         mean = self.features.mean(0)
@@ -167,17 +106,4 @@ class MemoryBank(nn.Module):
         if saved is not None:  # its size is known only once fitted
             self.fill(torch.empty_like(saved, device=self.features.device).zero_())
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derived = None
-
-
-@contextmanager
-def _faiss_threads() -> Iterator[None]:
-    """Let faiss use as many threads as torch, and restore its setting."""
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+        self._exact = None
