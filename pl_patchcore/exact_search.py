@@ -44,6 +44,7 @@ _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
 _FEW = 64  # queries too few to measure with
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _DIRECT = "donot_use_mm_for_euclid_dist"
+_COARSEST = 16  # keeps int32 from overflowing
 _WORK = 1 << 33  # floating-point operations of one measurement of the float32 product
 
 
@@ -79,7 +80,7 @@ class ExactSearch:
     def _centre(self, rows: Tensor) -> Tensor:
         return ((rows.double() - self.mean) * self.scale).float()
 
-    def __call__(self, queries: Tensor, k: int, way: Way | Literal["auto"]) -> tuple[Tensor, Tensor]:
+    def __call__(self, queries: Tensor, k: int, way: str) -> tuple[Tensor, Tensor]:
         """Find the ``k`` nearest rows of each query.
 
         Args:
@@ -91,7 +92,7 @@ class ExactSearch:
         Returns:
             Distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``.
         """
-        used = self._choose(queries, k) if way == "auto" else way
+        used: Way = self._choose(queries, k) if way == "auto" else way  # type: ignore[assignment]
         result = self._search(queries, k, used)
         if way == "auto" and used == self.chosen != "torch" and 2 * self._unsure > len(queries) >= _FEW:
             log.info("nearest neighbours: %s no longer rules out enough rows; measuring again.", used)
@@ -131,7 +132,7 @@ class ExactSearch:
         pair, place = (grouped[query, part] >= threshold[query]).nonzero(as_tuple=True)
         query, row = query[pair], part[pair] * group + place
         count = torch.bincount(query, minlength=len(queries))
-        over |= (count > max(32 * k, len(self.features) // 32)) | (count < k)
+        over |= (count > max(32 * k, len(self.features) // 16)) | (count < k)
         if not over.any():
             return self._decide(queries, centred, query, row, k)
         distance = queries.new_empty(len(queries), k)
@@ -207,7 +208,8 @@ class ExactSearch:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse", UserWarning)  # "CSR support is in beta"
             wanted = torch.sparse_csr_tensor(start, row, torch.zeros(len(row)), (len(centred), len(self.near)))
-        return torch.sparse.sampled_addmm(wanted, centred, self.near.T, beta=0.0).values()
+        products: Tensor = torch.sparse.sampled_addmm(wanted, centred, self.near.T, beta=0.0).values()
+        return products
 
     # Which to use
 
@@ -292,7 +294,7 @@ class _Filter:
         self.way, self.axes = way, axes
         exact = torch.cat([axes(part) for part in near.split(4096)])[:size]
         self.step = float(exact.abs().max()) / 127 or 1.0 if way == "int8" else 1.0  # the unit of all that follows
-        rows, off = self._round(exact)
+        rows, off = self._round(exact / self.step)
         self.off = float(off.max())
         half = rows.double().square().sum(1) / 2
         self.longest = 2 * float(half.max())
@@ -311,26 +313,31 @@ class _Filter:
             self.half = F.pad(-half.float(), (0, pad), value=-torch.inf)
         self.rows = rows.T  # (K', M')
 
-    def _round(self, exact: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates rounded, and how far that may have moved them, float64 ``(Q, 1)``."""
-        exact = exact / self.step
+    def _round(self, exact: Tensor, times: Tensor | int = 1) -> tuple[Tensor, Tensor]:
+        """Coordinates divided by ``times`` and rounded, and how far that may have moved them, float64 ``(Q, 1)``."""
         if self.way == "int8":
-            rows = exact.round().clamp(-127, 127).to(torch.int8)
+            rows = (exact / times).round().clamp(-127, 127).to(torch.int8)
         else:
             rows = exact.to(torch.bfloat16 if self.way == "bf16" else torch.float32)
-        moved = torch.linalg.vector_norm(exact - rows, dim=1, keepdim=True)
+        moved = torch.linalg.vector_norm(exact - rows.double() * times, dim=1, keepdim=True)
         return rows, moved + _INEXACT * torch.linalg.vector_norm(exact, dim=1, keepdim=True)
 
     def scores(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores ``(Q, M')``, and of the queries squared lengths and how far rounding moved them, ``(Q, 1)``."""
-        rows, off = self._round(self.axes(centred))
-        own = rows.double().square().sum(1, keepdim=True)
-        if self.way == "int8":
+        exact = self.axes(centred) / self.step
+        times: Tensor | int = 1
+        if self.way == "int8":  # coarser steps for queries that reach farther than the bank
+            times = (exact.abs().amax(1, keepdim=True) / 127).ceil().clamp(1, _COARSEST)
+        rows, off = self._round(exact, times)
+        own = (rows.double() * times).square().sum(1, keepdim=True)
+        if isinstance(times, Tensor):  # int8
             rows = F.pad(rows, (0, len(self.rows) - rows.shape[1]))
             if rows.device.type == "cuda":  # wants more than 16 rows
                 scores = torch._int_mm(F.pad(rows, (0, 0, 0, max(0, 17 - len(rows)))), self.rows)[: len(rows)]
             else:
                 scores = torch._int_mm(rows, self.rows)
+            coarse = (times > 1).nonzero()[:, 0]
+            scores[coarse] *= times[coarse].int()
             scores -= self.half
         elif self.way == "bf16":
             scores = F.pad(rows, (0, _DIGITS), value=-1.0) @ self.rows

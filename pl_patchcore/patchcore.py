@@ -24,7 +24,7 @@ from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
 from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
 from pl_patchcore.errors import UserError
 from pl_patchcore.feature_store import FeatureStore
-from pl_patchcore.memory_bank import MemoryBank, Search
+from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from pl_patchcore.recipes import RECIPES
@@ -63,7 +63,10 @@ class PatchCore(AnomalyModule):
         distance: ``euclidean``, or ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
         sigma: Standard deviation of the Gaussian that smooths anomaly maps, pixels; 0 for none.
-        search: Nearest-neighbour search by ``torch`` or ``faiss``, or ``auto``; the answers are the same.
+        search: Nearest-neighbour search. Exact, the same answers: ``torch``, ``pca``, ``bf16``, ``int8``, ``faiss``, or
+            ``auto``, what is fastest on the machine. Approximate: a factory string of faiss, such as ``HNSW32``;
+            built and its recall measured at the end of fit.
+        bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
             selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
         false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds; can be changed
@@ -105,6 +108,7 @@ class PatchCore(AnomalyModule):
         reweighting_neighbors: int = 9,
         sigma: float = 4.0,
         search: Search = "auto",
+        bank_dtype: BankDtype = "float32",
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,
         save_backbone: bool = False,
@@ -126,7 +130,7 @@ class PatchCore(AnomalyModule):
         self.patch_features = PatchFeatures(
             backbone, layers, weights, patch_size, patch_stride, layer_dim, feature_dim, seed
         )
-        self.memory_bank = MemoryBank(search)
+        self.memory_bank = MemoryBank(search, bank_dtype)
         self.scorer = AnomalyScorer(num_neighbors, distance, reweighting_neighbors, sigma)
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
@@ -229,6 +233,7 @@ class PatchCore(AnomalyModule):
                 projected = torch.empty(len(store), 0)
             picks = select_coreset(projected, size, hp["coreset_method"], seed=hp["seed"], progress=bar.update)
         self.memory_bank.fill(store.take(picks).to(self.device))
+        self.memory_bank.recall(self._stored_sample())
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
             *(len(picks), len(store), store.dimension, time.perf_counter() - start),
@@ -249,11 +254,15 @@ class PatchCore(AnomalyModule):
         Args:
             rows: Patch features looked at, evenly spread over the training images.
         """
-        assert self._store is not None
-        chosen = torch.linspace(0, len(self._store) - 1, min(rows, len(self._store))).long()
-        nearest, _ = self.memory_bank(self._store.take(chosen).to(self.device), min(2, len(self.memory_bank)))
+        nearest, _ = self.memory_bank(self._stored_sample(rows), min(2, len(self.memory_bank)))
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
         return float((distance.square() if self.hparams["distance"] == "squared" else distance).mean())
+
+    def _stored_sample(self, rows: int = 1000) -> Tensor:
+        """Stored patch features, evenly spread over the training images."""
+        assert self._store is not None
+        chosen = torch.linspace(0, len(self._store) - 1, min(rows, len(self._store))).long()
+        return self._store.take(chosen).to(self.device)
 
     def _make_stores(self, patches: Tensor) -> tuple[FeatureStore, FeatureStore | None]:
         batches, (b, h, w, d) = self.trainer.num_training_batches, patches.shape
@@ -261,6 +270,8 @@ class PatchCore(AnomalyModule):
         images = int(batches) * b if batches != float("inf") else None
         if images is not None:
             gib = images * h * w * d * 4 / 2**30
+            hp = self.hparams
+            self.memory_bank.check(d, coreset_rows(images * h * w, hp["coreset_ratio"], hp["coreset_size"]))
             log.info("collecting up to %d patch features of %d numbers (%.2f GiB).", images * h * w, d, gib)
         held_out = FeatureStore(d, 64 * h * w) if self.hparams["calibration_share"] else None
         return FeatureStore(d, None if images is None else images * h * w), held_out
