@@ -63,10 +63,11 @@ def _rows_needed(index: Any, dimension: int, search: str) -> int:
 
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        for i in range(index.chain.size()):
-            if index.chain.at(i).d_out > index.chain.at(i).d_in:
+        chain: Any = index.chain  # a C++ vector
+        for i in range(chain.size()):
+            if chain.at(i).d_out > chain.at(i).d_in:
                 raise UserError(f"search {search!r} asks for more dimensions than the {dimension} that there are.")
-        return max(index.d if index.chain.size() else 1, _rows_needed(index.index, dimension, search))
+        return max(index.d if chain.size() else 1, _rows_needed(index.index, dimension, search))
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None and not inverted.nlist:
         raise UserError(f"search {search!r} asks for 0 lists; IVF1024 asks for 1024.")
@@ -151,7 +152,7 @@ class ApproximateSearch:
         for place, q, r in parts:
             place[:] = torch.linalg.vector_norm(q.double()[:, None] - self.features[r].double(), dim=2)
         distance[rows < 0] = torch.inf
-        nearest, order = distance.sort(1, stable=True)
+        nearest, order = distance.sort(dim=1, stable=True)
         nearest, rows = nearest[:, :k].float(), rows.gather(1, order[:, :k])
         short = nearest[:, -1].isinf()
         if short.any():

@@ -233,7 +233,8 @@ class PatchCore(AnomalyModule):
                 projected = torch.empty(len(store), 0)
             picks = select_coreset(projected, size, hp["coreset_method"], seed=hp["seed"], progress=bar.update)
         self.memory_bank.fill(store.take(picks).to(self.device))
-        self.memory_bank.recall(self._stored_sample())
+        if self.memory_bank.approximate:
+            self.memory_bank.recall(self._stored_sample())
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
             *(len(picks), len(store), store.dimension, time.perf_counter() - start),
@@ -268,10 +269,13 @@ class PatchCore(AnomalyModule):
         batches, (b, h, w, d) = self.trainer.num_training_batches, patches.shape
         self._grid = (h, w)
         images = int(batches) * b if batches != float("inf") else None
+        kept = None
+        if images is not None:
+            ratio = 1.0 if self.hparams["coreset_method"] == "none" else self.hparams["coreset_ratio"]
+            kept = coreset_rows(images * h * w, ratio, self.hparams["coreset_size"])  # at most
+        self.memory_bank.check(d, kept)
         if images is not None:
             gib = images * h * w * d * 4 / 2**30
-            hp = self.hparams
-            self.memory_bank.check(d, coreset_rows(images * h * w, hp["coreset_ratio"], hp["coreset_size"]))
             log.info("collecting up to %d patch features of %d numbers (%.2f GiB).", images * h * w, d, gib)
         held_out = FeatureStore(d, 64 * h * w) if self.hparams["calibration_share"] else None
         return FeatureStore(d, None if images is None else images * h * w), held_out
