@@ -44,7 +44,7 @@ _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
 _FEW = 64  # queries too few to measure with
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _DIRECT = "donot_use_mm_for_euclid_dist"
-_COARSEST = 16  # keeps int32 from overflowing
+_MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
 _WORK = 1 << 33  # floating-point operations of one measurement of the float32 product
 
 
@@ -64,8 +64,10 @@ class ExactSearch:
         self.chosen: Way | None = None
         self.survivors = 0.0
         self._unsure = 0  # queries of the last search that its filter could not thin out
+        self._measuring = False
         self._filters: dict[str, _Filter] = {}
         self._axes: _Axes | None = None
+        self._flat: Tensor | None = None  # the bank's coordinates, while filters are made of them
         self.mean = features.mean(0, dtype=torch.float64)
         largest = max(float((part.double() - self.mean).abs().max()) for part in features.split(4096))
         self.scale = 2.0 ** -math.frexp(largest)[1]  # squares then neither over- nor underflow
@@ -104,6 +106,8 @@ class ExactSearch:
         blocks = queries.split(max(1, _BLOCK // len(self.near)))
         parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
         self.survivors /= max(1, len(queries))
+        if not self._measuring:
+            self._flat = None
         return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
 
     # The ways
@@ -218,7 +222,9 @@ class ExactSearch:
             size = len(self.features)
             if self._axes is None:
                 self._axes = _Axes(self.near[:size])
-            self._filters[way] = _Filter(way, self._axes, self.near, size)
+            if self._flat is None:
+                self._flat = torch.cat([self._axes(part) for part in self.near[:size].split(4096)])
+            self._filters[way] = _Filter(way, self._axes, self._flat, len(self.near))
         return self._filters[way]
 
     def _choose(self, queries: Tensor, k: int) -> Way:
@@ -234,18 +240,24 @@ class ExactSearch:
         """Time each way on some of the queries; the fastest, torch in case of doubt."""
         start = time.perf_counter()
         count = min(len(queries), 256, max(_FEW, _WORK // (2 * self.near.numel())))
-        sample = queries[torch.linspace(0, len(queries) - 1, count).long()]
+        sample = queries[torch.linspace(0, len(queries) - 1, count, device=queries.device).long()]
         seconds: dict[Way, float] = {}
         survivors = {}
+        self._measuring = True
+        expected = self._search(sample[:_FEW], k, "torch")[0]
         for way in WAYS:
-            if way != "int8" or hasattr(torch, "_int_mm"):
-                self._search(sample[:_FEW], k, way)  # builds the filter
-                seconds[way] = self._timed(sample, k, way)
-                survivors[way] = self.survivors
+            if way == "int8" and not hasattr(torch, "_int_mm"):
+                continue
+            if not torch.equal(self._search(sample[:_FEW], k, way)[0], expected):  # which also builds the filter
+                log.warning("nearest neighbours: %s computes wrong products on this machine and is not used.", way)
+                continue
+            seconds[way] = self._timed(sample, k, way)
+            survivors[way] = self.survivors
         for _ in range(2):
             for way in seconds:
                 if seconds[way] < 2 * min(seconds.values()):
                     seconds[way] = min(seconds[way], self._timed(sample, k, way))
+        self._measuring, self._flat = False, None
         fastest = min(seconds, key=lambda way: seconds[way])
         chosen: Way = fastest if seconds[fastest] < 0.95 * seconds["torch"] else "torch"
         log.info(
@@ -290,15 +302,14 @@ class _Filter:
     A score is half of (the query's squared length - the squared distance), in rounded coordinates.
     """
 
-    def __init__(self, way: Way, axes: _Axes, near: Tensor, size: int) -> None:
+    def __init__(self, way: Way, axes: _Axes, exact: Tensor, length: int) -> None:
         self.way, self.axes = way, axes
-        exact = torch.cat([axes(part) for part in near.split(4096)])[:size]
-        self.step = float(exact.abs().max()) / 127 or 1.0 if way == "int8" else 1.0  # the unit of all that follows
+        self.step = (float(exact.abs().max()) / 127 or 1.0) if way == "int8" else 1.0  # the unit of all that follows
         rows, off = self._round(exact / self.step)
         self.off = float(off.max())
         half = rows.double().square().sum(1) / 2
         self.longest = 2 * float(half.max())
-        pad = len(near) - size
+        pad = length - len(rows)
         rows = F.pad(rows, (0, 0, 0, pad))
         if way == "bf16":  # the product comes back in bf16, so that half the length must be in it: as three digits
             digits, rest = [], F.pad(half, (0, pad), value=1e38)
@@ -320,14 +331,16 @@ class _Filter:
         else:
             rows = exact.to(torch.bfloat16 if self.way == "bf16" else torch.float32)
         moved = torch.linalg.vector_norm(exact - rows.double() * times, dim=1, keepdim=True)
-        return rows, moved + _INEXACT * torch.linalg.vector_norm(exact, dim=1, keepdim=True)
+        length = torch.linalg.vector_norm(exact, dim=1, keepdim=True) + self.axes.tail / self.step  # at least |x|
+        return rows, moved + _INEXACT * length
 
     def scores(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores ``(Q, M')``, and of the queries squared lengths and how far rounding moved them, ``(Q, 1)``."""
         exact = self.axes(centred) / self.step
         times: Tensor | int = 1
         if self.way == "int8":  # coarser steps for queries that reach farther than the bank
-            times = (exact.abs().amax(1, keepdim=True) / 127).ceil().clamp(1, _COARSEST)
+            coarsest = max(1, _MOST // (127 * 127 * len(self.rows)))
+            times = (exact.abs().amax(1, keepdim=True) / 127).ceil().clamp(1, coarsest)
         rows, off = self._round(exact, times)
         own = (rows.double() * times).square().sum(1, keepdim=True)
         if isinstance(times, Tensor):  # int8
