@@ -27,7 +27,7 @@ Combine = Literal["nominal", "test_range"]
 _OWN = (
     "backbone", "layers", "weights", "patch_size", "patch_stride", "layer_dim", "feature_dim", "coreset_method",
     "coreset_ratio", "coreset_size", "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma",
-    "search",
+    "search", "bank_dtype",
 )  # fmt: skip
 
 

@@ -1,63 +1,92 @@
 """Memory bank: patch features kept -> nearest neighbours of queries.
 
-Holds the kept rows ``(M, D)`` as a buffer that is saved with the model. Search is exact: a float32 product (torch)
-or an index (faiss) only proposes, distances by float64 differences decide, ties go to the lowest row. Next:
-`anomaly_map.py`.
+Holds the kept rows ``(M, D)`` as a buffer that is saved with the model. Search is exact (`exact_search.py`: a product
+proposes, float64 differences decide, ties go to the lowest row) unless an index of faiss is asked for
+(`approximate_search.py`). Next: `anomaly_map.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pl_patchcore.approximate_search import ApproximateSearch, build_index, check_factory, is_built_for
 from pl_patchcore.errors import UserError
-from pl_patchcore.numerics import full_precision, product_margin
+from pl_patchcore.exact_search import WAYS, ExactSearch
+from pl_patchcore.numerics import full_precision
 
-Search = Literal["auto", "torch", "faiss"]
+log = logging.getLogger(__name__)
 
-_BLOCK = 1 << 24  # distances held at once: 64 MiB
-_PAIRS = 1 << 23  # float64 numbers gathered at once: 64 MiB
-_SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
+Search = str  # "auto", one of `WAYS`, or a factory string of faiss
+BankDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class MemoryBank(nn.Module):
     """Nearest neighbours among the kept patch features.
 
     Args:
-        search: ``torch``: float32 product, on the bank's device. ``faiss``: ``IndexFlatL2`` on the CPU.
-            ``auto``: torch. The answers are the same.
+        search: Exact, with the same answers: ``torch`` (float32 product), ``pca`` (float32 product of principal
+            components as a filter), ``bf16`` and ``int8`` (the same in low precision), ``faiss`` (``IndexFlatL2``,
+            on the CPU); ``auto``: what is fastest here, by a short measurement on the first queries that is logged,
+            and torch on a GPU. Approximate: a factory string of faiss, such as ``HNSW32`` or ``IVF1024,PQ64``; its
+            distances are exact for the rows it finds.
+        dtype: Type the rows are kept and saved in. Distances are exact to the rows so rounded. A search computes
+            with a float32 copy of them.
 
     Attributes:
-        features: The kept rows, float32 ``(M, D)``; ``(0, 0)`` until filled.
+        features: The kept rows, ``(M, D)``; ``(0, 0)`` until filled.
+        index: The index of an approximate search, uint8; absent otherwise.
     """
 
     features: Tensor
+    index: Tensor
 
-    def __init__(self, search: Search = "auto") -> None:
+    def __init__(self, search: Search = "auto", dtype: BankDtype = "float32") -> None:
         super().__init__()
-        if search not in ("auto", "torch", "faiss"):
-            raise UserError(f"search must be auto, torch or faiss, got {search!r}.")
-        self.search_by = search
-        self.register_buffer("features", torch.empty(0, 0))
-        self._derived: tuple[Tensor, Tensor, Tensor] | None = None
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError(f"bank_dtype must be float32, float16 or bfloat16, got {dtype!r}.")
+        self.search_by, self.dtype = search, getattr(torch, dtype)
+        self.approximate = search not in ("auto", *WAYS)
+        self.register_buffer("features", torch.empty(0, 0, dtype=self.dtype))
+        if self.approximate:
+            check_factory(search)
+            self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
+        self._exact: ExactSearch | None = None
+        self._approximate: ApproximateSearch | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def fill(self, features: Tensor) -> None:
-        """Replace the bank by ``features``, float32 ``(M, D)``; ``(0, 0)`` empties it.
+    def check(self, dimension: int, rows: int | None = None) -> None:
+        """Refuse an index that cannot be built for a bank of ``(rows, dimension)``, before it is filled.
 
         Raises:
-            UserError: If they hold NaN or infinity.
+            UserError: With the reason.
+        """
+        if self.approximate:
+            check_factory(self.search_by, dimension, rows)
+
+    def fill(self, features: Tensor) -> None:
+        """Replace the bank by ``features``, ``(M, D)``; ``(0, 0)`` empties it. Builds the index, if there is one.
+
+        Raises:
+            UserError: If they hold NaN or infinity, or the index cannot be built.
         """
         if not torch.isfinite(features).all():
             raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
-        self.features = features
-        self._derived = None
+        rounded = features.to(self.dtype)
+        if not torch.isfinite(rounded).all():
+            raise UserError(
+                f"features reach {float(features.abs().max()):.3g}, too far for {self.dtype}; use bfloat16."
+            )
+        if self.approximate:
+            data = build_index(self.search_by, rounded) if len(rounded) else torch.empty(0, dtype=torch.uint8)
+            self.index = data.to(features.device)
+        self.features = rounded
+        self._exact = self._approximate = None
 
     def forward(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Find the ``k`` nearest rows of each query.
@@ -80,11 +109,40 @@ class MemoryBank(nn.Module):
         self._check(queries, k)
         if not len(queries):
             return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
+        if not self.approximate:
+            return self._exactly(queries, k, self.search_by)
+        if self._approximate is None:
+            self._approximate = ApproximateSearch(self.index, self.features)
+        return self._approximate(queries.float(), k, lambda few: self._exactly(few, k, "torch"))
+
+    def _exactly(self, queries: Tensor, k: int, way: str) -> tuple[Tensor, Tensor]:
         with full_precision(queries.device):
-            search = self._by_faiss if self.search_by == "faiss" else self._by_product
-            block = max(1, _BLOCK // len(self))
-            parts = [search(part, k) for part in queries.float().split(block)]
-            return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
+            if self._exact is None or self._exact.near.device != self.features.device:
+                self._exact = ExactSearch(self.features)
+            return self._exact(queries.float(), k, way)
+
+    def recall(self, queries: Tensor) -> float:
+        """Share of queries for which the approximate search finds a nearest row, and log it; 1 for exact search.
+
+        Queries that are rows of the bank are left out, for an index finds them too easily; so give nominal patch
+        features that were not kept. Test images, whose patches are farther, may do worse or better.
+
+        Args:
+            queries: ``(Q, D)``.
+        """
+        if not self.approximate:
+            return 1.0
+        nearest = self._exactly(queries, 1, "torch")[0][:, 0]
+        found = self(queries)[0][:, 0]
+        counted = nearest > 0 if (nearest > 0).any() else nearest >= 0
+        recall = float((found <= nearest * (1 + 1e-6))[counted].double().mean())
+        farther = float((found / nearest - 1)[counted & (nearest > 0)].double().nan_to_num().mean())
+        log.info(
+            "search %s finds the nearest row of %.1f %% of %d nominal patches that are not in the memory bank; "
+            "distances are %.2f %% too large on average.",
+            *(self.search_by, 100 * recall, int(counted.sum()), 100 * farther),
+        )
+        return recall
 
     def _check(self, queries: Tensor, k: int) -> None:
         if not len(self):
@@ -93,91 +151,32 @@ class MemoryBank(nn.Module):
             raise UserError(f"k must be from 1 to the size of the memory bank, {len(self)}, got {k}.")
         if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
             raise UserError(f"queries must be (Q, {self.features.shape[1]}), got {tuple(queries.shape)}.")
-        if not torch.isfinite(queries).all():
+        if len(queries) and not torch.isfinite(torch.stack(queries.aminmax())).all():  # NaN comes through
             raise UserError(
                 "patch features hold NaN or infinity; look for a broken image or an overflow in half precision."
             )
 
-    def _centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, centred rows and their squared norms: products of centred rows round less."""
-        if self._derived is None or self._derived[0].device != self.features.device:
-            mean = self.features.double().mean(0).float()
-            near = self.features - mean
-            self._derived = mean, near, near.square().sum(1)
-        return self._derived
-
-    def _by_product(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        mean, near, norm = self._centred()
-        centred = queries - mean
-        own = centred.square().sum(1, keepdim=True)  # (Q, 1)
-        square = torch.addmm(norm, centred, near.T, alpha=-2)  # (Q, M), squared distance less the query's norm
-        smallest = square.amin(1, keepdim=True) if k == 1 else square.topk(k, largest=False).values[:, -1:]
-        # the k-th distance is at most smallest + slack, and a product overstates by at most the slack again
-        slack = product_margin(queries.shape[1]) * (own + norm.max())
-        query, row = (square <= smallest + 2 * slack).nonzero(as_tuple=True)
-        return self._decide(queries, query, row, k)
-
-    def _decide(self, queries: Tensor, query: Tensor, row: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Choose the ``k`` nearest among candidate pairs (sorted by query, then row; at least k of each query)."""
-        size = max(1, _PAIRS // queries.shape[1])
-        distance = torch.cat(
-            [
-                torch.linalg.vector_norm(queries[q].double() - self.features[r].double(), dim=1)
-                for q, r in zip(query.split(size), row.split(size), strict=True)
-            ]
-        )
-        order = distance.sort(stable=True).indices
-        order = order[query[order].sort(stable=True).indices]  # by query, then distance, then row
-        count = torch.bincount(query, minlength=len(queries))
-        first = count.cumsum(0) - count
-        chosen = order[first[:, None] + torch.arange(k, device=query.device)]  # (Q, k)
-        return distance[chosen].float(), row[chosen]
-
-    def _by_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        import faiss
-
-        mean, near, norm = self._centred()
-        centred = queries - mean
-        asked = min(k + _SPARE, len(self))
-        with _faiss_threads():
-            square, row = faiss.knn(centred.cpu().numpy(), near.cpu().numpy(), asked)
-        rows = torch.from_numpy(row).to(queries.device).sort(1).values  # (Q, asked)
-        query = torch.arange(len(queries), device=queries.device).repeat_interleave(asked)
-        distance, found = self._decide(queries, query, rows.flatten(), k)
-        if asked < len(self):  # sure only where the last one proposed is farther than rounding could explain
-            own = centred.square().sum(1)
-            slack = product_margin(queries.shape[1]) * (own + norm.max())
-            last = torch.from_numpy(square[:, -1]).to(queries.device)
-            unsure = (last - slack <= distance[:, -1].square()).nonzero().flatten()
-            if len(unsure):
-                distance[unsure], found[unsure] = self._by_product(queries[unsure], k)
-        return distance, found
-
     def _traced(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        mean = self.features.mean(0)
-        near = self.features - mean
+        features = self.features.float()
+        mean = features.mean(0)
+        near = features - mean
         square = torch.addmm(near.square().sum(1), queries - mean, near.T, alpha=-2)
         rows = square.topk(k, dim=1, largest=False).indices
-        distance = torch.linalg.vector_norm(queries[:, None] - self.features[rows], dim=2)
+        distance = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2)
         distance, order = distance.sort(1)
         return distance, rows.gather(1, order)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "features")
         if saved is not None:  # its size is known only once fitted
-            self.fill(torch.empty_like(saved, device=self.features.device).zero_())
+            self.features = torch.empty(saved.shape, dtype=self.dtype, device=self.features.device)
+        index = state_dict.pop(prefix + "index", None)  # of no use to another kind of search
+        if self.approximate and saved is not None:
+            if len(saved) and (index is None or not is_built_for(index, self.search_by, len(saved))):
+                index = build_index(self.search_by, saved)
+            elif index is None:
+                index = self.index[:0]
+            self.index = torch.empty(index.shape, dtype=torch.uint8, device=self.index.device)
+            state_dict[prefix + "index"] = index
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derived = None
-
-
-@contextmanager
-def _faiss_threads() -> Iterator[None]:
-    """Let faiss use as many threads as torch, and restore its setting."""
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+        self._exact = self._approximate = None

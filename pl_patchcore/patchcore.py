@@ -26,7 +26,7 @@ from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection,
 from pl_patchcore.coreset_bounded import bounded_coreset, selections
 from pl_patchcore.errors import UserError
 from pl_patchcore.feature_store import FeatureStore
-from pl_patchcore.memory_bank import MemoryBank, Search
+from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.metrics import Mode
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -92,7 +92,10 @@ class PatchCore(AnomalyModule):
         distance: ``euclidean``, or ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
         sigma: Standard deviation of the Gaussian that smooths anomaly maps, pixels; 0 for none.
-        search: Nearest-neighbour search by ``torch`` or ``faiss``, or ``auto``; the answers are the same.
+        search: Nearest-neighbour search. Exact, the same answers: ``torch``, ``pca``, ``bf16``, ``int8``, ``faiss``, or
+            ``auto``, what is fastest on the machine. Approximate: a factory string of faiss, such as ``HNSW32``;
+            built and its recall measured at the end of fit.
+        bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
             selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
         false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds; can be changed
@@ -146,6 +149,7 @@ class PatchCore(AnomalyModule):
         reweighting_neighbors: int = 9,
         sigma: float = 4.0,
         search: Search = "auto",
+        bank_dtype: BankDtype = "float32",
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,
         metrics_mode: Mode = "auto",
@@ -181,7 +185,7 @@ class PatchCore(AnomalyModule):
         self.patch_features = PatchFeatures(
             backbone, layers, weights, patch_size, patch_stride, layer_dim, feature_dim, seed
         )
-        self.memory_bank = MemoryBank(search)
+        self.memory_bank = MemoryBank(search, bank_dtype)
         self.scorer = AnomalyScorer(num_neighbors, distance, reweighting_neighbors, sigma)
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
@@ -318,7 +322,7 @@ class PatchCore(AnomalyModule):
         store, start, hp = self._store, time.perf_counter(), self.hparams
         if store is None or not len(store):
             raise UserError("no training image is left for the memory bank; lower calibration_share.")
-        kept = torch.empty(0, store.dimension) if self._kept is None else self._kept.cpu()
+        kept = torch.empty(0, store.dimension) if self._kept is None else self._kept.float().cpu()
         self.seen += len(store)
         number = len(kept) + len(store)
         size = min(number, coreset_rows(int(self.seen), hp["coreset_ratio"], hp["coreset_size"]))
@@ -351,6 +355,8 @@ class PatchCore(AnomalyModule):
         bank[old], bank[~old] = kept[picks[old]], store.take(picks[~old] - len(kept))
         self.memory_bank.fill(bank.to(self.device))
         self._kept = None
+        if self.memory_bank.approximate:
+            self.memory_bank.recall(self._stored_sample())
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
             *(len(picks), len(kept) + len(store), store.dimension, time.perf_counter() - start),
@@ -443,14 +449,17 @@ class PatchCore(AnomalyModule):
         images, aside = self._image_counts(len(patches))
         rows, held_out = None, None
         if images is None:
+            self.memory_bank.check(d, None)
             store = "ram" if hp["store"] == "auto" else hp["store"]
             place = f"on disk in {folder}" if store == "disk" else "in RAM"
             log.info("collecting patch features of %d numbers of an unknown number of images, %s.", d, place)
         else:
             rows, held_out = images * h * w, aside * h * w
+            every = hp["coreset_method"] == "none"
+            size = rows if every else coreset_rows(rows, hp["coreset_ratio"], hp["coreset_size"])
+            self.memory_bank.check(d, size)
             plan = StorePlan(
-                rows, held_out, d, min(d, hp["projection_dim"]) if reads else 0,
-                rows if hp["coreset_method"] == "none" else coreset_rows(rows, hp["coreset_ratio"], hp["coreset_size"]),
+                rows, held_out, d, min(d, hp["projection_dim"]) if reads else 0, size,
                 hp["store"], folder, dtype, hp["selection_memory"], available_memory() - self.memory_promised,
                 free_on_disk(folder), lies_in_memory(folder), device_memory(self.device),
                 hp["coreset_method"] == "greedy",

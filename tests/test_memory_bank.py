@@ -1,11 +1,16 @@
 import copy
+import logging
 
 import faiss
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pl_patchcore import MemoryBank, UserError, memory_bank
+from pl_patchcore import MemoryBank, UserError, exact_search
+from pl_patchcore.approximate_search import check_factory
+from pl_patchcore.exact_search import WAYS, ExactSearch
 
 
 def made(rows=400, queries=150, dimension=24, seed=0):
@@ -26,11 +31,23 @@ def brute_force(bank, query, k):
     return np.take_along_axis(distance, rows, 1), rows
 
 
-@pytest.mark.parametrize("search", ["auto", "torch", "faiss"])
+def deep(rows, queries, dimension=96, seed=0):
+    """Features as networks give them: decaying variances, heavy tails, clusters; some queries from elsewhere."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0, -4, dimension).exp()
+    turn = torch.linalg.qr(torch.randn(dimension, dimension, generator=g)).Q
+    every = torch.randn(rows + queries, dimension, generator=g) ** 3 * scale
+    every += 3 * scale * torch.randn(20, dimension, generator=g)[torch.randint(20, (len(every),), generator=g)]
+    every[rows : rows + queries // 10] *= 5
+    every = every @ turn + 2
+    return every[:rows], every[rows:]
+
+
+@pytest.mark.parametrize("search", ["auto", *WAYS])
 @pytest.mark.parametrize("k", [1, 3, 50, 400])
 def test_matches_brute_force(search, k, monkeypatch):
-    monkeypatch.setattr(memory_bank, "_BLOCK", 400 * 37)  # several blocks
-    monkeypatch.setattr(memory_bank, "_PAIRS", 24 * 101)
+    monkeypatch.setattr(exact_search, "_BLOCK", 512 * 37)  # several blocks
+    monkeypatch.setattr(exact_search, "_PAIRS", 24 * 101)
     bank, query = made()
     found = MemoryBank(search)
     found.fill(bank)
@@ -41,8 +58,139 @@ def test_matches_brute_force(search, k, monkeypatch):
     assert (distance[:5, 0] == 0).all()
 
 
+@pytest.mark.parametrize("search", WAYS)
+@pytest.mark.parametrize("k", [1, 9])
+def test_filters_thin_out_and_are_exact(search, k):
+    bank, query = deep(3000, 300)
+    found = MemoryBank(search)
+    found.fill(bank)
+    distance, rows = found(query, k)
+    expected, expected_rows = brute_force(bank, query, k)
+    np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(rows.numpy(), expected_rows)
+    assert found._exact.survivors < 100
+    assert found._exact._unsure < 20
+
+
+_exotic = st.sampled_from(["plain", "constant", "duplicates", "lattice", "one far row", "far queries", "own rows"])
+
+
+@pytest.mark.parametrize("search", WAYS)
+@given(
+    kind=_exotic,
+    rows=st.sampled_from([1, 2, 7, 128, 129, 700]),
+    queries=st.sampled_from([1, 5, 70]),
+    dimension=st.sampled_from([1, 3, 64, 130]),
+    k=st.sampled_from([1, 2, 10, 10_000]),
+    scale=st.sampled_from([2.0**-100, 2.0**-20, 1.0, 2.0**60, 2.0**100]),  # powers of two keep ties
+    offset=st.sampled_from([0.0, 1.0, 1e4]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_exact_whatever_comes(search, kind, rows, queries, dimension, k, scale, offset, seed):
+    g = torch.Generator().manual_seed(seed)
+    bank, query = torch.randn(rows, dimension, generator=g), torch.randn(queries, dimension, generator=g)
+    if kind == "constant":
+        bank = bank[:1].repeat(rows, 1)
+    elif kind == "duplicates":
+        bank = bank[torch.randint(1 + rows // 9, (rows,), generator=g)]
+    elif kind == "lattice":
+        bank, query = bank.round(), query.round()  # many ties
+    elif kind == "one far row":
+        bank[-1] *= 1e5
+    elif kind == "far queries":
+        query[::2] *= 1e6
+    elif kind == "own rows":
+        query = bank[torch.randint(rows, (queries,), generator=g)]
+    bank, query = (bank + offset) * scale, (query + offset) * scale
+    k = min(k, rows)
+    found = MemoryBank(search)
+    found.fill(bank)
+    distance, got = found(query, k)
+    expected, expected_rows = brute_force(bank, query, k)
+    np.testing.assert_allclose(distance.double().numpy(), expected, rtol=1e-5, atol=1e-44)
+    at = np.linalg.norm(query.double().numpy()[:, None] - bank.double().numpy()[got.numpy()], axis=2)
+    np.testing.assert_allclose(at, expected, rtol=1e-12)  # the same rows, but for ties in float64
+    if kind in ("constant", "duplicates", "lattice"):
+        np.testing.assert_array_equal(got.numpy(), expected_rows)
+    assert all(len(set(row)) == k for row in got.tolist())
+
+
+@pytest.mark.parametrize("search", WAYS)
+def test_rounding_would_choose_another_row(search):
+    """Rows nearer to each other than low precision resolves, so that only margins keep the right one."""
+    g = torch.Generator().manual_seed(1)
+    centre = torch.randn(1, 96, generator=g)
+    bank = torch.cat([torch.randn(500, 96, generator=g), centre + 1e-3 * torch.randn(500, 96, generator=g)])
+    query = centre + 1e-3 * torch.randn(100, 96, generator=g)
+    found = MemoryBank(search)
+    found.fill(bank)
+    np.testing.assert_array_equal(found(query)[1].numpy(), brute_force(bank, query, 1)[1])
+
+
+def measured(monkeypatch, bank, query, seconds):
+    """A search whose clock says what each way takes."""
+    search = ExactSearch(bank)
+    monkeypatch.setattr(exact_search, "_SMALL", 0)
+    monkeypatch.setattr(search, "_timed", lambda queries, k, way: seconds[way])
+    return search
+
+
+@pytest.mark.parametrize("fastest", WAYS)
+def test_auto_takes_the_fastest_and_says_so(fastest, monkeypatch, caplog):
+    bank, query = deep(2000, 300)
+    search = measured(monkeypatch, bank, query, dict.fromkeys(WAYS, 1.0) | {fastest: 0.5})
+    with caplog.at_level(logging.INFO, "pl_patchcore"):
+        few = search(query[:3], 1, "auto")
+        assert search.chosen is None  # too few to measure with
+        distance, rows = search(query, 1, "auto")
+    assert search.chosen == fastest
+    assert f"{fastest} chosen for 2000 rows of 96 numbers" in caplog.text
+    assert set(search._filters) <= {fastest}  # the others' memory is given back
+    expected, expected_rows = brute_force(bank, query, 1)
+    np.testing.assert_array_equal(rows.numpy(), expected_rows)
+    np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
+    assert torch.equal(few[1], rows[:3])
+
+
+def test_auto_measures_again_where_a_filter_fails(monkeypatch):
+    bank, query = deep(2000, 300)
+    search = measured(monkeypatch, bank, query, dict.fromkeys(WAYS, 1.0) | {"int8": 0.5})
+    search(query, 1, "auto")
+    assert search.chosen == "int8"
+    away = 1e3 * torch.randn(300, 96, generator=torch.Generator().manual_seed(0))
+    rows = search(away, 1, "auto")[1]
+    np.testing.assert_array_equal(rows.numpy(), brute_force(bank, away, 1)[1])
+    assert search.chosen is None
+
+
+def test_small_banks_are_not_measured():
+    found = MemoryBank()
+    found.fill(made()[0])
+    found(made()[1])
+    assert found._exact.chosen is None
+    assert not found._exact._filters
+
+
+def test_int8_product_is_there():
+    assert hasattr(torch, "_int_mm"), "torch has moved its int8 product: int8 is left out of auto"
+    a = torch.randint(-127, 128, (5, 16), dtype=torch.int8)
+    b = torch.randint(-127, 128, (24, 16), dtype=torch.int8)
+    assert torch.equal(torch._int_mm(a, b.T), a.int() @ b.T.int())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("search", ["auto", *WAYS])
+def test_on_a_gpu(search):
+    bank, query = deep(3000, 300)
+    found = MemoryBank(search)
+    found.fill(bank.cuda())
+    np.testing.assert_array_equal(found(query.cuda(), 3)[1].cpu().numpy(), brute_force(bank, query, 3)[1])
+    assert found(query[:1].cuda())[0].is_cuda
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("search", ["torch", "faiss"])
+@pytest.mark.parametrize("search", WAYS)
 def test_any_scale(search, scale):
     bank, query = made()
     found = MemoryBank(search)
@@ -135,5 +283,101 @@ def test_bad_input():
         found(query * torch.nan)
     with pytest.raises(UserError, match="NaN"):
         found.fill(bank * torch.nan)
-    with pytest.raises(UserError, match="auto, torch or faiss"):
+    with pytest.raises(UserError, match="none of auto, torch, pca, bf16, int8, faiss, nor an index"):
         MemoryBank("annoy")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("search", ["torch", "int8", "HNSW16"])
+def test_bank_in_half(dtype, search):
+    bank, query = deep(1500, 100)
+    full = MemoryBank(search, dtype)
+    full.fill(bank)
+    assert full.features.dtype == getattr(torch, dtype)
+    rounded = bank.to(full.features.dtype).float()
+    expected, _ = brute_force(rounded, query, 1)
+    assert np.mean(np.isclose(full(query)[0].numpy(), expected, rtol=1e-6)) > (0.9 if search == "HNSW16" else 0.999)
+    again = MemoryBank(search, dtype)
+    again.load_state_dict(full.state_dict())
+    assert again.features.dtype == full.features.dtype
+    assert torch.equal(again(query)[0], full(query)[0])
+
+
+def test_half_overflow_and_unknown_type():
+    found = MemoryBank("torch", "float16")
+    with pytest.raises(UserError, match=r"reach 1e\+05, too far for torch.float16; use bfloat16"):
+        found.fill(torch.full((3, 2), 1e5))
+    with pytest.raises(UserError, match="bank_dtype must be float32"):
+        MemoryBank("torch", "int8")
+
+
+@pytest.mark.parametrize("search", ["HNSW16", "IVF8,Flat", "IVF8,PQ8", "PCA32,SQ8", "Flat"])
+def test_approximate(search, caplog):
+    bank, query = deep(1500, 200)
+    found = MemoryBank(search)
+    found.fill(bank)
+    distance, rows = found(query, 3)
+    at = np.linalg.norm(query.double().numpy()[:, None] - bank.double().numpy()[rows.numpy()], axis=2)
+    np.testing.assert_allclose(distance.numpy(), at, rtol=1e-6)  # exact for the rows found
+    assert (distance.diff(dim=1) >= 0).all()
+    expected = brute_force(bank, query, 1)[0][:, 0]
+    share = np.mean(distance[:, 0].numpy() <= expected * (1 + 1e-6))
+    with caplog.at_level(logging.INFO, "pl_patchcore"):
+        assert found.recall(query) == pytest.approx(share)
+    assert f"search {search} finds the nearest row of {100 * share:.1f} % of 200" in caplog.text
+    assert share > 0.85
+    every, order = found(query[:5], 1500)  # more than an index of lists finds
+    np.testing.assert_array_equal(order.sort(1).values.numpy(), np.tile(np.arange(1500), (5, 1)))
+    assert every.isfinite().all()
+
+
+def test_recall_counts_misses(monkeypatch):
+    bank, query = deep(1500, 200)
+    found = MemoryBank("IVF100,Flat")
+    found.fill(bank)
+    monkeypatch.setattr("pl_patchcore.approximate_search._PROBED", 1)
+    monkeypatch.setattr(found, "_approximate", None)
+    recall = found.recall(torch.cat([query, bank[:500]]))  # rows of the bank do not count
+    assert 0.2 < recall < 0.95
+    assert MemoryBank("torch").recall(query) == 1
+
+
+def test_index_travels_with_the_checkpoint(tmp_path, monkeypatch):
+    bank, query = deep(1500, 200)
+    full = MemoryBank("IVF8,PQ8")
+    full.fill(bank)
+    torch.save(full.state_dict(), tmp_path / "bank.pt")
+    saved = torch.load(tmp_path / "bank.pt", weights_only=True)
+    assert saved["index"].dtype == torch.uint8
+    built = []
+    monkeypatch.setattr("pl_patchcore.memory_bank.build_index", lambda *a: built.append(a) or full.index)
+    same = MemoryBank("IVF8,PQ8")
+    same.load_state_dict(dict(saved))
+    assert torch.equal(same(query, 3)[1], full(query, 3)[1])
+    assert not built
+    other = MemoryBank("HNSW16")  # another index, none, or one of another size: built anew
+    other.load_state_dict(dict(saved))
+    same.load_state_dict({"features": saved["features"]})
+    same.load_state_dict({"features": saved["features"][:900], "index": saved["index"]})
+    assert [a[0] for a in built] == ["HNSW16", "IVF8,PQ8", "IVF8,PQ8"]
+    exact = MemoryBank("torch")
+    exact.load_state_dict(dict(saved))
+    assert torch.equal(exact.features, bank)
+    assert "index" not in exact.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("search", "dimension", "rows", "message"),
+    [
+        ("annoy", None, None, "could not parse"),
+        ("PQ7", 64, None, "for 64 dimensions .*multiple of the number of subquantizers"),
+        ("IVF1024,PQ8", 64, 500, "at least 1024 rows, the memory bank has 500"),
+        ("PQ8", 64, 100, "at least 256 rows"),
+        ("PCA100,Flat", 64, None, "more dimensions than the 64"),
+        ("IVF0,Flat", None, None, "0 lists"),
+    ],
+)
+def test_impossible_indexes(search, dimension, rows, message):
+    with pytest.raises(UserError, match=message):
+        check_factory(search, dimension, rows)
+    check_factory("IVF16,PQ8", 64, 300)

@@ -501,7 +501,7 @@ def test_hyper_parameters_are_plain(tmp_path):
         ({"coreset_method": "best"}, "greedy, approximate, random or none"),
         ({"projection_dim": 0}, "projection_dim must be at least 1"),
         ({"calibration_share": 1}, r"calibration_share must be in \[0, 1\)"),
-        ({"search": "annoy"}, "auto, torch or faiss"),
+        ({"search": "annoy"}, "none of auto, torch, pca"),
         ({"crop": 100}, "crop 100 is larger"),
     ],
 )

@@ -1,0 +1,389 @@
+"""Exact nearest neighbours: a cheap product over the whole bank proposes, float64 differences decide.
+
+Reads queries ``(Q, D)`` and the bank's rows ``(M, D)``, returns distances and rows; `memory_bank.py` calls it.
+
+Every way gives the same answers, ties to the lowest row. ``torch`` filters by a float32 product of the rows
+themselves, the others by a smaller one: of the first K principal components and, as one more coordinate, the length
+of what those leave out. Distances in these coordinates never exceed the true ones (triangle inequality, once more
+for the lengths). ``pca`` multiplies them in float32, ``bf16`` and ``int8`` rounded; a rounded distance is off by at
+most the lengths of what rounding took from the two rows, which are computed. So a row can be the nearest only if
+its rounded distance is at most the true distance of the best row proposed, plus both lengths.
+
+For int8 the coordinates are rotated at random, which spreads heavy tails over all of them: one step size then suits
+them all, and int32 holds the product without error.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pl_patchcore.numerics import product_margin
+
+log = logging.getLogger(__name__)
+
+Way = Literal["torch", "pca", "bf16", "int8", "faiss"]
+WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
+
+_BLOCK = 1 << 23  # scores held at once: 32 MiB
+_GROUP = 128  # rows of the bank looked at together
+_PAIRS = 1 << 19  # float64 numbers gathered at once: 4 MiB, which a cache holds
+_LEFT_OUT = 0.04  # share of the variance that the principal components may leave out
+_INEXACT = 2.0**-18  # of a row's length: bounds centring, projection in float64, and rounding coordinates to float32
+_SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
+_SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
+_FEW = 64  # queries too few to measure with
+_DIGITS = 3  # bf16 numbers that hold a float32 one
+_DIRECT = "donot_use_mm_for_euclid_dist"
+_MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
+_WORK = 1 << 33  # floating-point operations of one measurement of the float32 product
+
+
+class ExactSearch:
+    """Nearest neighbours among the rows of a bank.
+
+    Args:
+        features: The bank, ``(M, D)``, finite.
+
+    Attributes:
+        chosen: Way that ``auto`` has chosen, None before it has measured.
+        survivors: Rows per query that the last search computed float64 or float32 distances of, on average.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        self.chosen: Way | None = None
+        self.survivors = 0.0
+        self._unsure = 0  # queries of the last search that its filter could not thin out
+        self._measuring = False
+        self._filters: dict[str, _Filter] = {}
+        self._axes: _Axes | None = None
+        self._flat: Tensor | None = None  # the bank's coordinates, while filters are made of them
+        self.mean = features.mean(0, dtype=torch.float64)
+        largest = max(float((part.double() - self.mean).abs().max()) for part in features.split(4096))
+        self.scale = 2.0 ** -math.frexp(largest)[1]  # squares then neither over- nor underflow
+        rows = -(-len(features) // _GROUP) * _GROUP
+        self.near = features.new_zeros(rows, features.shape[1], dtype=torch.float32)  # (M', D), padded
+        for part, place in zip(features.split(4096), self.near.split(4096), strict=False):
+            place[: len(part)] = self._centre(part)
+        self.norm = self.near.square().sum(1)  # (M',)
+        self.half = -self.norm / 2
+        self.half[len(features) :] = -torch.inf
+
+    def _centre(self, rows: Tensor) -> Tensor:
+        return ((rows.double() - self.mean) * self.scale).float()
+
+    def __call__(self, queries: Tensor, k: int, way: str) -> tuple[Tensor, Tensor]:
+        """Find the ``k`` nearest rows of each query.
+
+        Args:
+            queries: float32 ``(Q, D)``, finite.
+            k: Neighbours, from 1 to M.
+            way: One of `WAYS`, or ``auto``: the one that is fastest on this machine for these queries, measured at
+                the first call with at least 64 of them; torch off the CPU and for small banks.
+
+        Returns:
+            Distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``.
+        """
+        used: Way = self._choose(queries, k) if way == "auto" else way  # type: ignore[assignment]
+        result = self._search(queries, k, used)
+        if way == "auto" and used == self.chosen != "torch" and 2 * self._unsure > len(queries) >= _FEW:
+            log.info("nearest neighbours: %s no longer rules out enough rows; measuring again.", used)
+            self.chosen = None
+        return result
+
+    def _search(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
+        self.survivors, self._unsure = 0.0, 0
+        blocks = queries.split(max(1, _BLOCK // len(self.near)))
+        parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
+        self.survivors /= max(1, len(queries))
+        if not self._measuring:
+            self._flat = None
+        return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
+
+    # The ways
+
+    def _by_filter(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
+        centred = self._centre(queries)
+        if way == "torch":
+            own = centred.square().sum(1, keepdim=True)  # (Q, 1)
+            scores = torch.addmm(self.half, centred, self.near.T)  # (Q, M'), the larger the nearer
+        else:
+            scores, own, off = self._filter(way).scores(centred)
+        group = _GROUP if 4 * k * _GROUP <= len(self.near) else 1
+        grouped = scores.unflatten(1, (-1, group))
+        best = grouped.amax(2)  # (Q, groups)
+        top, place = best.topk(k, dim=1)  # of k groups, so that k rows are as near as the last of them
+        if way == "torch":
+            threshold = top[:, -1:] - product_margin(centred.shape[1]) * (own + self.norm.max())
+        else:
+            index = torch.arange(len(queries), device=queries.device)[:, None]
+            row = place * group + grouped[index, place].argmax(2)  # (Q, k)
+            distance = self._distance(queries, index.expand(-1, k).flatten(), row.flatten()).view(-1, k)
+            upper = distance.amax(1, keepdim=True) * self.scale * (1 + 1e-9)
+            threshold = self._filter(way).threshold(upper, own, off)
+        over = ((best >= threshold).sum(1) > max(4 * k, best.shape[1] // 2)) | ~(own[:, 0] < 1e30)
+        query, part = ((best >= threshold) & ~over[:, None]).nonzero(as_tuple=True)
+        pair, place = (grouped[query, part] >= threshold[query]).nonzero(as_tuple=True)
+        query, row = query[pair], part[pair] * group + place
+        count = torch.bincount(query, minlength=len(queries))
+        over |= (count > max(32 * k, len(self.features) // 16)) | (count < k)
+        if not over.any():
+            return self._decide(queries, centred, query, row, k)
+        distance = queries.new_empty(len(queries), k)
+        rows = torch.empty_like(distance, dtype=torch.int64)
+        sure = ~over
+        if sure.any():
+            kept, new = sure[query], sure.cumsum(0) - 1
+            distance[sure], rows[sure] = self._decide(queries[sure], centred[sure], new[query[kept]], row[kept], k)
+        self._unsure += int(over.sum())
+        unsure = queries[over]
+        distance[over], rows[over] = self._by_all(unsure, k) if way == "torch" else self._by_filter(unsure, k, "torch")
+        return distance, rows
+
+    def _by_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        import faiss
+
+        centred, size = self._centre(queries), len(self.features)
+        asked = min(k + _SPARE, size)
+        with faiss_threads():
+            square, row = faiss.knn(centred.cpu().numpy(), self.near[:size].cpu().numpy(), asked)
+        rows = torch.from_numpy(row).to(queries.device).sort(1).values  # (Q, asked)
+        lost = (rows < 0).any(1)  # overflow in float32
+        query = torch.arange(len(queries), device=queries.device).repeat_interleave(asked)
+        distance, found = self._decide(queries, centred, query, rows.clamp(min=0).flatten(), k)
+        if asked < size:  # sure only where the last one proposed is farther than rounding could explain
+            slack = product_margin(queries.shape[1]) * (centred.square().sum(1) + self.norm.max())
+            last = torch.from_numpy(square[:, -1]).to(queries.device)
+            lost |= ~(last - slack > (distance[:, -1].double() * self.scale).square() * (1 + 1e-6))
+        if lost.any():
+            distance[lost], found[lost] = self._by_filter(queries[lost], k, "torch")
+        return distance, found
+
+    def _by_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Every difference in float64: for rows that lie too close to each other, or too far, for any product."""
+        distance, rows = [], []
+        for part in queries.double().split(max(1, (_BLOCK >> 1) // len(self.features))):
+            every = [torch.cdist(part, f.double(), compute_mode=_DIRECT) for f in self.features.split(4096)]
+            nearest, order = torch.cat(every, 1).sort(stable=True)  # ties to the lowest row
+            distance.append(nearest[:, :k].float())
+            rows.append(order[:, :k])
+        return torch.cat(distance), torch.cat(rows)
+
+    # Deciding among the survivors
+
+    def _decide(self, queries: Tensor, centred: Tensor, query: Tensor, row: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Choose the ``k`` nearest among candidate pairs (sorted by query, then row; at least k of each query)."""
+        self.survivors += len(query)
+        if len(query) > 2 * k * len(queries):
+            square = centred.square().sum(1)
+            near = square[query] + self.norm[row] - 2 * self._products(centred, query, row)
+            last = near[_first(near, query, len(queries), k)[:, -1]]
+            slack = 2 * product_margin(centred.shape[1]) * (square + self.norm.max())
+            kept = near <= (last + slack)[query]
+            query, row = query[kept], row[kept]
+        distance = self._distance(queries, query, row)
+        chosen = _first(distance, query, len(queries), k)
+        return distance[chosen].float(), row[chosen]
+
+    def _distance(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        size = max(1, _PAIRS // queries.shape[1])
+        pairs = zip(query.split(size), row.split(size), strict=True)
+        return torch.cat(
+            [torch.linalg.vector_norm(queries[q].double() - self.features[r].double(), dim=1) for q, r in pairs]
+        )
+
+    def _products(self, centred: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        """Float32 products of pairs of rows; on the CPU without copying the rows, six times as fast."""
+        if centred.device.type != "cpu":
+            size = max(1, 8 * _PAIRS // centred.shape[1])
+            pairs = zip(query.split(size), row.split(size), strict=True)
+            return torch.cat([torch.linalg.vecdot(centred[q], self.near[r]) for q, r in pairs])
+        start = F.pad(torch.bincount(query, minlength=len(centred)).cumsum(0), (1, 0))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse", UserWarning)  # "CSR support is in beta"
+            wanted = torch.sparse_csr_tensor(start, row, torch.zeros(len(row)), (len(centred), len(self.near)))
+        products: Tensor = torch.sparse.sampled_addmm(wanted, centred, self.near.T, beta=0.0).values()
+        return products
+
+    # Which to use
+
+    def _filter(self, way: Way) -> _Filter:
+        if way not in self._filters:
+            size = len(self.features)
+            if self._axes is None:
+                self._axes = _Axes(self.near[:size])
+            if self._flat is None:
+                self._flat = torch.cat([self._axes(part) for part in self.near[:size].split(4096)])
+            self._filters[way] = _Filter(way, self._axes, self._flat, len(self.near))
+        return self._filters[way]
+
+    def _choose(self, queries: Tensor, k: int) -> Way:
+        if self.near.device.type != "cpu" or self.near.numel() < _SMALL or 4 * k * _GROUP > len(self.near):
+            return "torch"
+        if self.chosen is None and len(queries) >= _FEW:
+            self.chosen = self._measure(queries, k)
+            for way in set(self._filters) - {self.chosen}:
+                del self._filters[way]
+        return self.chosen or "torch"
+
+    def _measure(self, queries: Tensor, k: int) -> Way:
+        """Time each way on some of the queries; the fastest, torch in case of doubt."""
+        start = time.perf_counter()
+        count = min(len(queries), 256, max(_FEW, _WORK // (2 * self.near.numel())))
+        sample = queries[torch.linspace(0, len(queries) - 1, count, device=queries.device).long()]
+        seconds: dict[Way, float] = {}
+        survivors = {}
+        self._measuring = True
+        expected = self._search(sample[:_FEW], k, "torch")[0]
+        for way in WAYS:
+            if way == "int8" and not hasattr(torch, "_int_mm"):
+                continue
+            if not torch.equal(self._search(sample[:_FEW], k, way)[0], expected):  # which also builds the filter
+                log.warning("nearest neighbours: %s computes wrong products on this machine and is not used.", way)
+                continue
+            seconds[way] = self._timed(sample, k, way)
+            survivors[way] = self.survivors
+        for _ in range(2):
+            for way in seconds:
+                if seconds[way] < 2 * min(seconds.values()):
+                    seconds[way] = min(seconds[way], self._timed(sample, k, way))
+        self._measuring, self._flat = False, None
+        fastest = min(seconds, key=lambda way: seconds[way])
+        chosen: Way = fastest if seconds[fastest] < 0.95 * seconds["torch"] else "torch"
+        log.info(
+            "nearest neighbours: %s chosen for %d rows of %d numbers; %d queries took %s (measured in %.2f s).",
+            *(chosen, *self.features.shape, count),
+            ", ".join(f"{way} {1e3 * seconds[way]:.1f} ms ({survivors[way]:.1f} rows each)" for way in seconds),
+            time.perf_counter() - start,
+        )
+        return chosen
+
+    def _timed(self, queries: Tensor, k: int, way: Way) -> float:
+        start = time.perf_counter()
+        self._search(queries, k, way)
+        return time.perf_counter() - start
+
+
+class _Axes:
+    """Principal components of a bank, rotated at random, and the length of what they leave out."""
+
+    def __init__(self, near: Tensor) -> None:
+        size, dimension = near.shape
+        sample = near[:: max(1, size // 8192)]
+        energy, axes = torch.linalg.eigh((sample.T @ sample).cpu())  # any orthonormal axes will do, hence float32
+        left_out = 1 - energy.flip(0).cumsum(0) / energy.sum().clamp(min=1e-30)
+        count = min(dimension, 64 * (int((left_out > _LEFT_OUT).sum()) // 64 + 1) - _DIGITS - 1)
+        turn = torch.randn(count, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.basis = torch.linalg.qr(axes.flip(1)[:, :count].double() @ turn).Q.to(near.device)  # (D, K)
+        self.tail = 0.0
+        self.tail = float(self(sample)[:, -1].mean())
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Coordinates, float64 ``(Q, K + 1)``, of centred rows ``(Q, D)``."""
+        wide = rows.double()
+        flat = wide @ self.basis
+        tail = (wide.square().sum(1) - flat.square().sum(1)).clamp(min=0).sqrt()
+        return torch.cat([flat, tail[:, None] - self.tail], 1)
+
+
+class _Filter:
+    """Scores of all rows of the bank by a product of coordinates: float32 (``pca``), or rounded to bf16 or int8.
+
+    A score is half of (the query's squared length - the squared distance), in rounded coordinates.
+    """
+
+    def __init__(self, way: Way, axes: _Axes, exact: Tensor, length: int) -> None:
+        self.way, self.axes = way, axes
+        self.step = (float(exact.abs().max()) / 127 or 1.0) if way == "int8" else 1.0  # the unit of all that follows
+        rows, off = self._round(exact / self.step)
+        self.off = float(off.max())
+        half = rows.double().square().sum(1) / 2
+        self.longest = 2 * float(half.max())
+        pad = length - len(rows)
+        rows = F.pad(rows, (0, 0, 0, pad))
+        if way == "bf16":  # the product comes back in bf16, so that half the length must be in it: as three digits
+            digits, rest = [], F.pad(half, (0, pad), value=1e38)
+            for _ in range(_DIGITS):
+                digits.append(rest.bfloat16()[:, None])
+                rest = rest - digits[-1][:, 0].double()
+            rows = torch.cat([rows, *digits], 1)
+        elif way == "int8":
+            rows = F.pad(rows, (0, -rows.shape[1] % 8))  # what CUDA asks for
+            self.half = F.pad(half.long(), (0, pad), value=1 << 30).int()
+        else:
+            self.half = F.pad(-half.float(), (0, pad), value=-torch.inf)
+        self.rows = rows.T  # (K', M')
+
+    def _round(self, exact: Tensor, times: Tensor | int = 1) -> tuple[Tensor, Tensor]:
+        """Coordinates divided by ``times`` and rounded, and how far that may have moved them, float64 ``(Q, 1)``."""
+        if self.way == "int8":
+            rows = (exact / times).round().clamp(-127, 127).to(torch.int8)
+        else:
+            rows = exact.to(torch.bfloat16 if self.way == "bf16" else torch.float32)
+        moved = torch.linalg.vector_norm(exact - rows.double() * times, dim=1, keepdim=True)
+        length = torch.linalg.vector_norm(exact, dim=1, keepdim=True) + self.axes.tail / self.step  # at least |x|
+        return rows, moved + _INEXACT * length
+
+    def scores(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores ``(Q, M')``, and of the queries squared lengths and how far rounding moved them, ``(Q, 1)``."""
+        exact = self.axes(centred) / self.step
+        times: Tensor | int = 1
+        if self.way == "int8":  # coarser steps for queries that reach farther than the bank
+            coarsest = max(1, _MOST // (127 * 127 * len(self.rows)))
+            times = (exact.abs().amax(1, keepdim=True) / 127).ceil().clamp(1, coarsest)
+        rows, off = self._round(exact, times)
+        own = (rows.double() * times).square().sum(1, keepdim=True)
+        if isinstance(times, Tensor):  # int8
+            rows = F.pad(rows, (0, len(self.rows) - rows.shape[1]))
+            if rows.device.type == "cuda":  # wants more than 16 rows
+                scores = torch._int_mm(F.pad(rows, (0, 0, 0, max(0, 17 - len(rows)))), self.rows)[: len(rows)]
+            else:
+                scores = torch._int_mm(rows, self.rows)
+            coarse = (times > 1).nonzero()[:, 0]
+            scores[coarse] *= times[coarse].int()
+            scores -= self.half
+        elif self.way == "bf16":
+            scores = F.pad(rows, (0, _DIGITS), value=-1.0) @ self.rows
+        else:
+            scores = torch.addmm(self.half, rows, self.rows)
+        return scores, own, off
+
+    def threshold(self, upper: Tensor, own: Tensor, off: Tensor) -> Tensor:
+        """Least score that a row no farther than ``upper`` can have, in the type of the scores."""
+        square = (upper / self.step + off + self.off).square()
+        if self.way == "int8":
+            return ((own - square) / 2).floor().clamp(min=1 - 2**30).int()
+        slack = product_margin(self.rows.shape[0] + 8) * (own + self.longest)
+        least = ((own - square - slack) / 2).float()
+        return least.bfloat16() if self.way == "bf16" else least  # rounding keeps the order
+
+
+def _first(distance: Tensor, query: Tensor, queries: int, k: int) -> Tensor:
+    """Places of the ``k`` least distances of each query, ties in order: ``(Q, k)``; pairs are sorted by query."""
+    order = distance.sort(stable=True).indices
+    order = order[query[order].sort(stable=True).indices]  # by query, then distance, then place
+    count = torch.bincount(query, minlength=queries)
+    return order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=query.device)]
+
+
+@contextmanager
+def faiss_threads() -> Iterator[None]:
+    """Let faiss use as many threads as torch, and restore its setting."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

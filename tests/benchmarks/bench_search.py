@@ -1,0 +1,113 @@
+"""Nearest neighbours: each exact way against faiss and a plain float32 product. Prints a table; `make bench`.
+
+The yardstick is the faster of `faiss.IndexFlatL2` and a float32 product with a minimum, in blocks. Contenders take
+turns and the fastest of their turns counts, so that other load on the machine meets all alike. Features are those of
+MobileNetV2 on Magnetic Tile Defects (7 layers, 896 dimensions; all 18 blocks, 1536), and a normal distribution
+without directions, which leaves no filter anything to rule out.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import faiss
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pl_patchcore import MTDDataModule, PatchCore
+from pl_patchcore.coreset import greedy_coreset, random_projection
+from pl_patchcore.exact_search import WAYS, ExactSearch
+
+SHARED = Path(__file__).parents[2] / ".." / "shared"
+LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}
+IMAGES, TURNS, MANY_TURNS = 36, 5, 2
+
+
+def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patch features of training tiles, and of 16 test tiles of all kinds."""
+    data = MTDDataModule(SHARED / "data" / "mtd", num_workers=0)
+    weights = str(SHARED / "weights" / "mobilenet_v2.pth")
+    layers = [f"features.{i}" for i in LAYERS[dimension]]
+    model = PatchCore("mobilenet_v2", layers=layers, weights=weights, resize=224, crop=None)
+    data.transform = model.transform
+    data.setup("fit")
+    data.setup("test")
+    with torch.no_grad():
+        return tuple(
+            torch.cat([model.patch_features(part[int(i)]["image"][None]).flatten(0, 2) for i in chosen])
+            for part, chosen in (
+                (data.train_set, torch.linspace(0, len(data.train_set) - 1, IMAGES)),
+                (data.test_set, torch.linspace(0, len(data.test_set) - 1, 16)),
+            )
+        )
+
+
+def product(queries: torch.Tensor, bank: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    parts = queries.split(max(1, (1 << 23) // len(bank)))
+    return torch.cat([torch.addmm(norm, part, bank.T, alpha=-2).min(1).indices for part in parts])
+
+
+def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor, turns: int) -> None:
+    search = ExactSearch(bank)
+    mean = bank.mean(0)
+    near, centred = bank - mean, queries - mean
+    norm = near.square().sum(1)
+    contenders = {
+        "IndexFlatL2": lambda: faiss.knn(centred.numpy(), near.numpy(), 1),
+        "product": lambda: product(centred, near, norm),
+        **{way: (lambda way=way: search._search(queries, 1, way)) for way in WAYS},
+    }
+    survivors = {}
+    for way in WAYS:
+        search._search(queries[:64], 1, way)
+        survivors[way] = search.survivors
+    auto = ExactSearch(bank)
+    auto(queries, 1, "auto")
+    contenders["auto"] = lambda: auto(queries, 1, "auto")
+    seconds = dict.fromkeys(contenders, float("inf"))
+    for _ in range(turns):
+        for contender, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            seconds[contender] = min(seconds[contender], time.perf_counter() - start)
+    yardstick = min(seconds["IndexFlatL2"], seconds["product"])
+    cells = [f"{1e3 * seconds[c]:,.0f}" + (f" ({survivors[c]:.0f})" if c in survivors else "") for c in seconds]
+    table.add_row(
+        name, f"{len(bank):,}", f"{len(queries):,}", *cells, str(auto.chosen), f"{yardstick / seconds['auto']:.2f}"
+    )
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("pl_patchcore.exact_search").setLevel(logging.INFO)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    columns = ("IndexFlatL2", "product", *WAYS, "auto")
+    table = Table("features", "bank", "queries", *(f"{c}, ms" for c in columns), "chosen", "yardstick / auto")
+    sets = {}
+    if SHARED.is_dir():
+        for dimension in LAYERS:
+            train, test = tiles(dimension)
+            greedy = greedy_coreset(train @ random_projection(dimension, 128, 0), 10_000)
+            drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:25_000]
+            sets[f"MTD {dimension}, greedy"] = train[greedy], test
+            sets[f"MTD {dimension}, random"] = train[drawn], test
+    g = torch.Generator().manual_seed(0)
+    sets["normal 896"] = torch.randn(10_000, 896, generator=g), torch.randn(16 * 784, 896, generator=g)
+    for name, (bank, queries) in sets.items():
+        compare(table, name, bank, queries[:: len(queries) // 784], TURNS)
+        compare(table, name, bank, queries, MANY_TURNS)
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    flags = Path("/proc/cpuinfo").read_text()
+    fast = [flag for flag in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if flag in flags]
+    console = Console(width=220)
+    console.print(f"{cpu[0]} ({', '.join(fast)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    console.print(f"torch {torch.__version__}, faiss {faiss.__version__}; in brackets: rows left after the filter")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
