@@ -39,6 +39,7 @@ _GROUP = 128  # rows of the bank looked at together
 _PAIRS = 1 << 19  # float64 numbers gathered at once: 4 MiB, which a cache holds
 _LEFT_OUT = 0.04  # share of the variance that the principal components may leave out
 _INEXACT = 2.0**-18  # of a row's length: bounds centring, projection in float64, and rounding coordinates to float32
+_STEP = 256  # rows turned into float64 at once
 _SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
 _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
 _FEW = 64  # queries too few to measure with
@@ -80,7 +81,10 @@ class ExactSearch:
         self.half[len(features) :] = -torch.inf
 
     def _centre(self, rows: Tensor) -> Tensor:
-        return ((rows.double() - self.mean) * self.scale).float()
+        result = torch.empty_like(rows, dtype=torch.float32)
+        for part, place in zip(rows.split(_STEP), result.split(_STEP), strict=True):  # which a cache holds
+            place[:] = part.double().sub_(self.mean).mul_(self.scale)
+        return result
 
     def __call__(self, queries: Tensor, k: int, way: str) -> tuple[Tensor, Tensor]:
         """Find the ``k`` nearest rows of each query.
@@ -103,7 +107,7 @@ class ExactSearch:
 
     def _search(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
         self.survivors, self._unsure = 0.0, 0
-        blocks = queries.split(max(1, _BLOCK // len(self.near)))
+        blocks = queries.split(max(1, _BLOCK // (queries.shape[1] if way == "faiss" else len(self.near))))
         parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
         self.survivors /= max(1, len(queries))
         if not self._measuring:
@@ -157,14 +161,16 @@ class ExactSearch:
         asked = min(k + _SPARE, size)
         with faiss_threads():
             square, row = faiss.knn(centred.cpu().numpy(), self.near[:size].cpu().numpy(), asked)
-        rows = torch.from_numpy(row).to(queries.device).sort(1).values  # (Q, asked)
+        rows, order = torch.from_numpy(row).to(queries.device).sort(1)  # (Q, asked)
+        squares = torch.from_numpy(square).to(queries.device)
+        slack = product_margin(queries.shape[1]) * (centred.square().sum(1, keepdim=True) + self.norm.max())
         lost = (rows < 0).any(1)  # overflow in float32
-        query = torch.arange(len(queries), device=queries.device).repeat_interleave(asked)
-        distance, found = self._decide(queries, centred, query, rows.clamp(min=0).flatten(), k)
+        close = (squares <= squares[:, k - 1 : k] + 2 * slack).gather(1, order) | lost[:, None]
+        query, place = close.nonzero(as_tuple=True)
+        distance, found = self._decide(queries, centred, query, rows[query, place].clamp(min=0), k)
         if asked < size:  # sure only where the last one proposed is farther than rounding could explain
-            slack = product_margin(queries.shape[1]) * (centred.square().sum(1) + self.norm.max())
-            last = torch.from_numpy(square[:, -1]).to(queries.device)
-            lost |= ~(last - slack > (distance[:, -1].double() * self.scale).square() * (1 + 1e-6))
+            last = (squares[:, -1] - slack[:, 0]).double()
+            lost |= ~(last > (distance[:, -1].double() * self.scale).square() * (1 + 1e-6))
         if lost.any():
             distance[lost], found[lost] = self._by_filter(queries[lost], k, "torch")
         return distance, found
