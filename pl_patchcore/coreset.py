@@ -183,7 +183,7 @@ def greedy_selection(
     with full_precision(features.device):
         rows = _distinct_rows(features, start)
         scale = float(torch.ldexp(torch.ones((), dtype=torch.float64), -torch.frexp(largest.double().cpu())[1]))
-        search = _Greedy(features, rows, scale, size + 1)  # one more, for its gap
+        search = _Greedy(features, rows, scale, min(size + 1, len(rows)))  # one more, for its gap
         search.begin(start, gaps)
         finished = search.run(deadline, size, progress)
         picks, gap = rows[search.picks[: search.count]], torch.cat(search.gaps)
@@ -206,7 +206,7 @@ class _Greedy:
 
     def __init__(self, features: Tensor, rows: Tensor, scale: float, size: int) -> None:
         self.features, self.rows, self.scale = features, rows, scale
-        self.size = min(size, len(rows))
+        self.size = size
         n, d = len(rows), features.shape[1]
         device = features.device
         self.margin = product_margin(d)
@@ -214,7 +214,8 @@ class _Greedy:
         self.norm = torch.empty(n, device=device)
         mean = torch.zeros(d, dtype=torch.float64, device=device)
         for part in torch.arange(n, device=device).split(_CHUNK):
-            mean += self._exact(part).sum(0) / n
+            mean += self._exact(part).sum(0) / max(n, 1)
+        self.mean = mean
         for part in torch.arange(n, device=device).split(_CHUNK):
             self.near[part] = (self._exact(part) - mean).float()
             self.norm[part] = self.near[part].square().sum(1)
@@ -242,7 +243,7 @@ class _Greedy:
         """Pick until there are ``size`` or every gap is 0: True; or until ``deadline``, two picks at least: False."""
         smallest = max(64, min(2048, len(self.rows) // 16))
         width, reported = smallest, 0
-        while self.count < self.size and not (self.count > 1 and time.monotonic() > deadline):
+        while self.count < self.size and not self._is_late(deadline):
             if progress is not None:
                 progress(min(self.count, wanted) - reported)
                 reported = min(self.count, wanted)
@@ -250,12 +251,15 @@ class _Greedy:
             self._refresh(pool)
             before = self.count
             alive = pool[self.bound[pool] > rest]
-            if len(alive) and self._pick(self._settle(alive), rest) <= 0:
+            if self._pick(self._settle(alive), rest) <= 0:
                 return True  # every gap is 0
             width = smallest if self.count > before else 2 * width
         if progress is not None:
             progress(min(self.count, wanted) - reported)
         return self.count == self.size
+
+    def _is_late(self, deadline: float) -> bool:
+        return self.count > 1 and time.monotonic() > deadline
 
     def _pool(self, width: int) -> tuple[Tensor, float]:
         """Return the ``width`` rows with the largest bounds, and the largest bound among the others."""
@@ -266,6 +270,8 @@ class _Greedy:
 
     def _refresh(self, pool: Tensor) -> None:
         """Lower the pool's bounds by the picks they have not seen."""
+        if not len(pool):
+            return
         seen, order = self.seen[pool].sort()
         for part, low in zip(pool[order].split(_TILE), seen.split(_TILE), strict=True):
             bound = self.bound[part]
@@ -285,6 +291,8 @@ class _Greedy:
         """Make the keys of ``alive`` exact: float64 differences of the pairs that products cannot rule out."""
         known, order = self.known[alive].sort()
         alive = alive[order]
+        if not len(alive):
+            return alive
         for part, low in zip(alive.split(_TILE), known.split(_TILE), strict=True):
             limit = torch.minimum(self.bound[part], self.key[part])[:, None]
             for first in range(int(low[0]), self.count, _TILE):
@@ -298,7 +306,7 @@ class _Greedy:
                 square += self.norm[part, None] * (1 - self.margin) - _TINY
                 row, pick = (square <= limit).nonzero(as_tuple=True)
                 for r, p in zip(row.split(_PAIRS), pick.split(_PAIRS), strict=True):
-                    gap = self._exact(part[r]) - self._exact(self.picks[first + p])
+                    gap = self._exact(part[r]) - self._exact_picks(first + p)
                     self.key.scatter_reduce_(0, part[r], gap.square_().sum(1).float(), "amin")
         self.bound[alive] = self.key[alive]
         self.known[alive] = self.count
@@ -317,32 +325,17 @@ class _Greedy:
                 alive, rest = alive[order[:-1]], max(rest, float(values[-1]))
             else:  # mass ties: each pick is dear, and may thin them out
                 most = min(most, 64)
-        alive = alive[self.rows[alive].argsort()]  # argmax takes the first of equals: the lowest row
-        exact = self._exact(alive).cpu().numpy()  # (S, d)
-        key = self.key[alive].cpu().numpy().copy()
-        place = np.arange(len(alive))
-        floor = max(rest, 0.0)
-        chosen: list[int] = []
-        gaps: list[float] = []
-        while len(chosen) < most:
-            if len(chosen) % 32 == 31 and (beat := key > floor).mean() < 0.7:
-                self._write(alive[torch.from_numpy(place[~beat])], key[~beat], len(chosen))
-                exact, key, place = exact[beat], key[beat], place[beat]
-            if not len(key) or key[best := key.argmax()] <= floor:
-                break
-            chosen.append(place[best])
-            gaps.append(float(key[best]))
-            gap = exact - exact[best]
-            np.minimum(key, np.einsum("sd,sd->s", gap, gap).astype(np.float32), out=key)
-            key[best] = _PICKED
-        self._write(alive[torch.from_numpy(place)], key, len(chosen))
+        alive = alive[self.rows[alive].argsort()]
+        exact, key = self._exact(alive).cpu().numpy(), self.key[alive].cpu().numpy()
+        chosen, gaps, key, new = _farthest_first(exact, key, max(rest, 0.0), most)
+        self._write(alive, key, new)
         self._add(alive[torch.tensor(chosen, dtype=torch.int64)], gaps)
         return max(rest, float(key.max(initial=_PICKED)))
 
-    def _write(self, alive: Tensor, key: np.ndarray, new: int) -> None:
-        values = torch.from_numpy(key).to(self.key.device)
-        self.key[alive] = self.bound[alive] = values
-        self.known[alive] = self.seen[alive] = self.count + new
+    def _write(self, alive: Tensor, key: np.ndarray, new: np.ndarray) -> None:
+        """Set the keys of ``alive``, which know ``new`` picks more than those so far."""
+        self.key[alive] = self.bound[alive] = torch.from_numpy(key).to(self.key.device)
+        self.known[alive] = self.seen[alive] = torch.from_numpy(new).to(self.key.device) + self.count
 
     def _add(self, positions: Tensor, gaps: list[float]) -> None:
         self.gaps.append(torch.tensor(gaps, dtype=torch.float32))
@@ -351,11 +344,47 @@ class _Greedy:
         self.pick_near[part], self.pick_norm[part] = self.near[positions], self.norm[positions]
         self.count = part.stop
 
+    def _exact_picks(self, numbers: Tensor) -> Tensor:
+        return self._exact(self.picks[numbers])
+
     def _exact(self, positions: Tensor) -> Tensor:
         return self.features[self.rows[positions]].double() * self.scale
 
 
-def _distinct_rows(features: Tensor, start: int) -> Tensor:
+def _farthest_first(
+    exact: np.ndarray, key: np.ndarray, floor: float, most: int
+) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+    """Pick the row with the largest key, the first of equals, lower the keys, and so on while one is above ``floor``.
+
+    Args:
+        exact: Rows in ascending order of their number, float64 ``(S, d)``.
+        key: Their gaps, float32 ``(S,)``.
+        floor: Largest gap elsewhere.
+        most: Picks at most.
+
+    Returns:
+        Picks in order, their gaps, and of all rows the keys and to how many of these picks they are.
+    """
+    result, new, place = key.copy(), np.zeros(len(key), np.int64), np.arange(len(key))
+    key = key.copy()
+    chosen: list[int] = []
+    gaps: list[float] = []
+    while len(chosen) < most:
+        if len(chosen) % 32 == 31 and (beat := key > floor).mean() < 0.7:  # the others wait for a later round
+            result[place[~beat]], new[place[~beat]] = key[~beat], len(chosen)
+            exact, key, place = exact[beat], key[beat], place[beat]
+        if not len(key) or key[best := key.argmax()] <= floor:
+            break
+        chosen.append(int(place[best]))
+        gaps.append(float(key[best]))
+        gap = exact - exact[best]
+        np.minimum(key, np.einsum("sd,sd->s", gap, gap).astype(np.float32), out=key)
+        key[best] = _PICKED
+    result[place], new[place] = key, len(chosen)
+    return chosen, gaps, result, new
+
+
+def _distinct_rows(features: Tensor, start: int | None) -> Tensor:
     """Lowest row of each set of equal rows, ascending; ``start`` stands for its own set.
 
     Equal rows (a constant background gives thousands) would tie in every round. A wrapping integer hash finds
@@ -375,7 +404,7 @@ def _distinct_rows(features: Tensor, start: int) -> Tensor:
     drop = row[twin[torch.cat(same)]] if same else twin
     keep = torch.ones(len(features), dtype=torch.bool, device=features.device)
     keep[drop] = False
-    if not keep[start]:
+    if start is not None and not keep[start]:
         keep[group[row == start]] = False
         keep[start] = True
     return keep.nonzero().flatten()

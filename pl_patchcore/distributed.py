@@ -1,0 +1,117 @@
+"""What the processes of a fit tell each other, by ``torch.distributed``; nothing at all where there is one.
+
+Four collectives, counted, on the device that the backend moves tensors of. Every process must call them in the same
+order. `coreset_shared.py` and `patchcore.py` use them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.utils.data import DistributedSampler
+
+_AT_ONCE = 1 << 24  # bytes of one collective in `merge`
+
+
+class Processes:
+    """The processes that fit one model together.
+
+    Args:
+        device: Device of this process.
+        alone: Whether this process works by itself, whatever ``torch.distributed`` says.
+
+    Attributes:
+        rank: This process's number, from 0.
+        count: Number of processes.
+        collectives: Collectives so far.
+        bytes: Bytes that this process has put into them.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", alone: bool = False) -> None:
+        alone = alone or not (dist.is_available() and dist.is_initialized())
+        self.rank = 0 if alone else dist.get_rank()
+        self.count = 1 if alone else dist.get_world_size()
+        on_gpu = not alone and "nccl" in str(dist.get_backend())
+        self.device = torch.device(device) if on_gpu else torch.device("cpu")
+        self.collectives = self.bytes = 0
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Tensor of every process, in the order of ranks; all of one shape and type."""
+        if self.count == 1:
+            return [tensor]
+        own = self._counted(tensor)
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(parts, own)
+        return [part.to(tensor.device) for part in parts]
+
+    def gather_rows(self, tensor: Tensor) -> list[Tensor]:
+        """As `gather`, of tensors of any length."""
+        lengths = [int(n) for n in self.gather(torch.tensor([len(tensor)]))]
+        if self.count == 1:
+            return [tensor]
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        return [part[:n] for part, n in zip(self.gather(padded), lengths, strict=True)]
+
+    def merge(self, tensor: Tensor) -> Tensor:
+        """Put together, in place, what each process knows a part of: float32, 0 wherever others know better.
+
+        Bits are added, not numbers, so that every value arrives as it was.
+        """
+        if self.count > 1:
+            bits = tensor.view(torch.int32).flatten()  # a view: contiguous
+            for part in bits.split(_AT_ONCE // 4):
+                own = self._counted(part)
+                dist.all_reduce(own)
+                part.copy_(own)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Tensor of process 0."""
+        if self.count == 1:
+            return tensor
+        own = self._counted(tensor)
+        dist.broadcast(own, 0)
+        return own.to(tensor.device)
+
+    def largest(self, *values: float) -> list[float]:
+        """Largest of each value over the processes; NaN where any is."""
+        parts = self.gather(torch.tensor(values, dtype=torch.float64))
+        largest: list[float] = torch.stack(parts).amax(0).tolist()
+        return largest
+
+    def objects(self, value: Any) -> list[Any]:
+        """Any value of every process, in the order of ranks (pickled on the way, between processes of one program)."""
+        if self.count == 1:
+            return [value]
+        parts = [None] * self.count
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        self.collectives += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor.to(self.device).contiguous()
+
+
+def sampler_of(loader: Any) -> DistributedSampler[Any] | None:
+    """The sampler that deals a loader's images out to processes, if there is one."""
+    for holder in (loader, getattr(loader, "batch_sampler", None)):
+        sampler = getattr(holder, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            return sampler
+    return None
+
+
+def images_dealt(sampler: DistributedSampler[Any]) -> int:
+    """Images of this process that are not repeated to give all processes as many (they come last).
+
+    Example:
+        >>> [images_dealt(DistributedSampler(range(5), 3, rank)) for rank in range(3)]
+        [2, 2, 1]
+    """
+    total = min(len(sampler.dataset), sampler.num_replicas * sampler.num_samples)  # type: ignore[arg-type]
+    return len(range(sampler.rank, total, sampler.num_replicas))
