@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from pl_patchcore.calibration import conformal_threshold, draw_held_out, images_needed, is_held_out, p_values
 from pl_patchcore.checkpoint import check_identity, plain, rewrite_checkpoints, watch_checkpoints
 from pl_patchcore.data.base import as_batch
+from pl_patchcore.distributed import Processes, images_dealt, on_first_process, sampler_of
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics import AnomalyEvaluation, Mode
 from pl_patchcore.preprocessing import UNKNOWN, Preprocessing
 
 log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
 
 
 class AnomalyModule(L.LightningModule):
@@ -70,7 +72,8 @@ class AnomalyModule(L.LightningModule):
         self._defects: dict[int, str] = {}
         self._categories: dict[int, str] = {}
         self._input_shape: tuple[int, ...] | None = None
-        self._position = 0
+        self._position = 0  # images of the epoch so far, of this process
+        self._dealt: list[int] | None = None  # their indices in the data set, where a sampler deals them out
         self.updating = False  # fit adds to the memory bank
         self._aside: frozenset[int] | None = None  # images kept for calibration, where their number is known
 
@@ -106,8 +109,8 @@ class AnomalyModule(L.LightningModule):
         """Select the memory bank from what was collected."""
         raise NotImplementedError
 
-    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Anomaly scores and maps of the images collected for calibration, some at a time."""
+    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Indices, anomaly scores and maps of the images collected for calibration, some at a time."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -134,6 +137,8 @@ class AnomalyModule(L.LightningModule):
                 f"images of {shape}, but the memory bank is from images of {self._input_shape}; "
                 "bring them to its size (model.transform does), or fit again."
             )
+        if not len(images):
+            return images.new_zeros(0), images.new_zeros(0, *shape[1:])
         return self.score(images)
 
     @property
@@ -149,17 +154,20 @@ class AnomalyModule(L.LightningModule):
     def _threshold(self, scores: Tensor) -> float | None:
         return conformal_threshold(scores, self.hparams["false_alarm_rate"])[0] if len(scores) else None
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Score a batch and add it to the evaluation; returns ``score (B,)`` and ``anomaly_map (B, H, W)``."""
-        batch = as_batch(batch)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Score a batch and add it to the evaluation; returns ``score (B,)``, ``anomaly_map (B, H, W)``, ``index (B,)``."""
+        batch = self._own_images(batch, batch_idx, dataloader_idx)
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
         scores, maps = self(batch["image"])
+        result = {"score": scores, "anomaly_map": maps, "index": torch.as_tensor(batch["index"])}
         labels = torch.as_tensor(batch["label"], device=scores.device)
         masks = batch.get("mask")
         if masks is None:
             masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8)
         defects = batch.get("defect", ["anomalous"] * len(scores))
+        if not len(scores):
+            return result
         groups = [zlib.crc32(name.encode()) for name in defects]
         self._defects |= {g: d for g, d, y in zip(groups, defects, labels.tolist(), strict=True) if y == 1}
         categories = None
@@ -167,13 +175,13 @@ class AnomalyModule(L.LightningModule):
             categories = torch.tensor([zlib.crc32(name.encode()) for name in batch["category"]], device=scores.device)
             self._categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
         self.evaluation.update(scores, maps, labels, masks, torch.tensor(groups, device=scores.device), categories)
-        return {"score": scores, "anomaly_map": maps}
+        return result
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
         """As `test_step`; inside ``fit``, where there is no memory bank yet, nothing."""
-        return None if self.trainer.state.fn == "fit" else self.test_step(batch, batch_idx)
+        return None if self.trainer.state.fn == "fit" else self.test_step(batch, batch_idx, dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Score a batch.
 
         Returns:
@@ -181,7 +189,7 @@ class AnomalyModule(L.LightningModule):
             whether the score is above the threshold, ``normalized (B,)``, the score in units of the threshold, and
             ``p_value (B,)``, see `calibration.p_values`; of the batch, ``path``, ``index`` and geometry.
         """
-        batch = as_batch(batch)
+        batch = self._own_images(batch, batch_idx, dataloader_idx)
         scores, maps = self(batch["image"])
         result = {"score": scores, "anomaly_map": maps}
         if (threshold := self.image_threshold) is not None:
@@ -202,6 +210,8 @@ class AnomalyModule(L.LightningModule):
         """Compute and log the figures: image AUROC, pixel AUROC, PRO."""
         figures = self.evaluation.compute()
         groups, categories = figures.pop("by_group"), figures.pop("by_category")
+        for defects, names in self.processes().objects((self._defects, self._categories)):
+            self._defects, self._categories = self._defects | defects, self._categories | names
         named = {self._defects.get(group, str(group)): row for group, row in groups.items()}
         self.figures = {name: _numbers(row) for name, row in ({"all": figures} | dict(sorted(named.items()))).items()}
         named = {self._categories.get(number, str(number)): row for number, row in categories.items()}
@@ -229,6 +239,53 @@ class AnomalyModule(L.LightningModule):
         if not self.bank_shape:
             raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
 
+    # Several processes
+
+    def processes(self) -> Processes:
+        """The processes that work on this model."""
+        return Processes(self.device, alone=self._world_size == 1)
+
+    def _own_images(self, batch: Any, number: int, loader: int = 0) -> dict[str, Any]:
+        """Batch without the images that a sampler repeats to give all processes as many, with ``index``.
+
+        They are the last ones that a process gets. So each image counts once, in the memory bank and in the figures.
+
+        Args:
+            batch: A batch in any form that `as_batch` reads.
+            number: Number of the batch, from 0.
+            loader: Number of the loader, where there are several.
+        """
+        own = as_batch(batch)
+        if number == 0:
+            self._position, self._dealt = 0, None
+        first, images, step = self._position, len(own["image"]), self._world_size
+        sampler = sampler_of(self._loader(loader)) if step > 1 else None
+        if sampler is not None:
+            images = max(0, min(images, images_dealt(sampler) - first))
+            own = {name: value[:images] for name, value in own.items()}
+        self._position += images
+        if "index" not in own:
+            index = list(range(first * step + self.global_rank, self._position * step, step))
+            if sampler is not None:
+                self._dealt = list(sampler) if self._dealt is None else self._dealt
+                index = self._dealt[first : self._position]
+            own["index"] = torch.tensor(index, dtype=torch.int64)
+        return own
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self._trainer is None else self._trainer.world_size
+
+    def _loader(self, number: int) -> Any:
+        trainer = self.trainer
+        loaders: Any = (
+            trainer.train_dataloader if trainer.training
+            else trainer.test_dataloaders if trainer.testing
+            else trainer.predict_dataloaders if trainer.predicting
+            else trainer.val_dataloaders
+        )  # fmt: skip
+        return loaders[number] if isinstance(loaders, list | tuple) else loaders
+
     # Fitting
 
     def setup(self, stage: str) -> None:
@@ -236,10 +293,10 @@ class AnomalyModule(L.LightningModule):
         watch_checkpoints(self.trainer)
         if stage != "fit":
             return
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and self.hparams.get("selection_memory") is not None:
             raise UserError(
-                f"fitting on {self.trainer.world_size} processes is not supported yet; set trainer.devices to 1 "
-                "and trainer.num_nodes to 1 (a fitted model can be tested on several)."
+                f"selection_memory selects within chunks of one process, there are {self.trainer.world_size}: leave it "
+                "out (each holds only its share of the patch features), or set trainer.devices to 1."
             )
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
@@ -260,9 +317,9 @@ class AnomalyModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Start clean, for exactly one epoch."""
         self.clear()
+        self._position = 0
         self.calibration_scores = self.calibration_peaks = torch.empty(0, device=self.device)
         self._input_shape = self._input_shape if self.updating else None
-        self._position = 0
         loop = self.trainer.fit_loop
         wanted = loop.max_epochs
         loop.max_epochs = self.trainer.current_epoch + 1
@@ -272,7 +329,7 @@ class AnomalyModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Collect the patch features of a batch."""
-        batch = as_batch(batch)
+        batch = self._own_images(batch, batch_idx)
         images = batch["image"]
         if self._input_shape not in (None, tuple(images.shape[1:])):
             raise UserError(
@@ -280,11 +337,11 @@ class AnomalyModule(L.LightningModule):
                 "bring all to one size (model.transform does)."
             )
         self._input_shape = tuple(images.shape[1:])
-        index = torch.as_tensor(batch.get("index", torch.arange(self._position, self._position + len(images)))).cpu()
-        self._position += len(images)
-        with torch.no_grad():
-            self.collect(images, index, self._is_aside(index))
-        self.log("train/images", float(self._position), batch_size=len(images), prog_bar=False)
+        index = torch.as_tensor(batch["index"]).cpu()
+        if len(images):
+            with torch.no_grad():
+                self.collect(images, index, self._is_aside(index))
+        self.log("train/images", float(self._position), batch_size=max(1, len(images)), prog_bar=False)
         optimizer = self.optimizers()
         optimizer.step()  # type: ignore[union-attr]
 
@@ -306,15 +363,21 @@ class AnomalyModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Select the memory bank, then calibrate."""
-        if not self._position or not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        processes = self.processes()
+        (images,) = processes.largest(self._position)
+        if not images or not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # on_fit_end says so
         self.select()
-        parts = [(scores, maps.flatten(1).amax(1)) for scores, maps in self.score_held_out()]
-        if parts:
-            self.calibration_scores, self.calibration_peaks = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts = [torch.empty(3, 0, dtype=torch.float64)]  # of an image in each column: index, score, peak of its map
+        for index, scores, maps in self.score_held_out():
+            parts.append(torch.stack([values.cpu().double() for values in (index, scores, maps.flatten(1).amax(1))]))
+        known = torch.cat(processes.gather_rows(torch.cat(parts, 1).T.contiguous()))  # (n, 3)
+        _, scores, peaks = known[known[:, 0].argsort(stable=True)].float().to(self.device).unbind(1)
+        self.calibration_scores, self.calibration_peaks = scores.clone(), peaks.clone()
+        if len(known):
             self._tell_thresholds()
         elif self.hparams["calibration_share"]:
-            log.warning("calibration_share holds no image out of %d; there are no thresholds.", self._position)
+            log.warning("calibration_share holds no image out; there are no thresholds.")
 
     def _tell_thresholds(self) -> None:
         n, rate = len(self.calibration_scores), self.hparams["false_alarm_rate"]

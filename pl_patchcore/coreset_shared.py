@@ -151,6 +151,8 @@ class _SharedGreedy(_Greedy):
         if not largest:
             return rest
         numbers, key, rows = self._exchange(alive, largest)
+        if not len(numbers):
+            return rest
         answer = torch.zeros(3 + 4 * len(numbers), dtype=torch.float64)
         if self.processes.rank == 0:
             exact = (rows.double() * self.scale).cpu().numpy()
@@ -201,7 +203,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _read(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    return packed.flatten().clone().view(dtype).view(len(packed), -1)
+    return packed.flatten().clone().view(dtype).view(len(packed), packed.shape[1] // dtype.itemsize)
 
 
 def _fill(values: list[int] | list[float], length: int) -> np.ndarray:

@@ -6,9 +6,11 @@ order. `coreset_shared.py` and `patchcore.py` use them.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DistributedSampler
@@ -95,6 +97,29 @@ class Processes:
         self.collectives += 1
         self.bytes += tensor.numel() * tensor.element_size()
         return tensor.to(self.device).contiguous()
+
+
+def on_first_process(record: logging.LogRecord) -> bool:
+    """Filter of a logger: what all processes would say, process 0 says."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+def places(images: list[int], processes: Processes) -> tuple[Tensor, int]:
+    """Place of each of this process's images among those of all, in the order of the data set.
+
+    Args:
+        images: Index of each in the data set, ascending.
+        processes: The processes.
+
+    Returns:
+        int64 ``(n,)``, ascending, and the number of images of all. Images with one index follow each other in the
+        order of ranks.
+    """
+    parts = processes.gather_rows(torch.tensor(images, dtype=torch.int64))
+    order = torch.cat(parts).argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    return place.split([len(part) for part in parts])[processes.rank], len(order)
 
 
 def sampler_of(loader: Any) -> DistributedSampler[Any] | None:

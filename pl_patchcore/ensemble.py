@@ -157,10 +157,10 @@ class PatchCoreEnsemble(AnomalyModule):
         scale = torch.tensor([model.nominal_distance() for model in self._models()], device=self.device)
         self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
 
-    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Combined anomaly scores and maps of the images collected for calibration, some at a time."""
+    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Indices, combined anomaly scores and maps of the images collected for calibration, some at a time."""
         for parts in zip(*(model.score_held_out() for model in self._models()), strict=True):
-            yield self._combined(parts)
+            yield parts[0][0], *self._combined([part[1:] for part in parts])
 
 
 def _second_loader(loader: Any) -> Any:

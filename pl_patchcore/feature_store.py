@@ -68,7 +68,7 @@ class FeatureStore:
         # index of each image, in order of arrival; numbers, since a small tensor kept of each batch would split the
         # allocator's free blocks, and each batch then take new memory
         self._images: list[int] = []
-        self._patches = 1  # of an image
+        self.patches = 1  # of an image
         self._features = _rows(dimension, dtype, folder)
         self._projected: _Memory | _File | None = None
         try:
@@ -83,6 +83,11 @@ class FeatureStore:
     def __len__(self) -> int:
         return self._features.length
 
+    @property
+    def images(self) -> list[int]:
+        """Index of each image in the data set, ascending."""
+        return sorted(self._images)
+
     def add(self, patches: Tensor, images: Tensor) -> None:
         """Append the patches of a batch.
 
@@ -93,7 +98,7 @@ class FeatureStore:
         Raises:
             UserError: If memory or disk is full, or a number does not fit float16.
         """
-        self._patches = patches.shape[1] * patches.shape[2]
+        self.patches = patches.shape[1] * patches.shape[2]
         self._images += images.tolist()
         self._features.append(patches.reshape(-1, self.dimension))
         if self._projected is not None and self._matrix is not None:
@@ -140,7 +145,7 @@ class FeatureStore:
         if not len(rows):
             return rows
         order = torch.tensor(self._images).argsort(stable=True)
-        return order[rows // self._patches] * self._patches + rows % self._patches
+        return order[rows // self.patches] * self.patches + rows % self.patches
 
 
 def _rows(width: int, dtype: torch.dtype, folder: str | None) -> _Memory | _File:

@@ -24,6 +24,8 @@ from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
 from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
 from pl_patchcore.coreset_bounded import bounded_coreset, selections
+from pl_patchcore.coreset_shared import select_shared_coreset
+from pl_patchcore.distributed import Processes, on_first_process, places
 from pl_patchcore.errors import UserError
 from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
@@ -46,6 +48,7 @@ from pl_patchcore.store_plan import (
 )
 
 log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
 
 _LOOKED_AT = 1000  # stored patch features that tell of all
 
@@ -190,6 +193,8 @@ class PatchCore(AnomalyModule):
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
         self._grid = (0, 0)  # patches of an image, down and across
+        self._numbers: Tensor | None = None  # of stored rows among those of all processes, where there are several
+        self._total = 0  # stored rows of all processes
         self._kept: Tensor | None = None  # the bank that an update starts from
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # patch features selected from, all updates
         self.register_buffer("coverage_radii", torch.empty(0))  # (M + 1,), see coreset.Selection, projected
@@ -319,12 +324,11 @@ class PatchCore(AnomalyModule):
 
     def select(self) -> None:
         """Select the coreset and fill the memory bank."""
-        store, start, hp = self._store, time.perf_counter(), self.hparams
-        if store is None or not len(store):
-            raise UserError("no training image is left for the memory bank; lower calibration_share.")
+        start, hp, processes = time.perf_counter(), self.hparams, self.processes()
+        store = self._count_stored(processes)
         kept = torch.empty(0, store.dimension) if self._kept is None else self._kept.float().cpu()
-        self.seen += len(store)
-        number = len(kept) + len(store)
+        self.seen += self._total
+        number = len(kept) + self._total
         size = min(number, coreset_rows(int(self.seen), hp["coreset_ratio"], hp["coreset_size"]))
         at_once = number
         if hp["selection_memory"] is not None:
@@ -343,23 +347,33 @@ class PatchCore(AnomalyModule):
             else:
                 method, seed, seconds = hp["coreset_method"], hp["seed"], hp["coreset_seconds"]
                 projected = torch.empty(number, 0)
+                before = kept if processes.rank == 0 else kept[:0]  # process 0 brings the earlier bank
                 if method in ("greedy", "approximate"):
-                    projected = self._projections(store, kept)(None)
-                picks, radii = select_coreset(projected, size, method, seed=seed, seconds=seconds, progress=bar.update)
-                self.selected = (projected, picks) if self.keep_selected and projected.shape[1] else None
+                    projected = self._projections(store, before)(None)
+                options: Any = {"seed": seed, "seconds": seconds, "progress": bar.update}
+                if self._numbers is None:
+                    picks, radii = select_coreset(projected, size, method, **options)
+                    self.selected = (projected, picks) if self.keep_selected and projected.shape[1] else None
+                else:
+                    own = torch.cat([torch.arange(len(before)), self._numbers + len(kept)]).to(self.device)
+                    picks, radii = select_shared_coreset(projected, own, size, processes, method, **options)
+                    log.info(
+                        "selected by %d processes together, with %d collectives of %.3g MB from each.",
+                        *(processes.count, processes.collectives, processes.bytes / 1e6),
+                    )
                 del projected
         store.forget_projected()
         picks = picks.cpu()
         bank = torch.empty(len(picks), store.dimension)
         old = picks < len(kept)
-        bank[old], bank[~old] = kept[picks[old]], store.take(picks[~old] - len(kept))
+        bank[old], bank[~old] = kept[picks[old]], self._stored(picks[~old] - len(kept))
         self.memory_bank.fill(bank.to(self.device))
         self._kept = None
         if self.memory_bank.approximate:
             self.memory_bank.recall(self._stored_sample())
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
-            *(len(picks), len(kept) + len(store), store.dimension, time.perf_counter() - start),
+            *(len(picks), number, store.dimension, time.perf_counter() - start),
         )
         if len(picks) < size and hp["coreset_method"] in ("greedy", "approximate"):
             log.warning("coreset_seconds: time was up with %d of %d patch features selected.", len(picks), size)
@@ -368,8 +382,40 @@ class PatchCore(AnomalyModule):
         self.coverage = self.measure_coverage()
         log.info(
             "coverage: patch features lie %.4g from the memory bank on average, %.4g at most (%d looked at).",
-            *(self.coverage[1].item(), self.coverage[0].item(), min(_LOOKED_AT, len(store))),
+            *(self.coverage[1].item(), self.coverage[0].item(), min(_LOOKED_AT, self._total)),
         )
+
+    def _count_stored(self, processes: Processes) -> FeatureStore:
+        """This process's store, an empty one if it got no image; and what numbers its rows have among all."""
+        store, hp = self._store, self.hparams
+        shape = (0, 0, 0, 0) if store is None else (store.dimension, store.patches, *self._grid)
+        dimension, patches, *grid = (int(n) for n in processes.largest(*shape))
+        if not dimension:
+            raise UserError("no training image is left for the memory bank; lower calibration_share.")
+        if store is None:
+            reads = hp["coreset_method"] in ("greedy", "approximate")
+            matrix = random_projection(dimension, hp["projection_dim"], hp["seed"]) if reads else None
+            store = self._store = FeatureStore(dimension, 1, projection=matrix)
+        self._grid = (grid[0], grid[1])
+        place, images = places(store.images, processes)
+        self._total = images * patches
+        if not images:
+            raise UserError("no training image is left for the memory bank; lower calibration_share.")
+        several = processes.count > 1
+        self._numbers = (place[:, None] * patches + torch.arange(patches)).flatten() if several else None
+        return store
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        """Stored rows of the data set's order, whichever process holds them: int64 ``(M,)`` -> float32 ``(M, D)``."""
+        assert self._store is not None
+        if self._numbers is None:
+            return self._store.take(rows)
+        result = torch.zeros(len(rows), self._store.dimension)
+        if len(self._numbers):
+            place = torch.searchsorted(self._numbers, rows).clamp(max=len(self._numbers) - 1)
+            mine = self._numbers[place] == rows
+            result[mine] = self._store.take(place[mine])
+        return self.processes().merge(result)
 
     def _projections(self, store: FeatureStore, kept: Tensor) -> Callable[[Tensor | None], Tensor]:
         """What gives projected rows, by number or all, of the earlier bank and then of the store."""
@@ -389,14 +435,17 @@ class PatchCore(AnomalyModule):
 
         return projected
 
-    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Anomaly scores and maps of the images collected for calibration, 16 at a time."""
-        if self._held_out is None or self._input_shape is None:
+    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Indices, anomaly scores and maps of the images collected for calibration, one at a time (others change the last bits)."""
+        store, shape = self._held_out, self._input_shape
+        if store is None or shape is None or not len(store):
             return
         h, w = self._grid
-        for rows in torch.arange(len(self._held_out)).split(16 * h * w):
-            patches = self._held_out.take(rows).view(-1, h, w, self._held_out.dimension).to(self.device)
-            yield self.scorer(patches, self.memory_bank, self._input_shape[-2:])
+        for index in torch.arange(len(store) // (h * w)).split(1):
+            rows = (index[:, None] * (h * w) + torch.arange(h * w)).flatten()
+            patches = store.take(rows).view(-1, h, w, store.dimension).to(self.device)
+            scores, maps = self.scorer(patches, self.memory_bank, (shape[-2], shape[-1]))
+            yield torch.tensor(store.images)[index], scores, maps
 
     def measure_coverage(self) -> Tensor:
         """Largest and mean distance of stored patch features to the memory bank, those in it counted with 0.
@@ -417,9 +466,8 @@ class PatchCore(AnomalyModule):
         return float((distance.square() if self.hparams["distance"] == "squared" else distance).mean())
 
     def _stored_sample(self) -> Tensor:
-        assert self._store is not None
-        rows = torch.linspace(0, len(self._store) - 1, min(_LOOKED_AT, len(self._store))).long()
-        return self._store.take(rows).to(self.device)
+        rows = torch.linspace(0, self._total - 1, min(_LOOKED_AT, self._total)).long()
+        return self._stored(rows).to(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As `AnomalyModule`; also cut the bank down to ``coreset_size``."""
@@ -446,7 +494,8 @@ class PatchCore(AnomalyModule):
         folder, dtype = store_folder(hp["store_dir"]), getattr(torch, hp["store_dtype"])
         reads = hp["coreset_method"] in ("greedy", "approximate")
         projection = random_projection(d, hp["projection_dim"], hp["seed"]) if reads else None
-        images, aside = self._image_counts(len(patches))
+        images, aside, everywhere = self._image_counts(len(patches))
+        near = self.trainer.num_devices if self.trainer.world_size > 1 else 1  # processes that share the memory
         rows, held_out = None, None
         if images is None:
             self.memory_bank.check(d, None)
@@ -456,11 +505,12 @@ class PatchCore(AnomalyModule):
         else:
             rows, held_out = images * h * w, aside * h * w
             every = hp["coreset_method"] == "none"
-            size = rows if every else coreset_rows(rows, hp["coreset_ratio"], hp["coreset_size"])
+            number = everywhere * h * w
+            size = number if every else coreset_rows(number, hp["coreset_ratio"], hp["coreset_size"])
             self.memory_bank.check(d, size)
             plan = StorePlan(
                 rows, held_out, d, min(d, hp["projection_dim"]) if reads else 0, size,
-                hp["store"], folder, dtype, hp["selection_memory"], available_memory() - self.memory_promised,
+                hp["store"], folder, dtype, hp["selection_memory"], available_memory() / near - self.memory_promised,
                 free_on_disk(folder), lies_in_memory(folder), device_memory(self.device),
                 hp["coreset_method"] == "greedy",
             ).chosen()  # fmt: skip
@@ -480,16 +530,16 @@ class PatchCore(AnomalyModule):
             main.close()
             raise
 
-    def _image_counts(self, batch: int) -> tuple[int | None, int]:
-        """Most images that can come for the memory bank (None where that is not known) and for calibration."""
-        batches = self.trainer.num_training_batches
+    def _image_counts(self, batch: int) -> tuple[int | None, int, int]:
+        """Most images that can come for the memory bank (None: not known) and for calibration; the former of all."""
+        batches, world = self.trainer.num_training_batches, self.trainer.world_size
         if batches == float("inf"):
-            return None, 0
+            return None, 0, 0
         images = int(batches) * batch
         try:
             total = len(self.trainer.train_dataloader.dataset)  # type: ignore[union-attr]
         except (AttributeError, TypeError):
-            return images, 0
-        images = min(images, total)
+            return images, 0, images * world
+        images = min(images, -(-total // world))
         aside = len(self._aside or ())
-        return min(images, total - aside), min(images, aside)
+        return min(images, total - aside), min(images, aside), min(images * world, total - aside)

@@ -76,7 +76,9 @@ class CoverageReport(Callback):
         if not self.draw or not trainer.is_global_zero:
             return
         if selected is None:
-            plain_console().print("No coverage.png: there is one only for a single model with a greedy coreset.")
+            plain_console().print(
+                "No coverage.png: there is one only for a single model with a greedy coreset, fitted by one process."
+            )
             return
         features, rows = selected
         draw_coverage(features, rows, folder / "coverage.png")

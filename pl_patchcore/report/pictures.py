@@ -55,24 +55,44 @@ class Gallery:
         self.seen: list[tuple[float, int]] = []  # score and label of every image
 
     def add(
-        self, score: float, label: int, title: str, image: Tensor, anomaly_map: Tensor, mask: Tensor | None
+        self,
+        score: float,
+        label: int,
+        title: str,
+        image: Tensor,
+        anomaly_map: Tensor,
+        mask: Tensor | None,
+        order: int | None = None,
     ) -> None:
-        """Consider an image; tensors are copied to main memory only if it is kept."""
+        """Consider an image, the ``order``-th; tensors are copied to main memory only if it is kept."""
         self.seen.append((score, label))
         for name, (wanted, sign) in _GROUPS.items():
-            group = self.groups[name]
-            if wanted != label or (len(group) == self.size and (not group or sign * score <= group[0].rank)):
+            if wanted != label:
                 continue
-            kept = Shown(
-                rank=sign * score,
-                order=len(self.seen),
-                score=score,
-                title=title,
-                image=image.cpu().clone(),
-                anomaly_map=anomaly_map.float().cpu().clone(),
-                mask=None if mask is None else mask.cpu().clone(),
-            )
-            (heapq.heappush if len(group) < self.size else heapq.heapreplace)(group, kept)
+            place = len(self.seen) if order is None else order
+            key = sign * score, -place  # of equals, the first
+            group = self.groups[name]
+            if len(group) < self.size or (group and key > (group[0].rank, group[0].order)):
+                kept = Shown(
+                    rank=key[0],
+                    order=key[1],
+                    score=score,
+                    title=title,
+                    image=image.cpu().clone(),
+                    anomaly_map=anomaly_map.float().cpu().clone(),
+                    mask=None if mask is None else mask.cpu().clone(),
+                )
+                self._keep(group, kept)
+
+    def _keep(self, group: list[Shown], item: Shown) -> None:
+        (heapq.heappush if len(group) < self.size else heapq.heappushpop)(group, item)
+
+    def merge(self, other: Gallery) -> None:
+        """Consider the images of another gallery too."""
+        self.seen += other.seen
+        for name, group in other.groups.items():
+            for item in group:
+                self._keep(self.groups[name], item)
 
     def write(self, folder: Path, image_threshold: float | None = None, pixel_threshold: float | None = None) -> int:
         """Draw all groups into ``folder``, in place of an earlier run's pictures; returns the number of pictures.

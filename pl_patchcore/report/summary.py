@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pl_patchcore.data.base import as_batch
+from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
 from pl_patchcore.report.pictures import Gallery
@@ -35,7 +36,7 @@ class TestReport(Callback):
 
     Prints a table (all test images, then each defect type) and a plain line a figure; writes ``metrics.json``,
     and ``pictures/`` with the most and least anomalous images and the errors. With several processes the first
-    one reports, with pictures from its own share of the images.
+    one reports of all.
 
     Args:
         pictures: Images shown per group; 0 for none.
@@ -74,24 +75,28 @@ class TestReport(Callback):
         """Stop the clock; consider the batch's images for pictures."""
         _finish()
         self._seconds += time.perf_counter() - self._started
-        batch = as_batch(batch)
         scores = outputs["score"].tolist()
+        batch = {name: value[: len(scores)] for name, value in as_batch(batch).items()}
         self._images += len(scores)
-        if not self.pictures or not trainer.is_global_zero:
+        if not self.pictures:
             return
         labels = torch.as_tensor(batch["label"]).tolist()
         images: Tensor = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
         for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
-            name = Path(batch["path"][i]).name if "path" in batch else f"image {self._images - len(scores) + i}"
+            order = int(outputs["index"][i])
+            name = Path(batch["path"][i]).name if "path" in batch else f"image {order}"
             kind = batch["defect"][i] if "defect" in batch else ("nominal", "anomalous")[label]
             mask = batch["mask"][i] if "mask" in batch else None
-            self._gallery.add(score, label, f"{name} ({kind})", images[i], outputs["anomaly_map"][i], mask)
+            self._gallery.add(score, label, f"{name} ({kind})", images[i], outputs["anomaly_map"][i], mask, order)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and write."""
         folder = output_folder(trainer)
+        others = Processes(pl_module.device, alone=trainer.world_size == 1).objects(self._gallery)[1:]
         if not trainer.is_global_zero:
             return
+        for gallery in others:
+            self._gallery.merge(gallery)
         figures: dict[str, dict[str, Any]] = pl_module.figures  # type: ignore[assignment]
         categories: dict[str, dict[str, Any]] = pl_module.figures_by_category  # type: ignore[assignment]
         seconds = self._seconds / max(1, self._images)
