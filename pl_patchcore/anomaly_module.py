@@ -155,7 +155,11 @@ class AnomalyModule(L.LightningModule):
         return conformal_threshold(scores, self.hparams["false_alarm_rate"])[0] if len(scores) else None
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Score a batch and add it to the evaluation; returns ``score (B,)``, ``anomaly_map (B, H, W)``, ``index (B,)``."""
+        """Score a batch and add it to the evaluation.
+
+        Returns:
+            ``score (B,)``, ``anomaly_map (B, H, W)``, ``index (B,)``; of several processes without repeated images.
+        """
         batch = self._own_images(batch, batch_idx, dataloader_idx)
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")

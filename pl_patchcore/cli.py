@@ -40,6 +40,8 @@ _QUIET = (
     ".*in eval mode at the start of training.*",  # as it should be: the backbone is frozen
     ".*Total length of `list` across ranks is zero.*",  # no validation set
     ".*is smaller than the logging interval.*",
+    ".*Using `DistributedSampler` with the dataloaders.*",  # the model leaves out what it repeats
+    ".*when logging on epoch level in distributed setting.*",  # figures are of all processes already
     ".*`tensorboardX` has been removed as a dependency.*",  # the CSV logger will do
     "You defined a `validation_step` but have no.*",
     "Using ModelCheckpoint with manual optimization.*",  # the optimiser changes nothing

@@ -436,7 +436,7 @@ class PatchCore(AnomalyModule):
         return projected
 
     def score_held_out(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Indices, anomaly scores and maps of the images collected for calibration, one at a time (others change the last bits)."""
+        """Indices, anomaly scores and maps of the images collected for calibration, one at a time."""
         store, shape = self._held_out, self._input_shape
         if store is None or shape is None or not len(store):
             return

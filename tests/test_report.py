@@ -125,7 +125,9 @@ def test_every_process_asks_for_the_folder(fitted):
             self.asked += 1
 
     process = SecondProcess()
+    fitted[0]._trainer, before = None, fitted[0]._trainer
     TestReport().on_test_end(process, fitted[0])
+    fitted[0]._trainer = before
     assert process.asked == 1
 
 

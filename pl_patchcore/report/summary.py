@@ -18,7 +18,6 @@ from rich.table import Table
 from torch import Tensor
 
 from pl_patchcore.data.base import as_batch
-from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
 from pl_patchcore.report.pictures import Gallery
@@ -92,7 +91,7 @@ class TestReport(Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and write."""
         folder = output_folder(trainer)
-        others = Processes(pl_module.device, alone=trainer.world_size == 1).objects(self._gallery)[1:]
+        others = pl_module.processes().objects(self._gallery)[1:]  # type: ignore[operator]
         if not trainer.is_global_zero:
             return
         for gallery in others:

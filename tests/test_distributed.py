@@ -1,0 +1,140 @@
+"""Fit and test on several processes: the memory bank and the figures of one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from pl_patchcore import PatchCore, SyntheticDataModule
+
+devices, images, out, own, batch = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+torch.manual_seed(0)
+net = nn.Sequential(
+    nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()
+)
+model = PatchCore(
+    net, layers=["1", "3"], resize=64, crop=None, coreset_ratio=0.1, projection_dim=16,
+    calibration_share=0.3 if images > 4 else 0.0, coreset_method="approximate" if own == "approximate" else "greedy",
+)
+data = SyntheticDataModule(batch_size=batch, num_workers=0, train_images=images, test_nominal=5, test_per_defect=2)
+if own == "fails":
+    class Fails(PatchCore):
+        def collect(self, images, index, aside):
+            if self.global_rank == 1:
+                raise RuntimeError("no second process today")
+            super().collect(images, index, aside)
+    model.__class__ = Fails
+if own == "hangs":
+    class Hangs(PatchCore):
+        def collect(self, images, index, aside):
+            if self.global_rank == 1:
+                open(out + "/pid", "w").write(str(os.getpid()))
+                import time
+                time.sleep(600)
+            super().collect(images, index, aside)
+    model.__class__ = Hangs
+trainer = L.Trainer(
+    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+    enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
+)
+if own == "loader":
+    data.transform = model.transform
+    data.setup("fit")
+    class Bare(torch.utils.data.Dataset):
+        def __len__(self): return len(data.train_set)
+        def __getitem__(self, i): return data.train_set[i]["image"]
+    trainer.fit(model, DataLoader(Bare(), batch_size=batch))
+else:
+    trainer.fit(model, data)
+trainer.test(model, data, verbose=False)
+if trainer.is_global_zero:
+    state = {k: v for k, v in model.state_dict().items() if "patch_features" not in k}
+    torch.save(state, out + "/state.pt")
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+    assert torch.equal(saved["memory_bank.features"], state["memory_bank.features"])
+    json.dump({"all": model.figures, "names": sorted(model.figures)}, open(out + "/figures.json", "w"))
+"""
+
+
+def start(folder: Path, devices: int, images: int, own: str = "", batch: int = 1) -> subprocess.Popen[str]:
+    folder.mkdir()
+    script = folder / "fit.py"
+    script.write_text(SCRIPT)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(script), str(devices), str(images), str(folder), own, str(batch)]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "own", "batch"),
+    [(13, (2, 3), "", 1), (13, (2, 3), "", 4), (2, (3,), "", 1), (13, (2,), "loader", 1), (13, (2,), "approximate", 1)],
+    ids=["does not divide", "batches of 4", "more processes than images", "a user's own loader", "approximate"],
+)
+def test_equals_one_process(tmp_path, images, devices, own, batch):
+    """Bit for bit where each image is a batch; the backbone's last bits depend on what else is in a batch."""
+    results = {}
+    for count in (1, *devices):
+        folder = tmp_path / str(count)
+        process = start(folder, count, images, own, batch)
+        output = finish(process)
+        assert process.returncode == 0, output
+        results[count] = (
+            torch.load(folder / "state.pt", weights_only=True),
+            json.loads((folder / "figures.json").read_text()),
+        )
+    state, figures = results[1]
+    for count in devices:
+        found, others = results[count]
+        assert found.keys() == state.keys()
+        for name, value in state.items():
+            assert found[name].shape == value.shape, name
+            if batch == 1:
+                assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
+            else:  # rows of the same patches in the same order
+                assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6, equal_nan=True), name
+        assert others["names"] == figures["names"]
+        for name, row in figures["all"].items():
+            assert others["all"][name] == pytest.approx(row, abs=1e-6, nan_ok=True), name
+
+
+def test_an_error_of_one_process_ends_all(tmp_path):
+    process = start(tmp_path / "run", 2, 13, "fails")
+    output = finish(process, 120)
+    assert process.returncode != 0
+    assert "no second process today" in output
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_a_killed_process_ends_all(tmp_path):
+    process = start(tmp_path / "run", 2, 13, "hangs")
+    name = tmp_path / "run" / "pid"
+    until = time.monotonic() + 120
+    while not (name.is_file() and name.read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(int(name.read_text()), signal.SIGKILL)
+    finish(process, 120)
+    assert process.returncode != 0
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
