@@ -1,5 +1,6 @@
 """Fit and test on several processes: the memory bank and the figures of one."""
 
+import csv
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from pl_patchcore import PatchCore, SyntheticDataModule
+from pl_patchcore.report import PredictionWriter
 
 devices, images, out, own, batch = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
 torch.manual_seed(0)
@@ -60,6 +62,8 @@ if own == "loader":
 else:
     trainer.fit(model, data)
 trainer.test(model, data, verbose=False)
+trainer.callbacks.append(PredictionWriter(maps=True))
+trainer.predict(model, data, return_predictions=False)
 if trainer.is_global_zero:
     state = {k: v for k, v in model.state_dict().items() if "patch_features" not in k}
     torch.save(state, out + "/state.pt")
@@ -95,12 +99,14 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
 )
 def test_equals_one_process(tmp_path, images, devices, own, batch):
     """Bit for bit where each image is a batch; the backbone's last bits depend on what else is in a batch."""
-    results = {}
+    results, tables = {}, {}
     for count in (1, *devices):
         folder = tmp_path / str(count)
         process = start(folder, count, images, own, batch)
         output = finish(process)
         assert process.returncode == 0, output
+        assert not list(folder.rglob("*.partial"))
+        tables[count] = list(csv.reader((folder / "predictions.csv").read_text().splitlines()))
         results[count] = (
             torch.load(folder / "state.pt", weights_only=True),
             json.loads((folder / "figures.json").read_text()),
@@ -115,6 +121,12 @@ def test_equals_one_process(tmp_path, images, devices, own, batch):
                 assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
             else:  # rows of the same patches in the same order
                 assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6, equal_nan=True), name
+        assert len(tables[count]) == 1 + 5 + 4 * 2
+        for row, other in zip(tables[1], tables[count], strict=True):
+            assert row[0] == other[0]
+            assert row[-1] == other[-1]  # the map's name
+            assert row[0] == "path" or float(row[1]) == pytest.approx(float(other[1]), rel=1e-5)
+            assert row[0] == "path" or (tmp_path / str(count) / row[-1]).is_file()
         assert others["names"] == figures["names"]
         for name, row in figures["all"].items():
             assert others["all"][name] == pytest.approx(row, abs=1e-6, nan_ok=True), name

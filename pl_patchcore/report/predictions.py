@@ -21,8 +21,8 @@ class PredictionWriter(Callback):
 
     The CSV has the columns ``path``, ``score``, of a calibrated model ``anomalous`` (1 where the score is above the
     threshold, else 0), ``normalized`` (the score in units of the threshold) and ``p_value`` (share of nominal images
-    that score so high), and, with maps, ``map``; it gets its name when it is whole. With several processes each writes
-    its own share, ``predictions-<rank>.csv``.
+    that score so high), and, with maps, ``map``; it gets its name when it is whole. With several processes the first
+    one writes it, in the order of the data set, once all are done; each writes the maps of its share.
 
     Args:
         maps: Also write each anomaly map, on the original image's pixels (NaN where the crop left them out), as
@@ -37,19 +37,22 @@ class PredictionWriter(Callback):
         """Open the file under a temporary name."""
         folder = output_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        self._path = folder / f"predictions{rank}.csv"
-        self._partial = self._path.with_suffix(".csv.partial")
-        self._maps = folder / f"maps{rank}"
-        if self.maps:
+        self._several = trainer.world_size > 1
+        rank = f"-{trainer.global_rank}" if self._several else ""
+        self._path = folder / "predictions.csv"
+        self._partial = folder / f"predictions{rank}.csv.partial"
+        self._maps = folder / "maps"
+        if self.maps and trainer.local_rank == 0:
             self._path.unlink(missing_ok=True)  # it names the maps that go now
             for old in self._maps.glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
                 old.unlink()
+        trainer.strategy.barrier()  # nobody writes a map before the old ones are gone
         self._file = self._partial.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
         self._columns = _CALIBRATED if pl_module.image_threshold is not None else ()
         self._csv.writerow(["path", "score", *self._columns, *(["map"] if self.maps else [])])
         self._images = 0
+        self._order: list[int] = []  # number in the data set of each image, where there are several processes
 
     def on_predict_batch_end(
         self,
@@ -63,30 +66,49 @@ class PredictionWriter(Callback):
         """Write a batch."""
         columns = [outputs[name].tolist() for name in ("score", *self._columns)]
         for i, values in enumerate(zip(*columns, strict=True)):
-            path = outputs["path"][i] if "path" in outputs else str(self._images)
+            number = int(outputs["index"][i]) if self._several else self._images
+            path = outputs["path"][i] if "path" in outputs else str(number)
             row = [path, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
             if self.maps:
-                row.append(self._write_map(outputs, i, path))
+                row.append(self._write_map(outputs, i, path, number))
             self._csv.writerow(row)
             self._images += 1
+            if self._several:
+                self._order.append(number)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the file its name."""
         self._close()
-        self._partial.replace(self._path)
+        if self._several:
+            self._put_together(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._partial.replace(self._path)
         if trainer.is_global_zero:
             plain_console().print(f"{self._images} anomaly scores written to {self._path}")
+
+    def _put_together(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gather all processes' rows in the first one's file."""
+        with self._partial.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        parts = pl_module.processes().objects((self._order, rows))  # type: ignore[operator]
+        if not trainer.is_global_zero:
+            self._partial.unlink()
+            return
+        numbered = [pair for part in parts for pair in zip(*part, strict=True)]
+        with self._partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *(row for _, row in sorted(numbered, key=lambda pair: pair[0]))])
+        self._images = len(numbered)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave an unfinished file under its temporary name."""
         self._close()
 
-    def _write_map(self, outputs: dict[str, Any], i: int, path: str) -> str:
+    def _write_map(self, outputs: dict[str, Any], i: int, path: str, number: int) -> str:
         heat = outputs["anomaly_map"][i]
         if "crop_box" in outputs:
             size = outputs["original_size"][i].tolist()
             heat = to_original(heat, (size[0], size[1]), tuple(outputs["crop_box"][i].tolist()))
-        target = self._maps / f"{self._images:06d}-{Path(path).stem}.npy"
+        target = self._maps / f"{number:06d}-{Path(path).stem}.npy"
         with whole_file(target) as partial:
             np.save(partial, heat.float().cpu().numpy())
         return f"{self._maps.name}/{target.name}"
