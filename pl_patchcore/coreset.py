@@ -186,16 +186,24 @@ def greedy_selection(
         search = _Greedy(features, rows, scale, min(size + 1, len(rows)))  # one more, for its gap
         search.begin(start, gaps)
         finished = search.run(deadline, size, progress)
-        picks, gap = rows[search.picks[: search.count]], torch.cat(search.gaps)
-        if finished and len(picks) < size:  # every gap is 0: the lowest rows not yet picked
-            left = torch.ones(len(features), dtype=torch.bool, device=features.device)
-            left[picks] = False
-            picks = torch.cat([picks, left.nonzero().flatten()[: size - len(picks)]])
-        elif len(picks) <= size and not finished:
-            picks = picks[:-1]  # the last one's gap tells of those before it
+    picks = rows[search.picks[: search.count]]
+    return _selection(picks, len(features), size, finished, None if gaps is not None else search.gaps, scale)
+
+
+def _selection(
+    picks: Tensor, total: int, size: int, finished: bool, gaps: list[Tensor] | None, scale: float
+) -> Selection:
+    """What a search of one pick more than ``size`` found; ``gaps`` of its picks, None where they tell no radii."""
+    if finished and len(picks) < size:  # every gap is 0: the lowest rows not yet picked
+        left = torch.ones(total, dtype=torch.bool, device=picks.device)
+        left[picks] = False
+        picks = torch.cat([picks, left.nonzero().flatten()[: size - len(picks)]])
+    elif len(picks) <= size and not finished:
+        picks = picks[:-1]  # the last one's gap tells of those before it
     picks = picks[:size]
-    if gaps is not None:
+    if gaps is None:
         return Selection(picks)
+    gap = torch.cat(gaps)
     radii = torch.zeros(len(picks) + 1)
     radii[: len(gap)] = (gap.double().sqrt() / scale).float()[: len(radii)]
     return Selection(picks, radii)

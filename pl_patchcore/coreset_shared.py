@@ -26,6 +26,7 @@ from pl_patchcore.coreset import (
     _distinct_rows,
     _farthest_first,
     _Greedy,
+    _selection,
 )
 from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
@@ -86,19 +87,8 @@ def select_shared_coreset(
         deadline = math.inf if seconds is None else time.monotonic() + seconds
         search.begin(0, gaps)
         finished = search.run(deadline, size, progress)
-    picks, gap = search.picks[: search.count].cpu(), torch.cat(search.gaps)
-    if finished and len(picks) < size:  # every gap is 0: the lowest rows not yet picked
-        left = torch.ones(total, dtype=torch.bool)
-        left[picks] = False
-        picks = torch.cat([picks, left.nonzero().flatten()[: size - len(picks)]])
-    elif len(picks) <= size and not finished:
-        picks = picks[:-1]  # the last one's gap tells of those before it
-    picks = picks[:size]
-    if gaps is not None:
-        return Selection(picks)
-    radii = torch.zeros(len(picks) + 1)
-    radii[: len(gap)] = (gap.double().sqrt() / scale).float()[: len(radii)]
-    return Selection(picks, radii)
+    picks = search.picks[: search.count].cpu()
+    return _selection(picks, total, size, finished, None if gaps is not None else search.gaps, scale)
 
 
 def _fetch(features: Tensor, numbers: Tensor, wanted: Tensor, processes: Processes) -> Tensor:
