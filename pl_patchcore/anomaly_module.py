@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 
-class AnomalyModule(L.LightningModule):
+class AnomalyModule(L.LightningModule, ABC):
     """Base of the models: fits in one epoch, calibrates, scores, evaluates, saves.
 
     The keyword arguments are those of `PatchCore` that concern the model as a whole; the others are a subclass's.
@@ -85,37 +86,37 @@ class AnomalyModule(L.LightningModule):
     # What a subclass says
 
     @property
+    @abstractmethod
     def bank_shape(self) -> list[Any]:
         """Rows and dimensions of the memory bank; empty where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What the memory bank depends on, in plain values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly scores ``(B,)`` and maps ``(B, H, W)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self) -> None:
         """Forget the memory bank, and what was collected for one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collect(self, images: Tensor, index: Tensor, aside: Tensor) -> None:
         """Take in training images, their indices in the data set, and which of them are for calibration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self) -> None:
         """Select the memory bank from what was collected."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score_held_out(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Indices, anomaly scores and maps of the images collected for calibration, some at a time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self) -> None:
         """Free what was collected."""
-        raise NotImplementedError
 
     # Scoring
 
@@ -262,11 +263,11 @@ class AnomalyModule(L.LightningModule):
         own = as_batch(batch)
         if number == 0:
             self._position, self._dealt = 0, None
-        first, images, step = self._position, len(own["image"]), self._world_size
+        first, came, step = self._position, len(own["image"]), self._world_size
         sampler = sampler_of(self._loader(loader)) if step > 1 else None
-        if sampler is not None:
-            images = max(0, min(images, images_dealt(sampler) - first))
-            own = {name: value[:images] for name, value in own.items()}
+        images = came if sampler is None else max(0, min(came, images_dealt(sampler) - first))
+        if images < came:
+            own = {name: value[:images] if _holds(value, came) else value for name, value in own.items()}
         self._position += images
         if "index" not in own:
             index = list(range(first * step + self.global_rank, self._position * step, step))
@@ -368,7 +369,7 @@ class AnomalyModule(L.LightningModule):
     def on_train_end(self) -> None:
         """Select the memory bank, then calibrate."""
         processes = self.processes()
-        (images,) = processes.largest(self._position)
+        images = sum(int(n) for n in processes.gather(torch.tensor([self._position])))
         if not images or not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # on_fit_end says so
         self.select()
@@ -381,7 +382,7 @@ class AnomalyModule(L.LightningModule):
         if len(known):
             self._tell_thresholds()
         elif self.hparams["calibration_share"]:
-            log.warning("calibration_share holds no image out; there are no thresholds.")
+            log.warning("calibration_share holds no image out of %d; there are no thresholds.", images)
 
     def _tell_thresholds(self) -> None:
         n, rate = len(self.calibration_scores), self.hparams["false_alarm_rate"]
@@ -435,6 +436,14 @@ class AnomalyModule(L.LightningModule):
             if (saved := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _holds(value: Any, images: int) -> bool:
+    """Whether an entry of a batch has a value for each image."""
+    return (
+        isinstance(value, Tensor | list | tuple)
+        and len(torch.atleast_1d(value) if isinstance(value, Tensor) else value) == images
+    )
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""What the processes of a fit tell each other, by ``torch.distributed``; nothing at all where there is one.
+"""What the processes of a fit or test tell each other, by ``torch.distributed``; nothing where there is one.
 
-Four collectives, counted, on the device that the backend moves tensors of. Every process must call them in the same
-order. `coreset_shared.py` and `patchcore.py` use them.
+Tensors go on the device that the backend moves tensors of, and are counted. Every process must call in the same order.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _AT_ONCE = 1 << 24  # bytes of one collective in `merge`
 
 
 class Processes:
-    """The processes that fit one model together.
+    """The processes that work on one model together.
 
     Args:
         device: Device of this process.
@@ -28,7 +27,7 @@ class Processes:
     Attributes:
         rank: This process's number, from 0.
         count: Number of processes.
-        collectives: Collectives so far.
+        collectives: Collectives of tensors so far.
         bytes: Bytes that this process has put into them.
     """
 
@@ -59,7 +58,7 @@ class Processes:
         return [part[:n] for part, n in zip(self.gather(padded), lengths, strict=True)]
 
     def merge(self, tensor: Tensor) -> Tensor:
-        """Put together, in place, what each process knows a part of: float32, 0 wherever others know better.
+        """Put together, in place, what each process knows a part of: float32 or float64, 0 where others know better.
 
         Bits are added, not numbers, so that every value arrives as it was.
         """

@@ -441,11 +441,10 @@ class PatchCore(AnomalyModule):
         if store is None or shape is None or not len(store):
             return
         h, w = self._grid
-        for index in torch.arange(len(store) // (h * w)).split(1):
-            rows = (index[:, None] * (h * w) + torch.arange(h * w)).flatten()
-            patches = store.take(rows).view(-1, h, w, store.dimension).to(self.device)
+        for index, rows in zip(store.images, torch.arange(len(store)).split(h * w), strict=True):
+            patches = store.take(rows).view(1, h, w, store.dimension).to(self.device)
             scores, maps = self.scorer(patches, self.memory_bank, (shape[-2], shape[-1]))
-            yield torch.tensor(store.images)[index], scores, maps
+            yield torch.tensor([index]), scores, maps
 
     def measure_coverage(self) -> Tensor:
         """Largest and mean distance of stored patch features to the memory bank, those in it counted with 0.

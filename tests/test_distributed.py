@@ -29,7 +29,7 @@ net = nn.Sequential(
 )
 model = PatchCore(
     net, layers=["1", "3"], resize=64, crop=None, coreset_ratio=0.1, projection_dim=16,
-    calibration_share=0.3 if images > 4 else 0.0, coreset_method="approximate" if own == "approximate" else "greedy",
+    calibration_share=0.3 if images > 4 else 0.0, coreset_method=own if own in ("approximate", "random") else "greedy",
 )
 data = SyntheticDataModule(batch_size=batch, num_workers=0, train_images=images, test_nominal=5, test_per_defect=2)
 if own == "fails":
@@ -61,6 +61,12 @@ if own == "loader":
     trainer.fit(model, DataLoader(Bare(), batch_size=batch))
 else:
     trainer.fit(model, data)
+if own == "update":
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
+    )
+    model.update(trainer, SyntheticDataModule(batch_size=batch, num_workers=0, train_images=7, seed=1))
 trainer.test(model, data, verbose=False)
 trainer.callbacks.append(PredictionWriter(maps=True))
 trainer.predict(model, data, return_predictions=False)
@@ -94,8 +100,24 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
 
 @pytest.mark.parametrize(
     ("images", "devices", "own", "batch"),
-    [(13, (2, 3), "", 1), (13, (2, 3), "", 4), (2, (3,), "", 1), (13, (2,), "loader", 1), (13, (2,), "approximate", 1)],
-    ids=["does not divide", "batches of 4", "more processes than images", "a user's own loader", "approximate"],
+    [
+        (13, (2, 3), "", 1),
+        (13, (2, 3), "", 4),
+        (2, (3,), "", 1),
+        (13, (2,), "loader", 1),
+        (13, (2,), "approximate", 1),
+        (13, (2,), "random", 1),
+        (13, (2,), "update", 1),
+    ],
+    ids=[
+        "does not divide",
+        "batches of 4",
+        "more processes than images",
+        "a user's own loader",
+        "approximate",
+        "random",
+        "update",
+    ],
 )
 def test_equals_one_process(tmp_path, images, devices, own, batch):
     """Bit for bit where each image is a batch; the backbone's last bits depend on what else is in a batch."""

@@ -81,7 +81,9 @@ def anomalib_loop(features: torch.Tensor) -> float | None:
     """Seconds a pick."""
     try:
         from anomalib.models.components.sampling.k_center_greedy import KCenterGreedy
-    except ImportError:
+    except ImportError as error:
+        if error.name != "anomalib":  # installed, but something that it needs is not
+            raise
         return None
     sampler = KCenterGreedy(features[:, None], (PICKS + 1.5) / len(features))  # three dimensions: not projected
     start = time.perf_counter()
