@@ -20,7 +20,7 @@ from test_metrics import MASKS, SHAPES, assert_same, feed, images
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics import PRO, AnomalyEvaluation, AveragePrecision, BestF1, PixelAUROC, streaming
+from pl_patchcore.metrics import PRO, AnomalyEvaluation, AveragePrecision, BestF1, PixelAUROC, state, streaming
 from pl_patchcore.metrics.streaming import BINS, Histogram, Pixels, add_pixels, empty_histogram, pack, unpack
 
 WHOLE = {"streaming": ("streaming", 0), "exact": ("exact", 0), "switched": ("auto", 300), "late": ("auto", 1079)}
@@ -37,6 +37,7 @@ def with_categories(columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def coarse(monkeypatch: pytest.MonkeyPatch, bins: int = 2**11) -> None:
     monkeypatch.setattr(streaming, "BINS", bins)
+    monkeypatch.setattr(streaming, "APART", 1)
 
 
 def assert_within_bounds(row: dict[str, Any], exact: dict[str, Any]) -> None:
@@ -51,7 +52,8 @@ def assert_within_bounds(row: dict[str, Any], exact: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bins", [2**4, 2**9, BINS])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference_within_its_bound(shape: str, bins: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    coarse(monkeypatch, bins)
+    if bins != BINS:
+        coarse(monkeypatch, bins)
     _, maps, _, masks, _ = columns = images(shape)
     row = evaluate(columns)
     nominal, anomalous = maps[masks == 0].numpy(), maps[masks == 1].numpy()
@@ -130,7 +132,12 @@ def test_bound_at_the_default_size(name: str) -> None:
     bounds = {figure: value.item() for figure, value in row.items() if figure.endswith("_bound")}
     assert len(bounds) == 7
     assert max(bounds.values()) <= 1e-4
-    assert_within_bounds(row, feed(AnomalyEvaluation(mode="exact"), *columns))
+    exact = feed(AnomalyEvaluation(mode="exact"), *columns)
+    assert_within_bounds(row, exact)
+    alone = {"pro": PRO, "pixel_auroc": PixelAUROC, "pixel_average_precision": AveragePrecision}
+    for figure, metric in ((figure, kind(mode="streaming")) for figure, kind in alone.items()):
+        metric.update(maps, masks)
+        assert abs(metric.compute() - exact[figure]) <= metric.error_bound <= 1e-4, figure
 
 
 def test_bins_with_one_value_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +290,7 @@ def test_weights_of_a_whole_test_set_do_not_overflow() -> None:
     """Counts and weights as mSTC has them, 8,600 frames of 65,536 pixels in one bin."""
     rows = pack(add_pixels(empty_histogram(1, torch.device("cpu")), [Pixels((0,), torch.ones(1), torch.ones(1))]))
     rows = rows.repeat(8600, 1)
-    rows[:, -5], rows[:, -4], rows[:, -3] = 65536, 65536, 400 * streaming.UNIT
+    rows[:, -4], rows[:, -3], rows[:, -2] = 65536, 65536, 400 * streaming.UNIT
     merged = unpack(rows)
     assert merged.nominal.max() == merged.anomalous.max() == 8600 * 65536
     assert merged.weights.max() == 8600 * 400 * streaming.UNIT
@@ -291,7 +298,7 @@ def test_weights_of_a_whole_test_set_do_not_overflow() -> None:
 
 def _share(rank: int, world: int, folder: Path) -> None:
     """One of several processes: an uneven share of the images in, everybody's figures out."""
-    streaming.BINS = 2**11
+    streaming.BINS, streaming.APART = 2**11, 1
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
     columns = with_categories(images())
     _, _, labels, _, _, _ = columns
@@ -361,7 +368,7 @@ def test_gpu_equals_cpu_bit_for_bit() -> None:
 
 
 def test_histogram_is_a_tuple_of_its_states() -> None:
-    assert len(Histogram._fields) == 6  # what PixelMetric keeps as one group of tensors
+    assert len(Histogram._fields) == state.GROUP  # what PixelMetric keeps as one group of tensors
 
 
 def test_scores_keep_their_order_as_keys() -> None:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "exact", "streaming"]
 PIXEL_LIMIT = 2**26  # 1,024 maps of 256x256: 268 MB kept, twice that while the figures are computed
+GROUP = len(Histogram._fields)  # tensors of one histogram
 FLUSH = 2**20  # pixels that streaming mode collects before it adds them to its bins: 4 MB
 
 LABELS = {0: "nominal", 1: "anomalous"}
@@ -125,9 +126,12 @@ class ScoreMetric(Metric):
                 f"{name} must have the shape of the scores or maps, got {tuple(truth.shape)} for "
                 f"{tuple(scores.shape)}; pass one value for each."
             )
-        right = sum(int((truth == value).count_nonzero()) for value in allowed)
-        if right != truth.numel():
+        ends = [int(end) for end in truth.aminmax()] if truth.numel() else []
+        if truth.is_floating_point() or not {0, *ends} <= {0, 1}:
             wrong = torch.stack([truth != value for value in allowed]).all(dim=0)
+        else:
+            wrong = None  # whole numbers from 0 to 1
+        if wrong is not None and wrong.any():
             meaning = ", ".join(f"{value} ({word})" for value, word in allowed.items())
             raise UserError(f"{name} must hold {meaning}, got {truth[wrong][0].item()}; convert them first.")
         return truth.to(self.device)
@@ -183,8 +187,8 @@ class PixelMetric(ScoreMetric):
         self.add_list("anomalous")
         self.add_list("areas", torch.int32)  # of each anomalous pixel's region
         self.add_list("segments", torch.int64, columns=columns + 2)  # cell, numbers of nominal and anomalous pixels
-        # in bins: as rows, which other processes can be sent, or as the six tensors of a histogram
-        self.add_list("packed", torch.int64, columns=columns + 7)
+        # in bins: as rows, which other processes can be sent, or as the tensors of a histogram
+        self.add_list("packed", torch.int64, columns=columns + 6)
         self.add_state("dense", [], dist_reduce_fx=None)
 
     def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
@@ -273,9 +277,9 @@ class PixelMetric(ScoreMetric):
         return bool(self.dense) or any(map(len, self.packed))
 
     def _merged(self) -> Histogram:
-        if len(self.dense) == 6 and not any(map(len, self.packed)):
+        if len(self.dense) == GROUP and not any(map(len, self.packed)):
             return Histogram(*self.dense)
-        groups = [Histogram(*self.dense[start : start + 6]) for start in range(0, len(self.dense), 6)]
+        groups = [Histogram(*self.dense[start : start + GROUP]) for start in range(0, len(self.dense), GROUP)]
         rows = torch.cat([self.joined("packed"), *map(pack, groups)])
         self.packed = []
         return unpack(rows) if len(rows) else empty_histogram(self.columns, self.device)

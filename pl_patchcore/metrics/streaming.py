@@ -2,14 +2,16 @@
 
 A float32 score has an integer key of the same order. Its upper 16 bits name a bucket (128 of them span a factor
 of two), and every bucket that is met gets ``2^bits`` bins for the lower 16. All buckets share the budget: ``bits``
-is the largest number that keeps all bins within `BINS`, at most 16, where a bin is a single float32. It is a
-function of the set of buckets met, which only grows, and making bins coarser adds neighbours up. So the histogram
-depends on the scores alone: not on their order, their batches or the number of processes, bit for bit.
+is the largest number that keeps all bins within `BINS` (`APART` times that where cells have several numbers), at
+most 16, where a bin is a single float32. It is a function of the set of buckets met, which only grows, and making
+bins coarser adds neighbours up. So the histogram depends on the scores alone: not on their order, their batches or
+the number of processes, bit for bit.
 
-Scores in a narrow band (300 +- 3 meets 4 buckets) are binned exactly; scores within a factor of two get 2^20
-bins; the worst input (every float32 bucket met) still gets 2^11 bins for each factor of two. A bin remembers its
-smallest and largest score: one that holds a single value adds no error. Weights of anomalous pixels, 1 / area of
-the region, are summed in int64 as multiples of 2^-40.
+Scores within a factor of two get 2^17 bins, as scores in a narrow band do (300 +- 3 meets 4 buckets); the worst input
+(every float32 bucket met) still gets 2^8 bins for each factor of two. Figures of continuous scores are then bounded
+to 1e-5 and 7e-5; the bins stay in the processor's cache, which is half of the speed. A bin remembers whether it met
+more than one score: one that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the
+region, are summed in int64 as multiples of 2^-40.
 
 Everything is torch and runs on the scores' device. Next: `state.py`.
 """
@@ -26,7 +28,9 @@ from torch import Tensor
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.curve import Curve, descending
 
-BINS = 2**20  # 34 MB: 32 bytes a bin
+BINS = 2**17  # 4 MB: 28 bytes a bin
+APART = 8  # times as many where many cells share them, each named by several numbers
+MIXED = -1  # a bin that holds several scores
 UNIT = 2**40  # fixed point of the weights
 MOST = 2**62  # sum of weights that int64 holds with room to spare: 4 million regions
 PIECE = 2**16  # pixels handled at once: their temporaries stay in the processor's cache
@@ -43,31 +47,36 @@ class Pixels(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Bins of all cells, ``U`` buckets of ``2^bits`` bins, one after another; the rest of the ``BINS`` is 0.
+    """Bins of all cells, ``U`` buckets of ``2^bits`` bins, one after another; the rest of all ``N`` is 0.
 
     Columns keep their size from the first score to the last: blocks of changing size would leave holes in the
     allocator's memory, several times the histogram in the end.
 
     Attributes:
         buckets: Cell and upper 16 bits of the key (its sign flipped), ``(U, C + 1)``, int64, rows ascending.
-        nominal: Number of nominal pixels in each bin, ``(BINS,)``, int64.
-        anomalous: Number of anomalous pixels, ``(BINS,)``, int64.
-        weights: Sum of their weights, units of 2^-40, ``(BINS,)``, int64.
-        lowest: 2^16 - lower 16 bits of the smallest key, 0 in empty bins, ``(BINS,)``, int32.
-        highest: 1 + lower 16 bits of the largest key, 0 in empty bins, ``(BINS,)``, int32.
+        nominal: Number of nominal pixels in each bin, ``(N,)``, int64.
+        anomalous: Number of anomalous pixels, ``(N,)``, int64.
+        weights: Sum of their weights, units of 2^-40, ``(N,)``, int64.
+        single: 1 + lower 16 bits of the one key met, 0 in empty bins, `MIXED` where keys differ, ``(N,)``, int32.
     """
 
     buckets: Tensor
     nominal: Tensor
     anomalous: Tensor
     weights: Tensor
-    lowest: Tensor
-    highest: Tensor
+    single: Tensor
 
     @property
     def bits(self) -> int:
         """Binary logarithm of the number of bins in a bucket."""
         return max(0, min(16, (len(self.nominal) // max(1, len(self.buckets))).bit_length() - 1))
+
+
+def nonzero(flags: Tensor) -> Tensor:
+    """Indices of the true ``flags`` ``(n,)``; on the CPU by NumPy, which is several times faster."""
+    if flags.device.type != "cpu":
+        return flags.nonzero().flatten()
+    return torch.from_numpy(np.flatnonzero(flags.numpy()))
 
 
 def score_keys(scores: Tensor) -> Tensor:
@@ -102,13 +111,15 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
         parts: Pixels to add, on the histogram's device.
 
     Returns:
-        The histogram of all. Cost: about half a millisecond for 65,536 pixels on one core; 34 MB are rewritten
+        The histogram of all. Cost: about half a millisecond for 65,536 pixels on one core; all bins are rewritten
         when a bucket is new, so it is best called with millions of pixels.
 
     Raises:
         UserError: If there are more than 4 million regions, whose weights int64 could not sum.
     """
     pieces = [piece for part in parts for piece in _pieces(part)]
+    if not len(histogram.buckets) and pieces:
+        histogram = _grow(histogram, _met(histogram, pieces[:1]))
     histogram = _add(histogram, pieces)
     if any(part.areas is not None for part in parts):
         _check_weights(histogram.weights)
@@ -116,32 +127,38 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
 
 
 def _add(histogram: Histogram, pieces: Sequence[Pixels]) -> Histogram:
+    late = _add_known(histogram, pieces)
+    return _add(_grow(histogram, _met(histogram, late)), late) if late else histogram
+
+
+def _add_known(histogram: Histogram, pieces: Iterable[Pixels]) -> list[Pixels]:
+    """Add ``pieces`` in place; returns those, left out, that have a new bucket: rare after the first."""
     starts: dict[Cell, Tensor] = {}
-    for number, (cell, scores, areas) in enumerate(pieces):
-        keys = score_keys(scores)
-        upper, lower = (keys >> 16) + 2**15, keys & 0xFFFF
+    late = []
+    for piece in pieces:
+        cell, scores, areas = piece
         if cell not in starts:
             starts[cell] = _first_bins(histogram, cell)
-        first = starts[cell].index_select(0, upper)
-        if len(first) and bool(first.min() < 0):
-            histogram = _grow(histogram, _met(pieces[number:]))
-            starts = {cell: _first_bins(histogram, cell)}
-            first = starts[cell].index_select(0, upper)
-        bins = first + (lower >> (16 - histogram.bits))
-        histogram.lowest.scatter_reduce_(0, bins, 2**16 - lower, "amax")
-        histogram.highest.scatter_reduce_(0, bins, lower + 1, "amax")
+        keys = score_keys(scores)
+        bins = starts[cell].index_select(0, (keys >> 16) + 2**15)
+        if bool(bins.min() < 0):
+            late.append(piece)
+            continue
+        lower = keys & 0xFFFF
+        bins += lower >> (16 - histogram.bits)
+        _note(histogram.single, bins, lower + 1)
         _count(histogram.nominal if areas is None else histogram.anomalous, bins)
         if areas is not None:
             histogram.weights.scatter_add_(0, bins, (UNIT + areas.long() // 2) // areas.long())
-    return histogram
+    return late
 
 
 def pack(histogram: Histogram) -> Tensor:
-    """Rows of the populated bins, ``(n, C + 7)``, int64, to send to other processes.
+    """Rows of the populated bins, ``(n, C + 6)``, int64, to send to other processes.
 
-    Columns: cell, upper 16 bits, first lower 16 bits of the bin, and the five counts of `Histogram`.
+    Columns: cell, upper 16 bits, first lower 16 bits of the bin, and the columns of `Histogram`.
     """
-    filled = histogram.highest.nonzero().flatten()
+    filled = histogram.single.nonzero().flatten()
     position = (filled & (2**histogram.bits - 1)) << (16 - histogram.bits)
     counts = [column[filled].long() for column in histogram[1:]]
     return torch.cat(
@@ -152,14 +169,15 @@ def pack(histogram: Histogram) -> Tensor:
 
 def unpack(rows: Tensor) -> Histogram:
     """Histogram of the `pack`-ed rows of one or several histograms, in any order."""
-    buckets, place = torch.unique(rows[:, :-6], dim=0, return_inverse=True)
-    _check_weights(rows[:, -3])
+    buckets, place = torch.unique(rows[:, :-5], dim=0, return_inverse=True)
+    _check_weights(rows[:, -2])
     merged = _zeros(buckets)
-    bins = (place << merged.bits) + (rows[:, -6] >> (16 - merged.bits))
-    for column, values in zip(merged[1:4], rows[:, -5:-2].unbind(1), strict=True):
+    bins = (place << merged.bits) + (rows[:, -5] >> (16 - merged.bits))
+    for column, values in zip(merged[1:4], rows[:, -4:-1].unbind(1), strict=True):
         column.scatter_add_(0, bins, values)
-    for column, values in zip(merged[4:], rows[:, -2:].int().unbind(1), strict=True):
-        column.scatter_reduce_(0, bins, values, "amax")
+    mixed = rows[:, -1] == MIXED
+    _note(merged.single, bins[~mixed], rows[~mixed, -1].int())
+    merged.single[bins[mixed]] = MIXED
     return merged
 
 
@@ -170,8 +188,7 @@ class Bins(NamedTuple):
     below: Tensor
     anomalous: Tensor
     weights: Tensor
-    lowest: Tensor
-    highest: Tensor
+    single: Tensor
 
 
 def cell_bins(histogram: Histogram) -> dict[Cell, Bins]:
@@ -181,13 +198,13 @@ def cell_bins(histogram: Histogram) -> dict[Cell, Bins]:
     cells, sizes = torch.unique_consecutive(histogram.buckets[:, :-1], dim=0, return_counts=True)
     result, start = {}, 0
     for cell, size in zip(cells.tolist(), sizes.tolist(), strict=True):
-        filled = histogram.highest[start << bits : start + size << bits].nonzero().flatten() + (start << bits)
+        filled = histogram.single[start << bits : start + size << bits].nonzero().flatten() + (start << bits)
         keys = (histogram.buckets[:, -1][filled >> bits] << 16) + ((filled & (2**bits - 1)) << (16 - bits))
-        nominal, anomalous, weights, lowest, highest = (column[filled] for column in histogram[1:])
+        nominal, anomalous, weights, single = (column[filled] for column in histogram[1:])
         if not anomalous.any():
             anomalous = weights = anomalous[:0].clone()
         below = torch.cat([nominal.new_zeros(1), nominal.cumsum(0)])
-        result[tuple(cell)] = Bins(keys, below, anomalous, weights, lowest, highest)
+        result[tuple(cell)] = Bins(keys, below, anomalous, weights, single)
         start += size
     return result
 
@@ -206,26 +223,26 @@ def binned_curve(cells: Iterable[Bins]) -> Curve:
     anomalous, weights, above, at_least = (torch.zeros_like(keys) for _ in range(4))
     anomalous.index_add_(0, row, torch.cat([empty, *(cell.anomalous[at] for cell, at in found)]))
     weights.index_add_(0, row, torch.cat([empty, *(cell.weights[at] for cell, at in found)]))
-    lowest, highest = torch.zeros_like(keys), torch.zeros_like(keys)
+    single = torch.zeros_like(keys)
     for cell in cells:
         at = torch.searchsorted(cell.keys, keys)
         here = at.clamp(max=max(len(cell.keys) - 1, 0))
         same = cell.keys[here] == keys
         above += cell.below[-1] - cell.below[at + same]
         at_least += cell.below[-1] - cell.below[at]
-        lowest = torch.maximum(lowest, cell.lowest[here] * same)
-        highest = torch.maximum(highest, cell.highest[here] * same)
-    scores = key_scores(((keys & ~0xFFFF) + 2**16 - lowest - 2**31).int())
-    mixed = lowest + highest != 2**16 + 1
+        single = _either(single, cell.single[here] * same)
+    mixed = single == MIXED
+    scores = key_scores((torch.where(mixed, keys, (keys & ~0xFFFF) + single - 1) - 2**31).int())
     nominal = sum(int(cell.below[-1]) for cell in cells)
     return descending(scores, anomalous, weights, above, at_least, mixed, nominal)
 
 
 def _zeros(buckets: Tensor) -> Histogram:
-    size, device = max(BINS, len(buckets)), buckets.device
+    budget = BINS if buckets.shape[1] == 2 else APART * BINS
+    size, device = max(budget, len(buckets)), buckets.device
     counts = [torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3)]
-    ends = [torch.zeros(size, dtype=torch.int32, device=device) for _ in range(2)]
-    return Histogram(buckets, *counts, *ends)
+    nominal, anomalous, weights = counts
+    return Histogram(buckets, nominal, anomalous, weights, torch.zeros(size, dtype=torch.int32, device=device))
 
 
 def _grow(histogram: Histogram, met: Tensor) -> Histogram:
@@ -234,9 +251,11 @@ def _grow(histogram: Histogram, met: Tensor) -> Histogram:
     old, place = len(histogram.buckets), place[: len(histogram.buckets)]
     grown = Histogram(buckets, *histogram[1:]) if len(buckets) <= len(histogram.nominal) else _zeros(buckets)
     if old:
-        for index, (before, after) in enumerate(zip(histogram[1:], grown[1:], strict=True)):
+        for before, after in zip(histogram[1:], grown[1:], strict=True):
             finer = before[: old << histogram.bits].view(old, 2**grown.bits, -1)
-            coarser = finer.sum(2) if index < 3 else finer.amax(2)
+            coarser = finer.sum(2, dtype=finer.dtype)
+            if before is histogram.single:  # the keys of two bins differ
+                coarser = torch.where(finer.count_nonzero(2) > 1, MIXED, coarser)
             after.zero_()
             after[: len(buckets) << grown.bits].view(len(buckets), -1)[place] = coarser
     return grown
@@ -248,17 +267,36 @@ def _pieces(part: Pixels) -> Iterator[Pixels]:
         yield Pixels(part.cell, part.scores[start:end], None if part.areas is None else part.areas[start:end])
 
 
-def _met(pieces: Sequence[Pixels]) -> Tensor:
-    """Buckets of ``pieces``, ``(V, C + 1)``."""
-    seen: dict[Cell, Tensor] = {}
+def _met(histogram: Histogram, pieces: Sequence[Pixels]) -> Tensor:
+    """Buckets of ``pieces`` that the histogram lacks, ``(V, C + 1)``."""
+    lacking: dict[Cell, Tensor] = {}
     for cell, scores, _ in pieces:
-        flags = seen.setdefault(cell, torch.zeros(2**16, dtype=torch.bool, device=scores.device))
-        flags.scatter_(0, ((score_keys(scores) >> 16) + 2**15).long(), True)
+        if cell not in lacking:
+            lacking[cell] = _first_bins(histogram, cell)
+        upper = (score_keys(scores) >> 16) + 2**15
+        new = nonzero(lacking[cell].index_select(0, upper) == -1)
+        lacking[cell][upper[new].long()] = -2
     rows = []
-    for cell, flags in seen.items():
-        upper = flags.nonzero()
+    for cell, first in lacking.items():
+        upper = (first == -2).nonzero()
         rows.append(torch.cat([upper.new_tensor(cell).expand(len(upper), -1), upper], dim=1))
     return torch.cat(rows)
+
+
+def _note(single: Tensor, bins: Tensor, keys: Tensor) -> None:
+    """Note the keys met in ``bins`` (see `Histogram.single`); one bin may come several times."""
+    held = single.index_select(0, bins)
+    news = nonzero((held ^ keys) > 0)  # neither equal nor MIXED, whose sign stays
+    if len(news):  # few, once most bins are mixed or the scores repeat
+        bins, keys, held = (values.index_select(0, news) for values in (bins, keys, held))
+        single.scatter_(0, bins, torch.where(held == 0, keys, MIXED))  # of several, any one stays,
+        single[bins[single.index_select(0, bins) != keys]] = MIXED  # and the others find it there
+
+
+def _either(single: Tensor, other: Tensor) -> Tensor:
+    """`Histogram.single` of two histograms together."""
+    kept = torch.where(single == 0, other, single)
+    return torch.where((other != 0) & (other != kept), MIXED, kept)
 
 
 def _count(column: Tensor, bins: Tensor) -> None:
