@@ -43,6 +43,7 @@ _STEP = 256  # rows turned into float64 at once
 _SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
 _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
 _FEW = 64  # queries too few to measure with
+_MORE = 8  # times as many queries: another way may suit them better
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _DIRECT = "donot_use_mm_for_euclid_dist"
 _MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
@@ -66,6 +67,7 @@ class ExactSearch:
         self.survivors = 0.0
         self._unsure = 0  # queries of the last search that its filter could not thin out
         self._measuring = False
+        self._measured = 0  # queries of the call that was measured
         self._filters: dict[str, _Filter] = {}
         self._axes: _Axes | None = None
         self._flat: Tensor | None = None  # the bank's coordinates, while filters are made of them
@@ -93,7 +95,8 @@ class ExactSearch:
             queries: float32 ``(Q, D)``, finite.
             k: Neighbours, from 1 to M.
             way: One of `WAYS`, or ``auto``: the one that is fastest on this machine for these queries, measured at
-                the first call with at least 64 of them; torch off the CPU and for small banks.
+                the first call with at least 64 of them, and at one with 8 times as many; torch off the CPU and for
+                small banks.
 
         Returns:
             Distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``.
@@ -236,8 +239,8 @@ class ExactSearch:
     def _choose(self, queries: Tensor, k: int) -> Way:
         if self.near.device.type != "cpu" or self.near.numel() < _SMALL or 4 * k * _GROUP > len(self.near):
             return "torch"
-        if self.chosen is None and len(queries) >= _FEW:
-            self.chosen = self._measure(queries, k)
+        if len(queries) >= _FEW and (self.chosen is None or len(queries) >= _MORE * self._measured):
+            self.chosen, self._measured = self._measure(queries, k), len(queries)
             for way in set(self._filters) - {self.chosen}:
                 del self._filters[way]
         return self.chosen or "torch"
@@ -245,7 +248,7 @@ class ExactSearch:
     def _measure(self, queries: Tensor, k: int) -> Way:
         """Time each way on some of the queries; the fastest, torch in case of doubt."""
         start = time.perf_counter()
-        count = min(len(queries), 256, max(_FEW, _WORK // (2 * self.near.numel())))
+        count = max(_FEW, min(256, len(queries), _WORK // (2 * self.near.numel())), min(1024, len(queries) // _MORE))
         sample = queries[torch.linspace(0, len(queries) - 1, count, device=queries.device).long()]
         seconds: dict[Way, float] = {}
         survivors = {}
@@ -265,7 +268,7 @@ class ExactSearch:
                     seconds[way] = min(seconds[way], self._timed(sample, k, way))
         self._measuring, self._flat = False, None
         fastest = min(seconds, key=lambda way: seconds[way])
-        chosen: Way = fastest if seconds[fastest] < 0.95 * seconds["torch"] else "torch"
+        chosen: Way = fastest if seconds[fastest] < 0.98 * seconds["torch"] else "torch"
         log.info(
             "nearest neighbours: %s chosen for %d rows of %d numbers; %d queries took %s (measured in %.2f s).",
             *(chosen, *self.features.shape, count),
