@@ -105,6 +105,8 @@ class PatchCore(AnomalyModule):
             without fitting again.
         metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
             of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
+        compile_backbone: Run the backbone through ``torch.compile``: a quarter of a minute at the start, up to twice
+            as fast from then on.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
 
@@ -156,6 +158,7 @@ class PatchCore(AnomalyModule):
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,
         metrics_mode: Mode = "auto",
+        compile_backbone: bool = False,
         save_backbone: bool = False,
         seed: int = 0,
     ) -> None:
@@ -188,6 +191,8 @@ class PatchCore(AnomalyModule):
         self.patch_features = PatchFeatures(
             backbone, layers, weights, patch_size, patch_stride, layer_dim, feature_dim, seed
         )
+        if compile_backbone:
+            self.patch_features.backbone.network.compile()
         self.memory_bank = MemoryBank(search, bank_dtype)
         self.scorer = AnomalyScorer(num_neighbors, distance, reweighting_neighbors, sigma)
         self._store: FeatureStore | None = None

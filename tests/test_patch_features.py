@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from pl_patchcore import PatchFeatures, UserError
+from pl_patchcore import PatchCore, PatchFeatures, UserError
 from pl_patchcore.backbone import Backbone, UntrainedBackboneWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
@@ -128,6 +128,26 @@ def test_compile_channels_last_and_bf16(tiny):
         half = features(images)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, expected, rtol=0.05, atol=0.05)
+
+
+def test_backbone_lies_in_memory_as_convolutions_like_it(tiny):
+    network = PatchFeatures(tiny, ["fine", "coarse"]).backbone.network
+    weights = [weight for weight in network.parameters() if weight.ndim == 4]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_compiled_backbone(tiny):
+    """The same features, and a state dict that a model without the option reads."""
+    options = {"backbone": tiny, "layers": ["fine", "coarse"], "resize": 32, "crop": None}
+    model, compiled = PatchCore(**options), PatchCore(**options, compile_backbone=True)
+    images = torch.rand(2, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's compiler itself
+        torch.testing.assert_close(compiled.patch_features(images), model.patch_features(images))
+    assert compiled.patch_features.backbone.network._compiled_call_impl is not None
+    assert compiled.patch_features.state_dict().keys() == model.patch_features.state_dict().keys()
+    assert compiled.identity() == model.identity()
 
 
 def test_untrained_weights_warn_and_are_seeded():

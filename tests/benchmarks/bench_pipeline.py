@@ -1,0 +1,135 @@
+"""From files to features: what the loader gives, what the backbone takes; and a whole run. `make bench`.
+
+    python tests/benchmarks/bench_pipeline.py [loader] [backbone] [whole]
+
+Loader and backbone (at their best of some turns) should take about as long: the slower of them sets the pace. ``whole``
+is the command `run` on Magnetic Tile Defects with MobileNetV2, 224 pixels and 1 %: imports, fit, test, figures and
+pictures. Beside it stands the same with a loop that picks one row at a time in place of the selection, timed over 300
+picks and extrapolated. Without the data set, generated images are loaded and the whole run is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_coreset import SHARED, compiled_loop, official_loop
+from rich.console import Console
+from rich.table import Table
+
+from pl_patchcore import MTDDataModule, PatchCore, SyntheticDataModule
+from pl_patchcore.backbone import Backbone
+from pl_patchcore.coreset import random_projection
+
+NETWORKS = {"mobilenet_v2": ["features.6", "features.13"], "wide_resnet50_2": ["layer2", "layer3"]}
+CONFIGS = Path(__file__).parents[2] / "configs"
+WEIGHTS = SHARED / "weights" / "mobilenet_v2.pth"
+BATCH, TURNS = 16, 4
+console = Console(width=120)
+
+
+def data_module(workers: int) -> MTDDataModule | SyntheticDataModule:
+    options = {"batch_size": BATCH, "num_workers": workers}
+    data = MTDDataModule(SHARED / "data" / "mtd", **options) if SHARED.is_dir() else SyntheticDataModule(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data.transform = PatchCore("mobilenet_v2", NETWORKS["mobilenet_v2"], None, resize=224, crop=None).transform
+    data.setup("fit")
+    return data
+
+
+def loader() -> None:
+    table = Table("loader processes", "images / s, the first epoch's start left out")
+    for workers in (0, 1, 2, 4):
+        batches = iter(data_module(workers).train_dataloader())
+        next(batches)
+        start, images = time.perf_counter(), 0
+        for batch in batches:
+            images += len(batch["image"])
+        table.add_row(str(workers), f"{images / (time.perf_counter() - start):.0f}")
+    console.print(table)
+
+
+def best(call: Callable[[], object]) -> float:
+    call()
+    seconds = float("inf")
+    for _ in range(TURNS):
+        start = time.perf_counter()
+        call()
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds
+
+
+def backbone() -> None:
+    table = Table("images / s", "(B, C, H, W) in memory", "channels last", "and bf16", "channels last, compiled")
+    for name, layers in NETWORKS.items():
+        network = Backbone(name, layers, None)
+        images = torch.rand(BATCH, 3, 224, 224)
+        with torch.no_grad():
+            network.network.to(memory_format=torch.contiguous_format)
+            seconds = [best(lambda: network(images))]  # noqa: B023
+            network.network.to(memory_format=torch.channels_last)
+            seconds.append(best(lambda: network(images)))  # noqa: B023
+            with torch.autocast("cpu", torch.bfloat16):
+                seconds.append(best(lambda: network(images)))  # noqa: B023
+            network.network.compile()
+            seconds.append(best(lambda: network(images)))  # noqa: B023
+        table.add_row(name, *(f"{BATCH / value:.0f}" for value in seconds))
+    console.print(table)
+
+
+def whole(share: float = 0.01) -> None:
+    if not SHARED.is_dir():
+        console.print("whole run left out: Magnetic Tile Defects are not here.")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "pl_patchcore", "run"),
+            *("--config", CONFIGS / "recipes" / "mtd.yaml", "--config", CONFIGS / "data" / "mtd.yaml"),
+            *("--data.root", SHARED / "data" / "mtd", "--model.backbone", "mobilenet_v2", "--model.weights", WEIGHTS),
+            *("--model.layers", "[features.6,features.13]", "--model.resize", "224", "--model.crop", "null"),
+            *("--model.coreset_ratio", share, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", folder),
+            *("--trainer.enable_progress_bar", "false"),
+        ]
+        start = time.perf_counter()
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+        seconds = time.perf_counter() - start
+    line = next(line for line in (done.stdout + done.stderr).splitlines() if "selected in" in line)
+    selection = float(line.split("selected in")[1].split()[0])
+    size, rows = (int(word) for word in line.split(": ")[1].split(" patch")[0].split(" of "))
+    data = data_module(0)
+    model = PatchCore("mobilenet_v2", NETWORKS["mobilenet_v2"], str(WEIGHTS), resize=224, crop=None)
+    with torch.no_grad():
+        few = torch.cat([model.patch_features(data.train_set[i]["image"][None]).flatten(0, 2) for i in range(120)])
+    matrix = random_projection(few.shape[1], 128, 0)
+    few = few if matrix is None else few @ matrix
+    features = few[torch.arange(rows) % len(few)]  # the time of a pick depends on their number alone
+    table = Table("selection", "seconds", "share of the run", "whole run, s", "times longer than ours")
+    for name, taken in (
+        ("ours", selection),
+        ("compiled loop", compiled_loop(features) * size),
+        ("official loop", official_loop(features) * size),
+    ):
+        total = seconds - selection + taken
+        table.add_row(name, f"{taken:.1f}", f"{taken / total:.1%}", f"{total:.1f}", f"{total / seconds:.1f}")
+    console.print(f"{rows:,} patch features, {size:,} picks; loops extrapolated from 300 picks.")
+    console.print(table)
+
+
+def main() -> None:
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    threads = torch.get_num_threads()
+    console.print(f"{os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, load before {load}")
+    for name in sys.argv[1:] or ["loader", "backbone", "whole"]:
+        {"loader": loader, "backbone": backbone, "whole": whole}[name]()
+
+
+if __name__ == "__main__":
+    main()
