@@ -8,7 +8,8 @@ The way of an image, one file a stage::
     patch_features.py   layers                   -> patch features (B, h, w, D)
     feature_store.py    the epoch's features     -> one store (N, D), as store_plan.py says: RAM or disk
     coreset.py          (N, d) projected         -> kept rows (M,); coreset_bounded.py where RAM does not hold all
-    memory_bank.py      kept features (M, D)     -> nearest neighbours of queries
+    memory_bank.py      kept features (M, D)     -> nearest neighbours of queries; exact_search.py,
+                                                    approximate_search.py, shared_search.py
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
     metrics/            scores, maps, masks      -> AUROC, PRO and others
     calibration.py      scores of nominal images -> thresholds

@@ -94,10 +94,10 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
     b = min(b, len(bank))
     if b == 1:
         return torch.ones(len(patch), device=patch.device)
-    star = bank.features[nearest]  # (B, D)
+    star = bank.rows(nearest)  # (B, D)
     _, rows = bank(star, b)
     # Duplicates of m* may stand before it, even crowd it out; being equal, any of them stands for it.
-    company = bank.features[rows].double()  # (B, b, D)
+    company = bank.rows(rows).double()  # (B, b, D)
     distance = torch.linalg.vector_norm(patch.double()[:, None] - company, dim=2)
     own = torch.linalg.vector_norm(patch.double() - star.double(), dim=1)
     return (1 - torch.exp(own - torch.logsumexp(distance, 1))).clamp(0, 1).float()

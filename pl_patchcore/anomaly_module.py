@@ -213,6 +213,7 @@ class AnomalyModule(L.LightningModule, ABC):
 
     def on_test_epoch_end(self, prefix: str = "test") -> None:
         """Compute and log the figures: image AUROC, pixel AUROC, PRO."""
+        self.on_scored()
         figures = self.evaluation.compute()
         groups, categories = figures.pop("by_group"), figures.pop("by_category")
         for defects, names in self.processes().objects((self._defects, self._categories)):
@@ -239,6 +240,13 @@ class AnomalyModule(L.LightningModule, ABC):
     def on_predict_epoch_start(self) -> None:
         """Refuse an empty memory bank before any batch is read."""
         self._check_fitted()
+
+    def on_predict_epoch_end(self) -> None:
+        """Nothing to compute."""
+        self.on_scored()
+
+    def on_scored(self) -> None:
+        """What a process does after its last image, before it waits for the others."""
 
     def _check_fitted(self) -> None:
         if not self.bank_shape:

@@ -59,6 +59,8 @@ class PatchCoreEnsemble(AnomalyModule):
                     raise UserError(f"{name!r} cannot be set for a member; did you mean {nearest!r}, or is it shared?")
         if combine not in ("nominal", "test_range"):
             raise UserError(f"combine must be nominal or test_range, got {combine!r}.")
+        if settings.get("shard_bank"):
+            raise UserError("shard_bank is for a single PatchCore; leave it out of an ensemble.")
         models = [PatchCore(**(settings | member)) for member in members]
         shared = models[0].hparams
         if combine == "test_range" and shared["calibration_share"]:

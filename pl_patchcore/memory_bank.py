@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pl_patchcore.approximate_search import ApproximateSearch, build_index, check_factory, is_built_for
+from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.exact_search import WAYS, ExactSearch
 from pl_patchcore.numerics import full_precision
+from pl_patchcore.shared_search import SharedSearch
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class MemoryBank(nn.Module):
             with a float32 copy of them.
 
     Attributes:
-        features: The kept rows, ``(M, D)``; ``(0, 0)`` until filled.
+        features: The kept rows, ``(M, D)``; ``(0, 0)`` until filled; of a shared bank, this process's.
         index: The index of an approximate search, uint8; absent otherwise.
     """
 
@@ -56,9 +58,38 @@ class MemoryBank(nn.Module):
             self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
         self._exact: ExactSearch | None = None
         self._approximate: ApproximateSearch | None = None
+        self._shared: SharedSearch | None = None
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.features) if self._shared is None else self._shared.rows
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows by number, int64 of any shape ``(...)``: float32 ``(..., D)``."""
+        if self._shared is None:
+            return self.features[numbers].float()
+        found = self._shared.fetch(numbers.flatten(), self.features)
+        return found.view(*numbers.shape, found.shape[1])
+
+    def share(self, processes: Processes) -> None:
+        """Keep this process's share of the rows, those that are loaded later too; from then on search with the others.
+
+        Every process must then make the same calls, and `serve` after its last. For exact search: an index is of the
+        whole bank.
+        """
+        if self._shared is None:
+            self._shared = SharedSearch(processes, len(self.features))
+            self.features = self.features[slice(*self._shared.own)].clone()
+            self._exact = None
+
+    def serve(self) -> None:
+        """Take part in the searches of processes that have more images than this one, until all are done."""
+        if self._shared is not None:
+            self._shared.serve(self.features, self._own_nearest)
+
+    def unshare(self) -> None:
+        """Be whole again, on every process."""
+        if self._shared is not None:
+            self.features, self._shared, self._exact = self._shared.whole(self.features), None, None
 
     def check(self, dimension: int, rows: int | None = None) -> None:
         """Refuse an index that cannot be built for a bank of ``(rows, dimension)``, before it is filled.
@@ -109,11 +140,16 @@ class MemoryBank(nn.Module):
         self._check(queries, k)
         if not len(queries):
             return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
+        if self._shared is not None:
+            return self._shared.search(queries, k, self._own_nearest)
         if not self.approximate:
             return self._exactly(queries, k, self.search_by)
         if self._approximate is None:
             self._approximate = ApproximateSearch(self.index, self.features)
         return self._approximate(queries.float(), k, lambda few: self._exactly(few, k, "torch"))
+
+    def _own_nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self._exactly(queries, k, self.search_by)
 
     def _exactly(self, queries: Tensor, k: int, way: str) -> tuple[Tensor, Tensor]:
         with full_precision(queries.device):
@@ -168,6 +204,9 @@ class MemoryBank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "features")
+        if saved is not None and self._shared is not None:
+            self._shared = SharedSearch(self._shared.processes, len(saved))
+            saved = state_dict[prefix + "features"] = saved[slice(*self._shared.own)].clone()
         if saved is not None:  # its size is known only once fitted
             self.features = torch.empty(saved.shape, dtype=self.dtype, device=self.features.device)
         index = state_dict.pop(prefix + "index", None)  # of no use to another kind of search

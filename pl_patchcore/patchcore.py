@@ -27,6 +27,7 @@ from pl_patchcore.coreset_bounded import bounded_coreset, selections
 from pl_patchcore.coreset_shared import select_shared_coreset
 from pl_patchcore.distributed import Processes, on_first_process, places
 from pl_patchcore.errors import UserError
+from pl_patchcore.exact_search import WAYS
 from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.metrics import Mode
@@ -99,6 +100,8 @@ class PatchCore(AnomalyModule):
             ``auto``, what is fastest on the machine. Approximate: a factory string of faiss, such as ``HNSW32``;
             built and its recall measured at the end of fit.
         bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
+        shard_bank: Where several processes validate, test or predict, let each keep only its share of the memory bank
+            on its device and search it for the images of all; the same scores, for banks larger than a device.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
             selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
         false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds; can be changed
@@ -155,6 +158,7 @@ class PatchCore(AnomalyModule):
         sigma: float = 4.0,
         search: Search = "auto",
         bank_dtype: BankDtype = "float32",
+        shard_bank: bool = False,
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,
         metrics_mode: Mode = "auto",
@@ -185,6 +189,8 @@ class PatchCore(AnomalyModule):
                 f"selection_memory must be GiB above 0 and goes with coreset_method greedy, got {selection_memory} "
                 f"and {coreset_method}; leave it out to select exactly."
             )
+        if shard_bank and search not in ("auto", *WAYS):
+            raise UserError(f"shard_bank goes with exact search, got {search!r}; leave one of them out.")
         weights = None if weights is None else str(weights)
         self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else None)
         self.make_plain()
@@ -289,11 +295,26 @@ class PatchCore(AnomalyModule):
     @property
     def bank_shape(self) -> list[int]:
         """Rows and dimensions of the memory bank; empty where there is none."""
-        return list(self.memory_bank.features.shape) if len(self.memory_bank) else []
+        return [len(self.memory_bank), self.memory_bank.features.shape[1]] if len(self.memory_bank) else []
 
     def identity(self) -> dict[str, Any]:
         """What the memory bank depends on, in plain values: backbone, weights (hash), features, preprocessing."""
         return self.patch_features.identity() | {"preprocessing": self.transform.as_dict()}
+
+    def setup(self, stage: str) -> None:
+        """As `AnomalyModule`; also deal the memory bank out to the processes, before a device has to hold it."""
+        super().setup(stage)
+        if stage != "fit" and self.hparams["shard_bank"] and self.trainer.world_size > 1:
+            self.memory_bank.share(Processes(self.trainer.strategy.root_device))
+            self._ddp_params_and_buffers_to_ignore = ["memory_bank.features"]  # Lightning would send all process 0's
+
+    def on_scored(self) -> None:
+        """Search for the processes that have images left."""
+        self.memory_bank.serve()
+
+    def teardown(self, stage: str) -> None:
+        """Put the memory bank together again."""
+        self.memory_bank.unshare()
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly scores ``(B,)`` and maps ``(B, H, W)``."""

@@ -30,8 +30,15 @@ net = nn.Sequential(
 model = PatchCore(
     net, layers=["1", "3"], resize=64, crop=None, coreset_ratio=0.1, projection_dim=16,
     calibration_share=0.3 if images > 4 else 0.0, coreset_method=own if own in ("approximate", "random") else "greedy",
+    shard_bank=own == "sharded",
 )
 data = SyntheticDataModule(batch_size=batch, num_workers=0, train_images=images, test_nominal=5, test_per_defect=2)
+if own == "sharded":
+    class Dealt(PatchCore):
+        def on_scored(self):
+            assert abs(len(self.memory_bank.features) * devices - len(self.memory_bank)) < devices
+            super().on_scored()
+    model.__class__ = Dealt
 if own == "fails":
     class Fails(PatchCore):
         def collect(self, images, index, aside):
@@ -108,6 +115,7 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
         (13, (2,), "approximate", 1),
         (13, (2,), "random", 1),
         (13, (2,), "update", 1),
+        (13, (2, 3), "sharded", 1),
     ],
     ids=[
         "does not divide",
@@ -117,6 +125,7 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
         "approximate",
         "random",
         "update",
+        "a bank dealt out",
     ],
 )
 def test_equals_one_process(tmp_path, images, devices, own, batch):
