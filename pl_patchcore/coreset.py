@@ -401,8 +401,9 @@ def _distinct_rows(features: Tensor, start: int | None) -> Tensor:
     wide = features.dtype == torch.float64
     weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=torch.Generator().manual_seed(0))
     weights = (2 * weights + 1).to(features.device)
-    bits = ((part + 0.0).view(torch.int64 if wide else torch.int32).long() for part in features.split(_CHUNK))
-    hashed = torch.cat([(part * weights).sum(1) for part in bits])  # -0.0 + 0.0 is 0.0
+    hashed = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    for part, place in zip(features.split(_CHUNK), hashed.split(_CHUNK), strict=True):  # -0.0 + 0.0 is 0.0
+        torch.sum((part + 0.0).view(torch.int64 if wide else torch.int32).long().mul_(weights), 1, out=place)
     value, row = hashed.sort(stable=True)
     first = torch.ones_like(value, dtype=torch.bool)
     first[1:] = value[1:] != value[:-1]
