@@ -183,8 +183,7 @@ class PatchCore(AnomalyModule):
                 f"and {coreset_method}; leave it out to select exactly."
             )
         weights = None if weights is None else str(weights)
-        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else None)
-        self.make_plain()
+        self.save_arguments(*(["backbone"] if isinstance(backbone, nn.Module) else []))
         self.patch_features = PatchFeatures(
             backbone, layers, weights, patch_size, patch_stride, layer_dim, feature_dim, seed
         )
