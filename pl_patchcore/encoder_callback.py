@@ -39,9 +39,11 @@ class MemoryBankCallback(L.Callback):
 
     It comes after all that other callbacks do to the weights (averaging them, say) and after their checkpoints, and
     takes the weights as training leaves them; for those of a checkpoint, fit a ``PatchCore(backbone=encoder)``. The
-    encoder is copied, in float32 and eval mode; training is the same, bit for bit, with and without the callback. On several processes (``ddp``) each extracts its share of the images, every image counts once, and every process
-    has the result. A training that is interrupted or fails leaves no memory bank; one that ends by ``max_steps``,
-    ``max_time`` or early stopping does. With ``fast_dev_run`` a few batches are fitted and nothing is written.
+    encoder is copied, in float32 and eval mode; training is the same, bit for bit, with and without the callback.
+    On several processes (``ddp``) each extracts its share of the images, every image counts once, and every process
+    has the result, of the first process's encoder. A training that is interrupted or fails leaves no memory bank; one
+    that ends by ``max_steps``, ``max_time`` or early stopping does. With ``fast_dev_run`` a few batches are fitted and
+    nothing is written.
 
     Names and the form of the images are checked before training: encoder, layers and options when ``fit`` starts, and
     with the first batch of a loader that it has such images and that the encoder takes them.
@@ -156,7 +158,7 @@ class MemoryBankCallback(L.Callback):
                 enable_checkpointing=False,
                 enable_model_summary=False,
                 enable_progress_bar=trainer.progress_bar_callback is not None,
-                limit_train_batches=trainer.limit_train_batches if own or short else 1.0,
+                limit_train_batches=trainer.limit_train_batches if own or short else None,
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
                 use_distributed_sampler=not own and trainer._accelerator_connector.use_distributed_sampler,
