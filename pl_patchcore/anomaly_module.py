@@ -314,11 +314,7 @@ class AnomalyModule(L.LightningModule, ABC):
         if stage != "fit":
             return
         self.unused.requires_grad_(True)
-        if self.trainer.world_size > 1 and self.hparams.get("selection_memory") is not None:
-            raise UserError(
-                f"selection_memory selects within chunks of one process, there are {self.trainer.world_size}: leave it "
-                "out (each holds only its share of the patch features), or set trainer.devices to 1."
-            )
+        self.check_processes(self.trainer.world_size)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if isinstance(monitor, str) and monitor.startswith(("val", "test")):
@@ -326,6 +322,18 @@ class AnomalyModule(L.LightningModule, ABC):
                     f"{type(callback).__name__} monitors {monitor!r}, but PatchCore has no memory bank, hence no "
                     "figures, before fit ends; take monitor out (the finished model is what gets saved)."
                 )
+
+    def check_processes(self, count: int) -> None:
+        """Refuse settings that so many processes cannot fit with.
+
+        Raises:
+            UserError: If there are any.
+        """
+        if count > 1 and self.hparams.get("selection_memory") is not None:
+            raise UserError(
+                f"selection_memory selects within chunks of one process, there are {count}: leave it out (each holds "
+                "only its share of the patch features), or set trainer.devices to 1."
+            )
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback that frees what was collected when a fit fails or is interrupted: the module has no such hook."""

@@ -105,6 +105,7 @@ class MemoryBankCallback(L.Callback):
         _check_strategy(trainer)
         with isolate_rng():
             self._trial = self._model(pl_module)
+            self._trial.check_processes(trainer.world_size)
             if isinstance(self.data, L.LightningDataModule):
                 self._trial = None  # its loaders are made when they are needed
             elif self.data is not None:

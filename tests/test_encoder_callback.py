@@ -182,6 +182,9 @@ def test_unknown_options_and_unfit_strategies(trainer):
         callback.on_fit_start(parted, Classifier())
     with pytest.raises(UserError, match="processes that end with training"):
         callback.on_fit_start(trainer(strategy="ddp_spawn", devices=2), Classifier())
+    callback = MemoryBankCallback("model.encoder", **OPTIONS, selection_memory=1.0)
+    with pytest.raises(UserError, match="selection_memory selects within chunks of one process, there are 2"):
+        callback.on_fit_start(trainer(strategy="ddp", devices=2), Classifier())
 
 
 SCRIPT = """
@@ -249,7 +252,7 @@ class Parent(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["net"])
         self.head = nn.Linear(3, 2)
-        self.anomaly = PatchCore(TinyBackbone(), **OPTIONS)
+        self.anomaly = PatchCore(TinyBackbone(), **OPTIONS, calibration_share=0.3)
 
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.head(batch[0].mean((2, 3))), batch[1])
@@ -281,6 +284,7 @@ def test_a_part_of_another_module(trainer, train_loader, loader, images, tmp_pat
     path = runner.checkpoint_callback.best_model_path
     again = Parent.load_from_checkpoint(path, weights_only=True).eval()
     assert torch.equal(again.anomaly.memory_bank.features, bank)
+    assert again.anomaly.image_threshold == parent.anomaly.image_threshold is not None
     fresh = Parent()
     fresh.anomaly.patch_features.backbone.network.fine.get_submodule(
         "0"
