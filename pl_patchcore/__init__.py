@@ -16,6 +16,7 @@ The way of an image, one file a stage::
     report/             figures, maps            -> tables, pictures, files
     patchcore.py        joins these; ensemble.py several of it, recipes.py its settings
     anomaly_module.py   what is Lightning's of both: fit, test, predict; checkpoint.py what they save
+    encoder_callback.py fits it on the encoder of a LightningModule of one's own, when that is trained
     cli.py              the command pl-patchcore; benchmark.py all categories, published.py what others had
 """
 
@@ -27,6 +28,7 @@ from pl_patchcore.data import (
     MVTecDataModule,
     SyntheticDataModule,
 )
+from pl_patchcore.encoder_callback import MemoryBankCallback
 from pl_patchcore.ensemble import PatchCoreEnsemble
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
@@ -44,6 +46,7 @@ __all__ = [
     "MTDDataModule",
     "MVTecDataModule",
     "MemoryBank",
+    "MemoryBankCallback",
     "PatchCore",
     "PatchCoreEnsemble",
     "PatchFeatures",

@@ -5,12 +5,15 @@ on ``test_step``, ``validation_step`` and ``predict_step`` score images. What is
 subclasses say: `PatchCore`, and `PatchCoreEnsemble` of several.
 
 Nothing is learned by gradients. Lightning still wants to see a step: without one it writes no checkpoints, and
-DDP refuses a module without a trainable parameter. So there is one parameter that nothing reads, and an optimiser
-with learning rate 0 that is stepped once a batch.
+DDP refuses a module without a trainable parameter. So there is one parameter that nothing reads, trainable while
+``fit`` runs only (as part of another module it must not be: DDP would wait for its gradient), and an optimiser with
+learning rate 0 that is stepped once a batch.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import zlib
 from abc import ABC, abstractmethod
@@ -20,6 +23,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
 from pl_patchcore.calibration import conformal_threshold, draw_held_out, images_needed, is_held_out, p_values
@@ -66,7 +70,7 @@ class AnomalyModule(L.LightningModule, ABC):
         self.transform = transform
         self.register_buffer("calibration_scores", torch.empty(0))
         self.register_buffer("calibration_peaks", torch.empty(0))  # of the anomaly maps of the same images
-        self.unused = nn.Parameter(torch.zeros(()))  # see the module's docstring
+        self.unused = nn.Parameter(torch.zeros(()), requires_grad=False)  # see the module's docstring
         self.evaluation = AnomalyEvaluation(mode=metrics_mode)
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
@@ -78,10 +82,21 @@ class AnomalyModule(L.LightningModule, ABC):
         self.updating = False  # fit adds to the memory bank
         self._aside: frozenset[int] | None = None  # images kept for calibration, where their number is known
 
-    def make_plain(self) -> None:
-        """Make the hyper-parameters plain values, so that checkpoints load with ``weights_only=True``."""
-        for name, value in self.hparams.items():
-            self.hparams[name] = plain(value)
+    def save_arguments(self, *ignored: str) -> None:
+        """Make the constructor's arguments the hyper-parameters, as plain values (see `checkpoint.plain`).
+
+        To be called in the constructor. Lightning's own ``save_hyperparameters`` would also take the arguments of a
+        LightningModule in whose constructor this one is built, and put them over this one's.
+
+        Args:
+            ignored: Names of arguments to leave out.
+        """
+        arguments: dict[str, Any] = {}
+        for part in collect_init_args(inspect.currentframe().f_back, [], classes=(type(self),)):  # type: ignore[union-attr, arg-type]
+            arguments |= part
+        self._set_hparams({name: plain(value) for name, value in arguments.items() if name not in ignored})
+        self._hparams_initial = copy.deepcopy(self.hparams)
+        self._log_hyperparams = True
 
     # What a subclass says
 
@@ -306,11 +321,8 @@ class AnomalyModule(L.LightningModule, ABC):
         watch_checkpoints(self.trainer)
         if stage != "fit":
             return
-        if self.trainer.world_size > 1 and self.hparams.get("selection_memory") is not None:
-            raise UserError(
-                f"selection_memory selects within chunks of one process, there are {self.trainer.world_size}: leave it "
-                "out (each holds only its share of the patch features), or set trainer.devices to 1."
-            )
+        self.unused.requires_grad_(True)
+        self.check_processes(self.trainer.world_size)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if isinstance(monitor, str) and monitor.startswith(("val", "test")):
@@ -318,6 +330,18 @@ class AnomalyModule(L.LightningModule, ABC):
                     f"{type(callback).__name__} monitors {monitor!r}, but PatchCore has no memory bank, hence no "
                     "figures, before fit ends; take monitor out (the finished model is what gets saved)."
                 )
+
+    def check_processes(self, count: int) -> None:
+        """Refuse settings that so many processes cannot fit with.
+
+        Raises:
+            UserError: If there are any.
+        """
+        if count > 1 and self.hparams.get("selection_memory") is not None:
+            raise UserError(
+                f"selection_memory selects within chunks of one process, there are {count}: leave it out (each holds "
+                "only its share of the patch features), or set trainer.devices to 1."
+            )
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A callback that frees what was collected when a fit fails or is interrupted: the module has no such hook."""
@@ -410,6 +434,7 @@ class AnomalyModule(L.LightningModule, ABC):
     def on_fit_end(self) -> None:
         """Refuse a fit without a memory bank; write the finished model over what callbacks saved before it."""
         self.release()
+        self.unused.requires_grad_(False)
         if not self.bank_shape:
             raise UserError(
                 "fit ended before every training batch was seen, so that there is no memory bank; look at max_time, "
@@ -462,3 +487,4 @@ class _ReleaseOnException(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, AnomalyModule):
             pl_module.release()
+            pl_module.unused.requires_grad_(False)

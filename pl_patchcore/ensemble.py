@@ -67,10 +67,9 @@ class PatchCoreEnsemble(AnomalyModule):
             raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
         own = ("calibration_share", "false_alarm_rate", "metrics_mode")
         super().__init__(models[0].transform, *(shared[name] for name in own))
-        self.save_hyperparameters()
+        self.save_arguments()
         for name in (*own, "save_backbone", "seed"):
             self.hparams[name] = shared[name]
-        self.make_plain()
         self.members = nn.ModuleList(models)
         self.combine = combine
         self.register_buffer("scale", torch.ones(len(models)))  # mean distance of nominal patches

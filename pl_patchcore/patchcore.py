@@ -192,8 +192,7 @@ class PatchCore(AnomalyModule):
         if shard_bank and search not in ("auto", *WAYS):
             raise UserError(f"shard_bank goes with exact search, got {search!r}; leave one of them out.")
         weights = None if weights is None else str(weights)
-        self.save_hyperparameters(ignore=["backbone"] if isinstance(backbone, nn.Module) else None)
-        self.make_plain()
+        self.save_arguments(*(["backbone"] if isinstance(backbone, nn.Module) else []))
         self.patch_features = PatchFeatures(
             backbone, layers, weights, patch_size, patch_stride, layer_dim, feature_dim, seed
         )

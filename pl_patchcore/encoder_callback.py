@@ -1,0 +1,207 @@
+"""A memory bank on the features of any LightningModule's encoder, at the end of its training.
+
+`MemoryBankCallback` takes a copy of the trained encoder, makes it the backbone of a `PatchCore`, and fits that with a
+Trainer of its own on the devices, and in the processes, of the user's Trainer. Reads the encoder and nominal images,
+returns a fitted `PatchCore`, also as a checkpoint. Next: `patchcore.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pl_patchcore.data.base import as_batch
+from pl_patchcore.distributed import on_first_process
+from pl_patchcore.errors import UserError
+from pl_patchcore.patchcore import PatchCore
+from pl_patchcore.report.files import whole_file
+
+log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
+
+
+class MemoryBankCallback(L.Callback):
+    """Fits a `PatchCore` on the encoder of a LightningModule when its training has ended.
+
+    It comes after all that other callbacks do to the weights (averaging them, say) and after their checkpoints, and
+    takes the weights as training leaves them; for those of a checkpoint, fit a ``PatchCore(backbone=encoder)``. The
+    encoder is copied, in float32 and eval mode; training is the same, bit for bit, with and without the callback.
+    On several processes (``ddp``) each extracts its share of the images, every image counts once, and every process
+    has the result, of the first process's encoder. A training that is interrupted or fails leaves no memory bank; one
+    that ends by ``max_steps``, ``max_time`` or early stopping does. With ``fast_dev_run`` a few batches are fitted and
+    nothing is written.
+
+    Names and the form of the images are checked before training: encoder, layers and options when ``fit`` starts, and
+    with the first batch of a loader that it has such images and that the encoder takes them.
+
+    Args:
+        encoder: Dotted name of the encoder in the LightningModule, such as ``encoder`` or ``model.backbone``.
+        layers: Layers by dotted name inside the encoder; the first gives the patch grid.
+        data: Loader or data module of nominal images, in the batches that `PatchCore` takes: images float
+            ``(B, 3, H, W)``, alone or first of a tuple of up to three, or a dict with ``image``. They must come from
+            the loader as the encoder wants them, normalised: the module's own hooks on batches do not run. A data
+            module should be one that the Trainer has not got. None: the Trainer's own training loader, which must then
+            hold nominal images only. Mind that loader's augmentations, which would go into the memory bank, and its
+            ``drop_last``, which leaves images out; a loader without either is better.
+        path: File to write the `PatchCore` to; None: ``patchcore.ckpt`` in the Trainer's ``log_dir``. An earlier one
+            is replaced.
+        options: Other arguments of `PatchCore`, such as ``coreset_ratio``. ``resize``, ``crop``, ``mean`` and ``std``
+            change nothing in images that a loader gives; they should say what it does, for ``patchcore.transform``
+            to bring new images to the same form. ``save_backbone`` is True here unless given.
+
+    Attributes:
+        patchcore: The fitted model, on the CPU, in eval mode; None before the end of training.
+        path: File that was written; None before the end of training.
+
+    Raises:
+        UserError: If an option is unknown; when ``fit`` starts also for the encoder's and the layers' names, values of
+            options, a batch of another form, and strategies whose processes do not hold the whole encoder.
+
+    Example:
+        >>> callback = MemoryBankCallback("encoder", ["1"], resize=64, crop=None, coreset_ratio=0.01)
+        >>> trainer = L.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+
+        After ``trainer.fit(module, loader)``: ``scores, maps = callback.patchcore(images)``, and in another process
+        ``PatchCore.load_from_checkpoint(callback.path, backbone=encoder)``, where ``encoder`` need not be trained.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        layers: Sequence[str],
+        data: DataLoader[Any] | L.LightningDataModule | None = None,
+        path: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        known = inspect.signature(PatchCore).parameters.keys() - {"backbone", "layers", "weights"}
+        for name in options:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, 1, 0)[0]
+                raise UserError(f"MemoryBankCallback has no option {name!r}; did you mean {nearest!r} of PatchCore?")
+        self.encoder, self.layers, self.data = encoder, layers, data
+        self._asked = path
+        self.options = {"save_backbone": True} | options
+        self.patchcore: PatchCore | None = None
+        self.path: Path | None = None
+        self._trial: PatchCore | None = None  # until the first batch has been looked at
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what would fail only after training."""
+        self.patchcore = self.path = None
+        _check_strategy(trainer)
+        with isolate_rng():
+            self._trial = self._model(pl_module)
+            self._trial.check_processes(trainer.world_size)
+            if isinstance(self.data, L.LightningDataModule):
+                self._trial = None  # its loaders are made when they are needed
+            elif self.data is not None:
+                self._try(next(iter(self.data), None))
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the first batch, where it is the Trainer's own loader that is to be fitted on."""
+        if self._trial is not None:
+            with isolate_rng():
+                self._try(batch)
+
+    def _try(self, batch: Any) -> None:
+        model, self._trial = self._trial, None
+        assert model is not None
+        if batch is None:
+            raise UserError("MemoryBankCallback: data has no batch; give it a loader of nominal images.")
+        try:
+            images = as_batch(batch)["image"]
+        except UserError as error:
+            raise UserError(f"MemoryBankCallback: {error} Give it a loader of nominal images as data.") from error
+        with torch.no_grad():
+            model.patch_features(images[:1].cpu().float())
+
+    def _model(self, module: L.LightningModule) -> PatchCore:
+        try:
+            encoder = module.get_submodule(self.encoder)
+        except AttributeError as error:
+            known = [name for name, _ in module.named_modules() if name]
+            nearest = difflib.get_close_matches(self.encoder, known, 1, 0)
+            children = ", ".join(name for name, _ in module.named_children()) or "none"
+            raise UserError(
+                f"{type(module).__name__} has no module {self.encoder!r} for MemoryBankCallback; did you mean "
+                f"{nearest[0] if nearest else None!r}? Its modules: {children} (and those inside them)."
+            ) from error
+        backbone: nn.Module = copy.deepcopy(encoder).cpu().float()
+        return PatchCore(backbone, self.layers, None, **self.options)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fit a `PatchCore` on the encoder, and write it."""
+        log.info("fitting a memory bank on %s.%s of this training.", type(pl_module).__name__, self.encoder)
+        self._trial, own = None, self.data is None
+        short = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        with isolate_rng():
+            model = self._model(pl_module)
+            inner = L.Trainer(
+                **_devices_of(trainer),
+                max_epochs=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=trainer.progress_bar_callback is not None,
+                limit_train_batches=trainer.limit_train_batches if own or short else None,
+                limit_val_batches=0,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=not own and trainer._accelerator_connector.use_distributed_sampler,
+                default_root_dir=trainer.default_root_dir,
+            )
+            inner.fit(model, trainer.train_dataloader if own else self.data)
+        if not short:
+            path = Path(self._asked or Path(trainer.log_dir or trainer.default_root_dir) / "patchcore.ckpt")
+            with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
+                inner.save_checkpoint(partial, weights_only=True)  # called by all processes, written by the first
+            trainer.strategy.barrier()
+            self.path = path
+            log.info("PatchCore on the trained encoder: %s", path)
+        model.trainer = None
+        self.patchcore = model.eval()
+
+
+def _check_strategy(trainer: L.Trainer) -> None:
+    strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+    if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
+        raise UserError(
+            f"MemoryBankCallback needs the whole encoder in each process, {type(strategy).__name__} may part it; take "
+            "strategy ddp, or fit a PatchCore(backbone=encoder) after training, on the loaded checkpoint."
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "MemoryBankCallback does not work in processes that end with training (ddp_spawn, ddp_notebook): its "
+            "patchcore would end with them; take strategy ddp, or devices=1."
+        )
+
+
+def _devices_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Arguments of another Trainer on the same devices, in the same processes."""
+    strategy: Any = trainer.strategy
+    joined: Any = "auto"
+    if isinstance(strategy, DDPStrategy):
+        joined = DDPStrategy(
+            cluster_environment=strategy.cluster_environment, process_group_backend=strategy.process_group_backend
+        )
+    return {
+        "accelerator": trainer.accelerator,
+        "devices": trainer.device_ids if strategy.root_device.type == "cuda" else trainer.num_devices,
+        "num_nodes": trainer.num_nodes,
+        "strategy": joined,
+    }
