@@ -257,11 +257,11 @@ class AnomalyModule(L.LightningModule, ABC):
         self._check_fitted()
 
     def on_predict_epoch_end(self) -> None:
-        """Nothing to compute."""
+        """As `on_scored`: predictions are their callers' to keep."""
         self.on_scored()
 
     def on_scored(self) -> None:
-        """What a process does after its last image, before it waits for the others."""
+        """What a process does after its last image, before it waits for the others: nothing, unless overridden."""
 
     def _check_fitted(self) -> None:
         if not self.bank_shape:

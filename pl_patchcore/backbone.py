@@ -71,7 +71,7 @@ class Backbone(nn.Module):
         if state is not None and path is not None:
             _load(self.network, network, state, path, self.name)
         self.network.eval().requires_grad_(False)
-        self.network.to(memory_format=torch.channels_last)  # a quarter to a half faster
+        self.network.to(memory_format=torch.channels_last)  # a quarter to two fifths less time
         self.layouts, self.channels = _probe(self.network, self.layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -27,7 +27,6 @@ from pl_patchcore.coreset_bounded import bounded_coreset, selections
 from pl_patchcore.coreset_shared import select_shared_coreset
 from pl_patchcore.distributed import Processes, on_first_process, places
 from pl_patchcore.errors import UserError
-from pl_patchcore.exact_search import WAYS
 from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.metrics import Mode
@@ -189,7 +188,8 @@ class PatchCore(AnomalyModule):
                 f"selection_memory must be GiB above 0 and goes with coreset_method greedy, got {selection_memory} "
                 f"and {coreset_method}; leave it out to select exactly."
             )
-        if shard_bank and search not in ("auto", *WAYS):
+        memory_bank = MemoryBank(search, bank_dtype)
+        if shard_bank and memory_bank.approximate:
             raise UserError(f"shard_bank goes with exact search, got {search!r}; leave one of them out.")
         weights = None if weights is None else str(weights)
         self.save_arguments(*(["backbone"] if isinstance(backbone, nn.Module) else []))
@@ -198,7 +198,7 @@ class PatchCore(AnomalyModule):
         )
         if compile_backbone:
             self.patch_features.backbone.network.compile()
-        self.memory_bank = MemoryBank(search, bank_dtype)
+        self.memory_bank = memory_bank
         self.scorer = AnomalyScorer(num_neighbors, distance, reweighting_neighbors, sigma)
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None

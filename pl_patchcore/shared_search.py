@@ -74,25 +74,27 @@ class SharedSearch:
     def _search(
         self, queries: Tensor, k: int, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        parts = self.processes.gather_rows(queries.float())
-        every = torch.cat(parts)
+        every, mine = self._all(queries.float())
         distance = every.new_full((len(every), k), torch.inf)
         row = torch.full((len(every), k), self.rows, device=every.device)
         here = min(k, self.own[1] - self.own[0])
         if here and len(every):
             distance[:, :here], row[:, :here] = nearest(every, here)
             row[:, :here] += self.own[0]
-        mine = slice(start := sum(len(part) for part in parts[: self.processes.rank]), start + len(queries))
         distance = torch.cat([part[mine] for part in self.processes.gather(distance)], 1)
         row = torch.cat([part[mine] for part in self.processes.gather(row)], 1)
         distance, order = distance.sort(dim=1, stable=True)  # ties stay in the order of rows
         return distance[:, :k], row.gather(1, order[:, :k])
 
     def _fetch(self, rows: Tensor, features: Tensor) -> Tensor:
-        parts = self.processes.gather_rows(rows)
-        every = torch.cat(parts)
+        every, mine = self._all(rows)
         result = torch.zeros(len(every), features.shape[1], device=features.device)
-        mine = (every >= self.own[0]) & (every < self.own[1])
-        result[mine] = features[every[mine] - self.own[0]].float()
-        start = sum(len(part) for part in parts[: self.processes.rank])
-        return self.processes.merge(result)[start : start + len(rows)]
+        here = (every >= self.own[0]) & (every < self.own[1])
+        result[here] = features[every[here] - self.own[0]].float()
+        return self.processes.merge(result)[mine]
+
+    def _all(self, own: Tensor) -> tuple[Tensor, slice]:
+        """Rows of all processes, and where this one's stand among them."""
+        parts = self.processes.gather_rows(own)
+        first = sum(len(part) for part in parts[: self.processes.rank])
+        return torch.cat(parts), slice(first, first + len(own))

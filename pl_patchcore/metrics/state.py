@@ -126,12 +126,9 @@ class ScoreMetric(Metric):
                 f"{name} must have the shape of the scores or maps, got {tuple(truth.shape)} for "
                 f"{tuple(scores.shape)}; pass one value for each."
             )
-        ends = [int(end) for end in truth.aminmax()] if truth.numel() else []
-        if truth.is_floating_point() or not {0, *ends} <= {0, 1}:
-            wrong = torch.stack([truth != value for value in allowed]).all(dim=0)
-        else:
-            wrong = None  # whole numbers from 0 to 1
-        if wrong is not None and wrong.any():
+        ends = {int(end) for end in truth.aminmax()} if truth.numel() else set()
+        binary = not truth.is_floating_point() and ends <= {0, 1}  # the usual case, for which the ends are enough
+        if not binary and (wrong := torch.stack([truth != value for value in allowed]).all(dim=0)).any():
             meaning = ", ".join(f"{value} ({word})" for value, word in allowed.items())
             raise UserError(f"{name} must hold {meaning}, got {truth[wrong][0].item()}; convert them first.")
         return truth.to(self.device)

@@ -8,10 +8,10 @@ bins coarser adds neighbours up. So the histogram depends on the scores alone: n
 the number of processes, bit for bit.
 
 Scores within a factor of two get 2^17 bins, as scores in a narrow band do (300 +- 3 meets 4 buckets); the worst input
-(every float32 bucket met) still gets 2^8 bins for each factor of two. Figures of continuous scores are then bounded
-to 1e-5 and 7e-5; the bins stay in the processor's cache, which is half of the speed. A bin remembers whether it met
-more than one score: one that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the
-region, are summed in int64 as multiples of 2^-40.
+(every float32 bucket met) still gets 2^8 bins for each factor of two. Measured bounds: 1e-5 for continuous scores
+within a factor of two, 7e-5 for a normal distribution around 0. So few bins stay in the processor's cache, which is
+half of the speed. A bin remembers whether it met more than one score: one that holds a single value adds no error.
+Weights of anomalous pixels, 1 / area of the region, are summed in int64 as multiples of 2^-40.
 
 Everything is torch and runs on the scores' device. Next: `state.py`.
 """
@@ -111,14 +111,14 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
         parts: Pixels to add, on the histogram's device.
 
     Returns:
-        The histogram of all. Cost: about half a millisecond for 65,536 pixels on one core; all bins are rewritten
+        The histogram of all. Cost: about a millisecond for 65,536 pixels on one core; all bins are rewritten
         when a bucket is new, so it is best called with millions of pixels.
 
     Raises:
         UserError: If there are more than 4 million regions, whose weights int64 could not sum.
     """
     pieces = [piece for part in parts for piece in _pieces(part)]
-    if not len(histogram.buckets) and pieces:
+    if not len(histogram.buckets) and pieces:  # the first piece has most buckets: the others need not wait for room
         histogram = _grow(histogram, _met(histogram, pieces[:1]))
     histogram = _add(histogram, pieces)
     if any(part.areas is not None for part in parts):
@@ -240,8 +240,7 @@ def binned_curve(cells: Iterable[Bins]) -> Curve:
 def _zeros(buckets: Tensor) -> Histogram:
     budget = BINS if buckets.shape[1] == 2 else APART * BINS
     size, device = max(budget, len(buckets)), buckets.device
-    counts = [torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3)]
-    nominal, anomalous, weights = counts
+    nominal, anomalous, weights = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3))
     return Histogram(buckets, nominal, anomalous, weights, torch.zeros(size, dtype=torch.int32, device=device))
 
 
