@@ -7,9 +7,9 @@ are the coreset of size ``M'``, and greedy selection tells how far each of these
 Greedy selection (Roth et al. 2022, Algorithm 1; Gonzalez 1985) is exact: the same rows in the same order as a
 loop that computes every squared distance by float64 differences, rounds it to float32, and gives ties to the
 lowest row. It is computed in blocks: each row carries an upper bound of its gap (squared distance to the nearest
-kept row) that may be stale, only the rows with the largest bounds are brought up to date, by one float32 matrix
-product, and float64 differences decide among the few that remain. Stale bounds cannot be too low, since gaps
-only shrink, so no candidate is missed.
+kept row) that may be stale, only the rows with the largest bounds are brought up to date, by one matrix product
+(`distance_bounds.py`), and float64 differences decide among the few that remain. Stale bounds cannot be too low,
+since gaps only shrink, so no candidate is missed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pl_patchcore.distance_bounds import DistanceBounds, product_type
 from pl_patchcore.errors import UserError
-from pl_patchcore.numerics import full_precision, product_margin
+from pl_patchcore.numerics import full_precision
 
 CoresetMethod = Literal["greedy", "approximate", "random", "none"]
 
 _CHUNK = 1 << 12  # rows copied at once
-_TILE = 1024  # rows and picks of one product
+_TILE = 1024  # rows of one product ...
+_PRODUCT = 1 << 20  # ... and pairs
 _PAIRS = 1 << 12  # float64 differences computed at once
 _CROWD = 512  # candidates a round picks among; more cost more a pick than another round saves
-_TINY = 1e-36  # above what a sum of flushed denormals can lose
+_SAMPLE = 16  # one row in so many tells where the largest bounds begin
+_CROWDED = 8  # pairs left by products for each row settled, on average, that are too many
 _PICKED = -1.0  # gap of a picked row: below every real one
 
 
@@ -217,25 +220,28 @@ class _Greedy:
         self.size = size
         n, d = len(rows), features.shape[1]
         device = features.device
-        self.margin = product_margin(d)
-        self.near = torch.empty(n, d, device=device)  # scaled and centred, float32, for products only
-        self.norm = torch.empty(n, device=device)
-        mean = torch.zeros(d, dtype=torch.float64, device=device)
-        for part in torch.arange(n, device=device).split(_CHUNK):
-            mean += self._exact(part).sum(0) / max(n, 1)
-        self.mean = mean
-        for part in torch.arange(n, device=device).split(_CHUNK):
-            self.near[part] = (self._exact(part) - mean).float()
-            self.norm[part] = self.near[part].square().sum(1)
+        self.mean = features.sum(0, dtype=torch.float64) * (scale / max(len(features), 1))
         self.bound = torch.full((n,), torch.inf, device=device)  # >= the gap
         self.seen = torch.zeros(n, dtype=torch.int64, device=device)  # picks that bound knows
         self.key = torch.full((n,), torch.inf, device=device)  # the exact gap ...
         self.known = torch.zeros(n, dtype=torch.int64, device=device)  # ... to this many picks
         self.picks = torch.empty(self.size, dtype=torch.int64, device=device)  # positions in rows
-        self.pick_near = torch.empty(self.size, d, device=device)
-        self.pick_norm = torch.empty(self.size, device=device)
         self.count = 0
         self.gaps: list[Tensor] = []  # squared and scaled, of each pick when it was picked
+        self.settled = self.pairs = 0  # rows so far, and pairs computed for them
+        self._write_down(product_type(d, n * self.size, device))
+
+    def _write_down(self, dtype: torch.dtype) -> None:
+        """Write all rows, and the picks so far, for products of this type."""
+        n, device = len(self.rows), self.features.device
+        self.products = DistanceBounds(self.features.shape[1], dtype)
+        self.near = torch.empty(n, self.products.width, dtype=dtype, device=device)
+        self.slack = torch.empty(n, device=device)
+        for part in torch.arange(n, device=device).split(_CHUNK):
+            self.near[part], self.slack[part] = self.products.left(self._exact(part) - self.mean)
+        self.pick_near = torch.empty(self.size, self.products.width, dtype=dtype, device=device)
+        for part in torch.arange(self.count, device=device).split(_CHUNK) if self.count else ():
+            self.pick_near[part] = self.products.right(self._exact_picks(part) - self.mean)
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         if gaps is None:
@@ -249,7 +255,7 @@ class _Greedy:
 
     def run(self, deadline: float, wanted: int, progress: Callable[[int], object] | None) -> bool:
         """Pick until there are ``size`` or every gap is 0: True; or until ``deadline``, two picks at least: False."""
-        smallest = max(64, min(2048, len(self.rows) // 16))
+        smallest = max(64, min(4096, len(self.rows) // 8))
         width, reported = smallest, 0
         while self.count < self.size and not self._is_late(deadline):
             if progress is not None:
@@ -270,11 +276,16 @@ class _Greedy:
         return self.count > 1 and time.monotonic() > deadline
 
     def _pool(self, width: int) -> tuple[Tensor, float]:
-        """Return the ``width`` rows with the largest bounds, and the largest bound among the others."""
+        """Return about ``width`` rows with the largest bounds, and the largest bound there may be among the others."""
         if width >= len(self.rows):
             return torch.arange(len(self.rows), device=self.rows.device), _PICKED
-        values, pool = self.bound.topk(width + 1)
-        return pool[:-1], float(values[-1])
+        sample = self.bound[::_SAMPLE]  # which tells where to part them, in a tenth of the time
+        rest = float(sample.topk(min(width // _SAMPLE + 1, len(sample))).values[-1])
+        pool = (self.bound > rest).nonzero().flatten()
+        if not width <= 2 * len(pool) <= 4 * width:
+            values, pool = self.bound.topk(width + 1)
+            pool, rest = pool[:-1], float(values[-1])
+        return pool, rest
 
     def _refresh(self, pool: Tensor) -> None:
         """Lower the pool's bounds by the picks they have not seen."""
@@ -282,17 +293,13 @@ class _Greedy:
             return
         seen, order = self.seen[pool].sort()
         for part, low in zip(pool[order].split(_TILE), seen.split(_TILE), strict=True):
-            bound = self.bound[part]
-            for first in range(int(low[0]), self.count, _TILE):
-                picks = slice(first, min(first + _TILE, self.count))
-                square = torch.addmm(
-                    self.pick_norm[picks] * (1 + self.margin),
-                    self.near[part],
-                    self.pick_near[picks].T,
-                    alpha=-2,
-                ).amin(1)
-                bound = torch.minimum(bound, square + self.norm[part] * (1 + self.margin) + _TINY)
-            self.bound[part] = torch.where(self.bound[part] < 0, self.bound[part], bound)
+            near, slack, old = self.near.index_select(0, part), self.slack[part], self.bound[part]
+            bound = old
+            step = _PRODUCT // len(part)
+            for first in range(int(low[0]), self.count, step):
+                picks = self.pick_near[first : min(first + step, self.count)]
+                bound = torch.minimum(bound, self.products.least(near, slack, picks))
+            self.bound[part] = torch.where(old < 0, old, bound)
         self.seen[pool] = self.count
 
     def _settle(self, alive: Tensor) -> Tensor:
@@ -302,22 +309,21 @@ class _Greedy:
         if not len(alive):
             return alive
         for part, low in zip(alive.split(_TILE), known.split(_TILE), strict=True):
-            limit = torch.minimum(self.bound[part], self.key[part])[:, None]
-            for first in range(int(low[0]), self.count, _TILE):
-                picks = slice(first, min(first + _TILE, self.count))
-                square = torch.addmm(
-                    self.pick_norm[picks] * (1 - self.margin),
-                    self.near[part],
-                    self.pick_near[picks].T,
-                    alpha=-2,
-                )
-                square += self.norm[part, None] * (1 - self.margin) - _TINY
-                row, pick = (square <= limit).nonzero(as_tuple=True)
+            limit = torch.minimum(self.bound[part], self.key[part])
+            near, slack = self.near.index_select(0, part), self.slack[part]
+            step = _PRODUCT // len(part)
+            for first in range(int(low[0]), self.count, step):
+                picks = self.pick_near[first : min(first + step, self.count)]
+                row, pick = self.products.within(near, slack, picks, limit)
+                self.pairs += len(row)
                 for r, p in zip(row.split(_PAIRS), pick.split(_PAIRS), strict=True):
                     gap = self._exact(part[r]) - self._exact_picks(first + p)
                     self.key.scatter_reduce_(0, part[r], gap.square_().sum(1).float(), "amin")
         self.bound[alive] = self.key[alive]
         self.known[alive] = self.count
+        self.settled += len(alive)
+        if self.near.dtype != torch.float32 and self.pairs > _CROWDED * max(self.settled, _TILE):
+            self._write_down(torch.float32)  # bf16 cannot tell rows so close to each other apart
         return alive
 
     def _pick(self, alive: Tensor, rest: float) -> float:
@@ -333,6 +339,7 @@ class _Greedy:
                 alive, rest = alive[order[:-1]], max(rest, float(values[-1]))
             else:  # mass ties: each pick is dear, and may thin them out
                 most = min(most, 64)
+        alive = alive[self.key[alive] > rest]
         alive = alive[self.rows[alive].argsort()]
         exact, key = self._exact(alive).cpu().numpy(), self.key[alive].cpu().numpy()
         chosen, gaps, key, new = _farthest_first(exact, key, max(rest, 0.0), most)
@@ -349,7 +356,7 @@ class _Greedy:
         self.gaps.append(torch.tensor(gaps, dtype=torch.float32))
         part = slice(self.count, self.count + len(positions))
         self.picks[part] = positions
-        self.pick_near[part], self.pick_norm[part] = self.near[positions], self.norm[positions]
+        self.pick_near[part] = self.products.right(self._exact(positions) - self.mean)
         self.count = part.stop
 
     def _exact_picks(self, numbers: Tensor) -> Tensor:

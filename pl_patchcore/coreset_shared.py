@@ -180,8 +180,7 @@ class _SharedGreedy(_Greedy):
         self.gaps.append(torch.tensor(gaps, dtype=torch.float32))
         part = slice(self.count, self.count + len(numbers))
         self.picks[part], self.pick_rows[part] = numbers, rows
-        near = (rows.double() * self.scale - self.mean).float()
-        self.pick_near[part], self.pick_norm[part] = near, near.square().sum(1)
+        self.pick_near[part] = self.products.right(rows.double() * self.scale - self.mean)
         self.count = part.stop
 
     def _exact_picks(self, numbers: Tensor) -> Tensor:

@@ -24,6 +24,13 @@ KINDS = {
 }
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def _products(request, monkeypatch):
+    """Whatever this machine would choose."""
+    monkeypatch.setattr("pl_patchcore.coreset.product_type", lambda *_: request.param)
+
+
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "dimension", "size"), [(300, 8, 300), (1500, 16, 400), (700, 1, 90), (3, 5, 3)])
 def test_matches_reference(kind, rows, dimension, size):
@@ -31,6 +38,7 @@ def test_matches_reference(kind, rows, dimension, size):
     assert greedy_coreset(torch.from_numpy(features), size).tolist() == reference.greedy(features, size)
 
 
+@pytest.mark.usefixtures("_products")
 @pytest.mark.slow
 def test_matches_reference_on_many_rows():
     rng = np.random.default_rng(0)
@@ -50,11 +58,13 @@ def test_matches_reference_on_many_rows():
     st.data(),
 )
 def test_matches_reference_on_anything(features, data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     size = data.draw(st.integers(1, len(features)))
     start = data.draw(st.integers(0, len(features) - 1))
-    assert greedy_coreset(torch.from_numpy(features), size, start=start).tolist() == reference.greedy(
-        features, size, start
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pl_patchcore.coreset.product_type", lambda *_: dtype)
+        picks = greedy_coreset(torch.from_numpy(features), size, start=start)
+    assert picks.tolist() == reference.greedy(features, size, start)
 
 
 def test_float64_features():

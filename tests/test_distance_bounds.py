@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from pl_patchcore import distance_bounds
+from pl_patchcore.coreset import _Greedy, greedy_selection
+from pl_patchcore.distance_bounds import DistanceBounds, product_type
+
+TYPES = [torch.float32, torch.bfloat16]
+KINDS = {
+    "normal": lambda x: x,
+    "far from each other": lambda x: x * torch.logspace(-12, 0, len(x), dtype=torch.float64)[:, None],
+    "close to each other": lambda x: 1 + 1e-4 * x,
+    "tiny": lambda x: 1e-20 * x,
+    "equal": lambda x: x[:1].expand_as(x),
+    "zero": lambda x: 0 * x,
+}
+
+
+@pytest.fixture
+def in_bf16(monkeypatch):
+    monkeypatch.setattr("pl_patchcore.coreset.product_type", lambda *_: torch.bfloat16)
+
+
+def sides(kind, count, others, dimension):
+    rows = KINDS[kind](torch.randn(count + others, dimension, generator=torch.Generator().manual_seed(count)).double())
+    rows = rows / rows.abs().max().clamp(min=1e-20)
+    square = (rows[:count, None] - rows[None, count:]).square().sum(2)
+    return rows[:count], rows[count:], square
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "others", "dimension"), [(1, 1, 1), (130, 67, 128), (64, 300, 7), (3, 128, 600)])
+def test_bounds_hold(dtype, kind, count, others, dimension):
+    a, b, square = sides(kind, count, others, dimension)
+    bounds = DistanceBounds(dimension, dtype)
+    (left, slack), right = bounds.left(a), bounds.right(b)
+    assert left.shape == (count, bounds.width)
+    assert left.dtype == right.dtype == dtype
+    least = bounds.least(left, slack, right)
+    assert (least.double() >= square.amin(1)).all()
+    for limit in (square.amin(1), square.median(1).values, square.amax(1)):
+        limit = limit.float().nextafter(torch.tensor(torch.inf))
+        kept = torch.zeros_like(square, dtype=torch.bool)
+        kept[bounds.within(left, slack, right, limit)] = True
+        assert kept[square <= limit[:, None]].all()
+
+
+@pytest.mark.parametrize(("dtype", "loose"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_bounds_are_close(dtype, loose):
+    a, b, square = sides("normal", 500, 400, 128)
+    bounds = DistanceBounds(128, dtype)
+    (left, slack), right = bounds.left(a), bounds.right(b)
+    least = square.amin(1)
+    assert (bounds.least(left, slack, right) / least - 1).max() < loose
+    row, pick = bounds.within(left, slack, right, least.float())
+    assert (square[row, pick] < least[row] * (1 + 2 * loose)).all()
+    assert len(row) == len(set(zip(row.tolist(), pick.tolist(), strict=True)))
+
+
+def test_small_work_is_not_measured(monkeypatch):
+    monkeypatch.setattr(distance_bounds, "_measured_type", lambda *_: pytest.fail("measured"))
+    assert product_type(128, 20_000 * 200, torch.device("cpu")) is torch.float32
+    assert product_type(128, 10**9, torch.device("cuda")) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sums", "expected"),
+    [((4, 1), True, torch.bfloat16), ((4, 3.9), True, torch.float32), ((4, 1), False, torch.float32)],
+    ids=["fast", "no faster", "wrong sums"],
+)
+def test_bf16_only_where_it_is_right_and_faster(monkeypatch, seconds, sums, expected):
+    clock, least = [0.0], DistanceBounds.least
+
+    def timed(self, left, slack, right):
+        clock[0] += seconds[TYPES.index(self.dtype)]
+        return least(self, left, slack, right) * (1 if sums or self.dtype == torch.float32 else 0.9)
+
+    monkeypatch.setattr(DistanceBounds, "least", timed)
+    monkeypatch.setattr(distance_bounds.time, "perf_counter", lambda: clock[0])
+    assert distance_bounds._measured_type.__wrapped__(16, 1) is expected
+
+
+@pytest.mark.usefixtures("in_bf16")
+@pytest.mark.parametrize("spread", [1.0, 0.02, 1e-3, 1e-6], ids=str)
+def test_same_picks_in_both_types(spread, monkeypatch):
+    """Clusters: the tighter they are, the less bf16 tells; where it tells too little, float32 takes over."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 24, generator=g).repeat(1500, 1) + spread * torch.randn(4500, 24, generator=g)
+    used, write = [], _Greedy._write_down
+    monkeypatch.setattr(_Greedy, "_write_down", lambda self, dtype: (used.append(dtype), write(self, dtype)))
+    found = greedy_selection(features, 800)
+    assert used[0] is torch.bfloat16
+    assert (used[-1] is torch.float32) == (spread < 0.1)
+    monkeypatch.setattr("pl_patchcore.coreset.product_type", lambda *_: torch.float32)
+    expected = greedy_selection(features, 800)
+    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.radii, expected.radii)
