@@ -7,7 +7,9 @@ The way of an image, one file a stage::
     backbone.py         images (B, 3, H, W)      -> layers (B, C, h, w)
     patch_features.py   layers                   -> patch features (B, h, w, D)
     feature_store.py    the epoch's features     -> one store (N, D), as store_plan.py says: RAM or disk
-    coreset.py          (N, d) projected         -> kept rows (M,); coreset_bounded.py where RAM does not hold all
+    collection.py       the store                -> the rows kept (M, D), by those that follow
+    coreset.py          (N, d) projected         -> kept rows (M,); coreset_bounded.py where RAM does not hold all,
+                                                    coreset_shared.py on several processes
     memory_bank.py      kept features (M, D)     -> nearest neighbours of queries; exact_search.py,
                                                     approximate_search.py, shared_search.py
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)

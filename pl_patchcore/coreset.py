@@ -220,7 +220,8 @@ class _Greedy:
         self.size = size
         n, d = len(rows), features.shape[1]
         device = features.device
-        self.mean = features.sum(0, dtype=torch.float64) * (scale / max(len(features), 1))
+        parts = [part.double().sum(0) for part in features.split(_CHUNK)]
+        self.mean = torch.stack(parts).sum(0) * (scale / max(len(features), 1))
         self.bound = torch.full((n,), torch.inf, device=device)  # >= the gap
         self.seen = torch.zeros(n, dtype=torch.int64, device=device)  # picks that bound knows
         self.key = torch.full((n,), torch.inf, device=device)  # the exact gap ...

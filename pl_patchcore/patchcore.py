@@ -10,47 +10,30 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import AnomalyScorer, Distance
 from pl_patchcore.anomaly_module import AnomalyModule
 from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
-from pl_patchcore.coreset import CoresetMethod, coreset_rows, random_projection, select_coreset
-from pl_patchcore.coreset_bounded import bounded_coreset, selections
-from pl_patchcore.coreset_shared import select_shared_coreset
-from pl_patchcore.distributed import Processes, on_first_process, places
+from pl_patchcore.collection import Collection, ExpectedImages
+from pl_patchcore.coreset import CoresetMethod
+from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
-from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.metrics import Mode
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from pl_patchcore.recipes import RECIPES
-from pl_patchcore.store_plan import (
-    StoreDtype,
-    StoreKind,
-    StorePlan,
-    at_once_in,
-    available_memory,
-    device_memory,
-    duration,
-    free_on_disk,
-    lies_in_memory,
-    product_rate,
-    store_folder,
-)
+from pl_patchcore.store_plan import StoreDtype, StoreKind
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
-
-_LOOKED_AT = 1000  # stored patch features that tell of all
 
 
 class PatchCore(AnomalyModule):
@@ -200,19 +183,13 @@ class PatchCore(AnomalyModule):
             self.patch_features.backbone.network.compile()
         self.memory_bank = memory_bank
         self.scorer = AnomalyScorer(num_neighbors, distance, reweighting_neighbors, sigma)
-        self._store: FeatureStore | None = None
-        self._held_out: FeatureStore | None = None
-        self._grid = (0, 0)  # patches of an image, down and across
-        self._numbers: Tensor | None = None  # of stored rows among those of all processes, where there are several
-        self._total = 0  # stored rows of all processes
+        self._collection: Collection | None = None
         self._kept: Tensor | None = None  # the bank that an update starts from
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # patch features selected from, all updates
         self.register_buffer("coverage_radii", torch.empty(0))  # (M + 1,), see coreset.Selection, projected
         self.register_buffer("coverage", torch.full((2,), torch.nan))  # see `measure_coverage`
-        self.selected: tuple[Tensor, Tensor] | None = None
         self.keep_selected = False  # whether to hold projected patch features and picks until fit ends
         self.memory_promised = 0.0  # bytes that others (of an ensemble) will still take
-        self.memory_planned = 0.0  # bytes that this fit takes until the features are released
 
     @classmethod
     def from_recipe(cls, name: str, **overrides: Any) -> PatchCore:
@@ -333,142 +310,64 @@ class PatchCore(AnomalyModule):
 
     def release(self) -> None:
         """Free what was collected."""
-        for store in (self._store, self._held_out):
-            if store is not None:
-                store.close()
-        self._store = self._held_out = self.selected = None
+        if self._collection is not None:
+            self._collection.close()
+        self._collection = None
+
+    @property
+    def selected(self) -> tuple[Tensor, Tensor] | None:
+        """Projected patch features and the picks among them, if they are kept (`keep_selected`), until fit ends."""
+        return None if self._collection is None else self._collection.selected
+
+    @property
+    def memory_planned(self) -> float:
+        """Bytes that this fit takes until what it collected is freed."""
+        return 0.0 if self._collection is None else self._collection.peak
 
     def collect(self, images: Tensor, index: Tensor, aside: Tensor) -> None:
         """Store the images' patch features, those for calibration apart."""
         patches = self.patch_features(images)  # (B, h, w, D)
-        if self._store is None:
-            self._store, self._held_out = self._make_stores(patches)
-        for store, chosen in ((self._store, ~aside), (self._held_out, aside)):
-            if store is not None and chosen.any():
-                store.add(patches[chosen.to(patches.device)], index[chosen])
+        if self._collection is None:
+            near = self.trainer.num_devices if self.trainer.world_size > 1 else 1
+            collection = Collection(self.hparams, self.device)
+            expected = self._expected_images(len(patches))
+            collection.reserve(patches.shape, expected, self.memory_bank.check, near, self.memory_promised)
+            self._collection = collection
+        self._collection.add(patches, index, aside)
 
     def select(self) -> None:
         """Select the coreset and fill the memory bank."""
-        start, hp, processes = time.perf_counter(), self.hparams, self.processes()
-        store = self._count_stored(processes)
-        kept = torch.empty(0, store.dimension) if self._kept is None else self._kept.float().cpu()
-        self.seen += self._total
-        number = len(kept) + self._total
-        size = min(number, coreset_rows(int(self.seen), hp["coreset_ratio"], hp["coreset_size"]))
-        at_once = number
-        if hp["selection_memory"] is not None:
-            at_once = min(at_once, at_once_in(hp["selection_memory"], min(store.dimension, hp["projection_dim"])))
-        trainer = self._trainer
+        start, trainer = time.perf_counter(), self._trainer
+        if self._collection is None:  # no image came to this process
+            self._collection = Collection(self.hparams, self.device)
+        collection = self._collection
+        collection.join(self.processes())
+        kept = torch.empty(0, collection.dimension) if self._kept is None else self._kept.float().cpu()
+        self.seen += collection.total
         shown = trainer is not None and trainer.progress_bar_callback is not None and trainer.is_global_zero
-        total = size if at_once == number else selections(number, size, at_once)
-        with tqdm(total=total, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
-            if at_once < number:
-                fetch = self._projections(store, kept)
-                picks, radius = bounded_coreset(fetch, number, size, at_once, bar.update)
-                radii = None
-                log.info(
-                    "selected %d rows at once: no patch feature is farther than %.4g (projected).", at_once, radius
-                )
-            else:
-                method, seed, seconds = hp["coreset_method"], hp["seed"], hp["coreset_seconds"]
-                projected = torch.empty(number, 0)
-                before = kept if processes.rank == 0 else kept[:0]  # process 0 brings the earlier bank
-                if method in ("greedy", "approximate"):
-                    projected = self._projections(store, before)(None)
-                options: Any = {"seed": seed, "seconds": seconds, "progress": bar.update}
-                if self._numbers is None:
-                    picks, radii = select_coreset(projected, size, method, **options)
-                    self.selected = (projected, picks) if self.keep_selected and projected.shape[1] else None
-                else:
-                    own = torch.cat([torch.arange(len(before)), self._numbers + len(kept)]).to(self.device)
-                    picks, radii = select_shared_coreset(projected, own, size, processes, method, **options)
-                    log.info(
-                        "selected by %d processes together, with %d collectives of %.3g MB from each.",
-                        *(processes.count, processes.collectives, processes.bytes / 1e6),
-                    )
-                del projected
-        store.forget_projected()
-        picks = picks.cpu()
-        bank = torch.empty(len(picks), store.dimension)
-        old = picks < len(kept)
-        bank[old], bank[~old] = kept[picks[old]], self._stored(picks[~old] - len(kept))
+        bank, radii = collection.select(kept, int(self.seen), keep=self.keep_selected, shown=shown)
         self.memory_bank.fill(bank.to(self.device))
         self._kept = None
         if self.memory_bank.approximate:
-            self.memory_bank.recall(self._stored_sample())
+            self.memory_bank.recall(collection.sample().to(self.device))
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
-            *(len(picks), number, store.dimension, time.perf_counter() - start),
+            *(len(bank), len(kept) + collection.total, bank.shape[1], time.perf_counter() - start),
         )
-        if len(picks) < size and hp["coreset_method"] in ("greedy", "approximate"):
-            log.warning("coreset_seconds: time was up with %d of %d patch features selected.", len(picks), size)
         if radii is not None:
             self.coverage_radii = radii.to(self.device)
         self.coverage = self.measure_coverage()
         log.info(
-            "coverage: patch features lie %.4g from the memory bank on average, %.4g at most (%d looked at).",
-            *(self.coverage[1].item(), self.coverage[0].item(), min(_LOOKED_AT, self._total)),
+            "coverage: patch features lie %.4g from the memory bank on average, %.4g at most.",
+            *(self.coverage[1].item(), self.coverage[0].item()),
         )
-
-    def _count_stored(self, processes: Processes) -> FeatureStore:
-        """This process's store, an empty one if it got no image; and what numbers its rows have among all."""
-        store, hp = self._store, self.hparams
-        shape = (0, 0, 0, 0) if store is None else (store.dimension, store.patches, *self._grid)
-        dimension, patches, *grid = (int(n) for n in processes.largest(*shape))
-        if not dimension:
-            raise UserError("no training image is left for the memory bank; lower calibration_share.")
-        if store is None:
-            reads = hp["coreset_method"] in ("greedy", "approximate")
-            matrix = random_projection(dimension, hp["projection_dim"], hp["seed"]) if reads else None
-            store = self._store = FeatureStore(dimension, 1, projection=matrix)
-        self._grid = (grid[0], grid[1])
-        place, images = places(store.images, processes)
-        self._total = images * patches
-        if not images:
-            raise UserError("no training image is left for the memory bank; lower calibration_share.")
-        several = processes.count > 1
-        self._numbers = (place[:, None] * patches + torch.arange(patches)).flatten() if several else None
-        return store
-
-    def _stored(self, rows: Tensor) -> Tensor:
-        """Stored rows of the data set's order, whichever process holds them: int64 ``(M,)`` -> float32 ``(M, D)``."""
-        assert self._store is not None
-        if self._numbers is None:
-            return self._store.take(rows)
-        result = torch.zeros(len(rows), self._store.dimension)
-        if len(self._numbers):
-            place = torch.searchsorted(self._numbers, rows).clamp(max=len(self._numbers) - 1)
-            mine = self._numbers[place] == rows
-            result[mine] = self._store.take(place[mine])
-        return self.processes().merge(result)
-
-    def _projections(self, store: FeatureStore, kept: Tensor) -> Callable[[Tensor | None], Tensor]:
-        """What gives projected rows, by number or all, of the earlier bank and then of the store."""
-        matrix = random_projection(store.dimension, self.hparams["projection_dim"], self.hparams["seed"])
-        before = kept if matrix is None else kept @ matrix
-
-        def projected(rows: Tensor | None) -> Tensor:
-            if not len(kept):
-                return store.projected(rows).to(self.device)
-            if rows is None:
-                return torch.cat([before, store.projected()]).to(self.device)
-            old = rows.cpu() < len(kept)
-            result = torch.empty(len(rows), before.shape[1])
-            result[old] = before[rows.cpu()[old]]
-            result[~old] = store.projected(rows.cpu()[~old] - len(kept))
-            return result.to(self.device)
-
-        return projected
 
     def score_held_out(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Indices, anomaly scores and maps of the images collected for calibration, one at a time."""
-        store, shape = self._held_out, self._input_shape
-        if store is None or shape is None or not len(store):
+        if self._collection is None or self._input_shape is None:
             return
-        h, w = self._grid
-        for index, rows in zip(store.images, torch.arange(len(store)).split(h * w), strict=True):
-            patches = store.take(rows).view(1, h, w, store.dimension).to(self.device)
-            scores, maps = self.scorer(patches, self.memory_bank, (shape[-2], shape[-1]))
+        for index, patches in self._collection.held_out_images():
+            scores, maps = self.scorer(patches.to(self.device), self.memory_bank, self._input_shape[-2:])
             yield torch.tensor([index]), scores, maps
 
     def measure_coverage(self) -> Tensor:
@@ -490,8 +389,8 @@ class PatchCore(AnomalyModule):
         return float((distance.square() if self.hparams["distance"] == "squared" else distance).mean())
 
     def _stored_sample(self) -> Tensor:
-        rows = torch.linspace(0, self._total - 1, min(_LOOKED_AT, self._total)).long()
-        return self._stored(rows).to(self.device)
+        assert self._collection is not None
+        return self._collection.sample().to(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As `AnomalyModule`; also cut the bank down to ``coreset_size``."""
@@ -511,59 +410,16 @@ class PatchCore(AnomalyModule):
                 log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
             state["calibration_scores"], state["calibration_peaks"] = torch.empty(2, 0)
 
-    def _make_stores(self, patches: Tensor) -> tuple[FeatureStore, FeatureStore | None]:
-        """Plan for the whole data set, told or refused, then the stores: for the memory bank, for calibration."""
-        hp, (_, h, w, d) = self.hparams, patches.shape
-        self._grid = (h, w)
-        folder, dtype = store_folder(hp["store_dir"]), getattr(torch, hp["store_dtype"])
-        reads = hp["coreset_method"] in ("greedy", "approximate")
-        projection = random_projection(d, hp["projection_dim"], hp["seed"]) if reads else None
-        images, aside, everywhere = self._image_counts(len(patches))
-        near = self.trainer.num_devices if self.trainer.world_size > 1 else 1  # processes that share the memory
-        rows, held_out = None, None
-        if images is None:
-            self.memory_bank.check(d, None)
-            store = "ram" if hp["store"] == "auto" else hp["store"]
-            place = f"on disk in {folder}" if store == "disk" else "in RAM"
-            log.info("collecting patch features of %d numbers of an unknown number of images, %s.", d, place)
-        else:
-            rows, held_out = images * h * w, aside * h * w
-            every = hp["coreset_method"] == "none"
-            number = everywhere * h * w
-            size = number if every else coreset_rows(number, hp["coreset_ratio"], hp["coreset_size"])
-            self.memory_bank.check(d, size)
-            plan = StorePlan(
-                rows, held_out, d, min(d, hp["projection_dim"]) if reads else 0, size,
-                hp["store"], folder, dtype, hp["selection_memory"], available_memory() / near - self.memory_promised,
-                free_on_disk(folder), lies_in_memory(folder), device_memory(self.device),
-                hp["coreset_method"] == "greedy",
-            ).chosen()  # fmt: skip
-            self.memory_planned, store = plan.peak, plan.store
-            seconds = plan.seconds(product_rate(plan.projected, self.device)) if reads else 0.0
-            log.info("collecting %s; selection takes about %s (an estimate).", plan, duration(seconds))
-        on_disk = folder if store == "disk" else None
-        main = FeatureStore(
-            d, rows, projection=projection, folder=on_disk, projected_on_disk=hp["selection_memory"] is not None,
-            dtype=dtype,
-        )  # fmt: skip
-        if not hp["calibration_share"]:
-            return main, None
-        try:  # float32: held-out images are to be scored as new ones will be
-            return main, FeatureStore(d, held_out or 64 * h * w, folder=on_disk)
-        except UserError:
-            main.close()
-            raise
-
-    def _image_counts(self, batch: int) -> tuple[int | None, int, int]:
-        """Most images that can come for the memory bank (None: not known) and for calibration; the former of all."""
+    def _expected_images(self, batch: int) -> ExpectedImages | None:
+        """Most images that can come, where their number is known."""
         batches, world = self.trainer.num_training_batches, self.trainer.world_size
         if batches == float("inf"):
-            return None, 0, 0
+            return None
         images = int(batches) * batch
         try:
             total = len(self.trainer.train_dataloader.dataset)  # type: ignore[union-attr]
         except (AttributeError, TypeError):
-            return images, 0, images * world
+            return ExpectedImages(images, 0, images * world)
         images = min(images, -(-total // world))
         aside = len(self._aside or ())
-        return min(images, total - aside), min(images, aside), min(images * world, total - aside)
+        return ExpectedImages(min(images, total - aside), min(images, aside), min(images * world, total - aside))

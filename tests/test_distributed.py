@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+SHARED = (Path(__file__).parents[1] / ".." / "shared").resolve()
 SCRIPT = """
 import json, os, sys, warnings
 warnings.simplefilter("ignore")
@@ -33,6 +36,17 @@ model = PatchCore(
     shard_bank=own == "sharded",
 )
 data = SyntheticDataModule(batch_size=batch, num_workers=0, train_images=images, test_nominal=5, test_per_defect=2)
+if own == "tiles":
+    from pl_patchcore import MTDDataModule
+    class SomeTiles(MTDDataModule):
+        def load_records(self):
+            train, test = super().load_records()
+            return train[:images], test[::30]
+    model = PatchCore(
+        "mobilenet_v2", layers=["features.6", "features.13"], weights=os.environ["SHARED"] + "/weights/mobilenet_v2.pth",
+        resize=112, crop=None, coreset_ratio=0.1, projection_dim=64,
+    )
+    data = SomeTiles(os.environ["SHARED"] + "/data/mtd", batch_size=batch, num_workers=0)
 if own == "sharded":
     class Dealt(PatchCore):
         def on_scored(self):
@@ -74,9 +88,16 @@ if own == "update":
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
     )
     model.update(trainer, SyntheticDataModule(batch_size=batch, num_workers=0, train_images=7, seed=1))
-trainer.test(model, data, verbose=False)
+tested = predicted = data
+if own == "few":  # images to test and to predict
+    from pl_patchcore import FolderDataModule
+    data.setup("test")
+    few = [data.test_set[i] for i in (0, 6)]
+    tested = DataLoader([(sample["image"], sample["label"], sample["mask"]) for sample in few], batch_size=batch)
+    predicted = FolderDataModule(predict=os.path.dirname(out) + "/few", batch_size=batch, num_workers=0)
+trainer.test(model, tested, verbose=False)
 trainer.callbacks.append(PredictionWriter(maps=True))
-trainer.predict(model, data, return_predictions=False)
+trainer.predict(model, predicted, return_predictions=False)
 if trainer.is_global_zero:
     state = {k: v for k, v in model.state_dict().items() if "patch_features" not in k}
     torch.save(state, out + "/state.pt")
@@ -86,11 +107,19 @@ if trainer.is_global_zero:
 """
 
 
+def draw(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(256, size=(2, 64, 64, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i}.png")
+
+
 def start(folder: Path, devices: int, images: int, own: str = "", batch: int = 1) -> subprocess.Popen[str]:
     folder.mkdir()
+    draw(folder.parent / "few")
     script = folder / "fit.py"
     script.write_text(SCRIPT)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    env = os.environ | {"SHARED": str(SHARED), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(script), str(devices), str(images), str(folder), own, str(batch)]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -105,6 +134,9 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared (MTD and MobileNetV2 weights)")
+
+
 @pytest.mark.parametrize(
     ("images", "devices", "own", "batch"),
     [
@@ -116,6 +148,9 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
         (13, (2,), "random", 1),
         (13, (2,), "update", 1),
         (13, (2, 3), "sharded", 1),
+        (13, (3,), "few", 1),
+        pytest.param(19, (2, 3), "tiles", 1, marks=needs_shared),
+        pytest.param(19, (2, 3), "tiles", 4, marks=needs_shared),
     ],
     ids=[
         "does not divide",
@@ -126,6 +161,9 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
         "random",
         "update",
         "a bank dealt out",
+        "fewer images to test and to predict",
+        "magnetic tiles",
+        "magnetic tiles in batches of 4",
     ],
 )
 def test_equals_one_process(tmp_path, images, devices, own, batch):
@@ -152,7 +190,7 @@ def test_equals_one_process(tmp_path, images, devices, own, batch):
                 assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
             else:  # rows of the same patches in the same order
                 assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6, equal_nan=True), name
-        assert len(tables[count]) == 1 + 5 + 4 * 2
+        assert len(tables[count]) == 1 + {"few": 2, "tiles": 20}.get(own, 5 + 4 * 2)
         for row, other in zip(tables[1], tables[count], strict=True):
             assert row[0] == other[0]
             assert row[-1] == other[-1]  # the map's name

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pl_patchcore
-from pl_patchcore import PatchCore, PatchCoreEnsemble, UserError, feature_store, patchcore, store_plan
+from pl_patchcore import PatchCore, PatchCoreEnsemble, UserError, collection, feature_store, store_plan
 from pl_patchcore.coreset import random_projection
 from pl_patchcore.feature_store import FeatureStore
 from pl_patchcore.store_plan import GIB, StorePlan, available_memory, least_at_once
@@ -309,7 +309,7 @@ def test_disk_that_is_full(small_disk, monkeypatch):
         FeatureStore(192, 2000, folder=str(small_disk))
     assert store_plan.free_on_disk(small_disk) == 2**20
     monkeypatch.setattr(feature_store, "_GROW", 500)  # two reservations fit, the third does not
-    monkeypatch.setattr(patchcore, "free_on_disk", lambda folder: 2**40)
+    monkeypatch.setattr(collection, "free_on_disk", lambda folder: 2**40)
     message = "no room for the feature store .*No space left on device"
     for reserves in (True, False):
         if not reserves:  # as on systems without posix_fallocate: the write itself fails
@@ -448,13 +448,13 @@ def test_plan_is_told_before_the_fit(tmp_path, caplog, store):
 def test_fit_beyond_memory_is_refused_and_auto_turns_to_the_disk(tmp_path, monkeypatch, caplog):
     plan = StorePlan(160, 0, 1536, 16, 20, "ram", "/", torch.float32, None, 0, 1e9, False)
     disk = dataclasses.replace(plan, store="disk")
-    monkeypatch.setattr(patchcore, "available_memory", lambda: (plan.peak + disk.peak) / 2)
+    monkeypatch.setattr(collection, "available_memory", lambda: (plan.peak + disk.peak) / 2)
     with pytest.raises(UserError, match=r"of main memory needed.*What would: store: disk"):
         fit(model_of(copies=8, store="ram"))
     with caplog.at_level(logging.INFO):
         fit(model_of(copies=8, store_dir=str(tmp_path)))
     assert f"on disk in {tmp_path}" in caplog.text
-    monkeypatch.setattr(patchcore, "free_on_disk", lambda folder: 1000)
+    monkeypatch.setattr(collection, "free_on_disk", lambda folder: 1000)
     with pytest.raises(UserError, match=r"0.00 GiB of disk needed in .*larger disk"):
         fit(model_of(copies=8, store="disk", store_dir=str(tmp_path)))
 
@@ -468,9 +468,9 @@ def test_members_of_an_ensemble_share_the_memory(monkeypatch):
     monkeypatch.setattr(StorePlan, "chosen", lambda plan: needs.append(plan.peak) or plain(plan))
     fit(PatchCoreEnsemble(members, **options))
     first, second = needs
-    monkeypatch.setattr(patchcore, "available_memory", lambda: first + second + 1)
+    monkeypatch.setattr(collection, "available_memory", lambda: first + second + 1)
     fit(PatchCoreEnsemble(members, **options))
-    monkeypatch.setattr(patchcore, "available_memory", lambda: first + second - 1)
+    monkeypatch.setattr(collection, "available_memory", lambda: first + second - 1)
     with pytest.raises(UserError, match="of main memory needed"):
         fit(PatchCoreEnsemble(members, **options))
 

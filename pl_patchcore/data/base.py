@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from tqdm import tqdm
 
 from pl_patchcore.errors import UserError
@@ -338,11 +338,22 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
-        return self._loader(self.predict_set)
+        return self._loader(self.predict_set, self._dealt_to_all(self.predict_set))
 
-    def _loader(self, data: ImageDataset) -> DataLoader[Sample]:
+    def _dealt_to_all(self, data: ImageDataset) -> Sampler[int] | None:
+        """What gives each of several processes an image where there are too few: Lightning's sampler refuses that.
+
+        Images given to more than one process count once (`AnomalyModule`).
+        """
+        trainer = self.trainer
+        if trainer is None or not 0 < len(data) < trainer.world_size:
+            return None
+        return DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
+
+    def _loader(self, data: ImageDataset, sampler: Sampler[int] | None = None) -> DataLoader[Sample]:
         return DataLoader(
             data,
+            sampler=sampler,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

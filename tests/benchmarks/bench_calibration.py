@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.calibration import conformal_threshold, draw_held_out
-from pl_patchcore.coreset import random_projection
+from pl_patchcore.collection import Collection, ExpectedImages
 from pl_patchcore.data.base import ImageDataset
-from pl_patchcore.feature_store import FeatureStore
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 RATES = (0.01, 0.05, 0.1, 0.2)
@@ -45,13 +44,11 @@ def main(splits: int = 25) -> None:
         order = np.random.default_rng(split).permutation(len(patches))
         known, new = np.sort(order[: int(0.8 * len(order))]), order[int(0.8 * len(order)) :]
         aside = draw_held_out(len(known), SHARE, split)
-        matrix = random_projection(d, model.hparams["projection_dim"], model.hparams["seed"])
-        model._store = FeatureStore(d, len(known) * h * w, projection=matrix)
-        model._held_out = FeatureStore(d, len(known) * h * w)
-        model._grid, model._input_shape = (h, w), (3, 160, 160)
+        collection = model._collection = Collection(model.hparams, model.device)
+        collection.reserve(patches.shape, ExpectedImages(len(known), len(aside), len(known)), model.memory_bank.check)
+        model._input_shape = (3, 160, 160)
         for position, index in enumerate(known):
-            store = model._held_out if position in aside else model._store
-            store.add(patches[[index]], torch.tensor([position]))
+            collection.add(patches[[index]], torch.tensor([position]), torch.tensor([position in aside]))
         model.select()
         held = [(s, m.flatten(1).amax(1)) for s, m in model.score_held_out()]
         fresh = [model.scorer(part, model.memory_bank, (160, 160)) for part in patches[new].split(32)]
