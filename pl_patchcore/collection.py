@@ -132,7 +132,7 @@ class Collection:
             raise
 
     def add(self, patches: Tensor, index: Tensor, aside: Tensor) -> None:
-        """Store patch features ``(B, h, w, D)`` of images with these indices, those set ``aside`` for calibration apart."""
+        """Store patch features ``(B, h, w, D)`` of images with these indices, those set ``aside`` apart."""
         for store, chosen in ((self.store, ~aside), (self.held_out, aside)):
             if store is not None and chosen.any():
                 store.add(patches[chosen.to(patches.device)], index[chosen])
@@ -279,7 +279,7 @@ class Collection:
 
     def held_out_images(self) -> Iterator[tuple[int, Tensor]]:
         """Index and patch features ``(1, h, w, D)`` of each image set aside, one at a time."""
-        if self.held_out is None:
+        if self.held_out is None or not len(self.held_out):
             return
         h, w = self.grid
         for index, rows in zip(self.held_out.images, torch.arange(len(self.held_out)).split(h * w), strict=True):

@@ -38,7 +38,6 @@ def main(splits: int = 25) -> None:
     records = [r for part in MTDDataModule(SHARED / "data" / "mtd").records for r in part if r.label == 0]
     images = torch.utils.data.DataLoader(ImageDataset(records, model.transform), 32, num_workers=2)
     patches = torch.cat([model.patch_features(batch["image"]) for batch in tqdm(images, "Features")])
-    _, h, w, d = patches.shape
     alarms: dict[tuple[str, float], list[float]] = {}
     for split in tqdm(range(splits), "Splits"):
         order = np.random.default_rng(split).permutation(len(patches))
