@@ -109,6 +109,29 @@ def test_a_row_that_another_process_is_at_is_left_alone(tmp_path):
     second.wait()
 
 
+@pytest.mark.parametrize(
+    ("visible", "processes", "expected"),
+    [
+        (None, 3, ["0", "1", "0"]),
+        ("4,6", 2, ["4", "6"]),
+        ("GPU-1f,GPU-2e", 3, ["GPU-1f", "GPU-2e", "GPU-1f"]),
+        ("4,6", 1, ["4,6"]),  # one row at a time: it may use all
+    ],
+)
+def test_rows_are_dealt_out_to_gpus(tmp_path, monkeypatch, visible, processes, expected):
+    """Stand-ins for two GPUs and for the runs; that a run takes the device it sees is torch's part."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    seen = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, env, **kwargs: seen.append(env.get("CUDA_VISIBLE_DEVICES")))
+    for slot in range(processes):
+        _start(Job(f"row{slot}", None, None, tmp_path / f"row{slot}", {"model": {}}), slot, processes)
+    assert seen == expected
+
+
 def test_plan(tmp_path):
     settings = {"model": {"seed": 7}, "data": {"class_path": "X", "init_args": {"root": "r"}}, "trainer": {}}
     jobs = plan(settings, tmp_path, ["a", "b"], "category", [1, 5], [0, 3])

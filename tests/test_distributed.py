@@ -44,7 +44,8 @@ if own == "tiles":
             return train[:images], test[::30]
     model = PatchCore(
         "mobilenet_v2", layers=["features.6", "features.13"],
-        weights=os.environ["SHARED"] + "/weights/mobilenet_v2.pth", resize=112, crop=None, coreset_ratio=0.1, projection_dim=64,
+        weights=os.environ["SHARED"] + "/weights/mobilenet_v2.pth", resize=112, crop=None, coreset_ratio=0.1,
+        projection_dim=64,
     )
     data = SomeTiles(os.environ["SHARED"] + "/data/mtd", batch_size=batch, num_workers=0)
 if own == "sharded":
