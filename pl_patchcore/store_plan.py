@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from pl_patchcore.coreset_bounded import least_at_once
+from pl_patchcore.distance_bounds import DistanceBounds, product_type
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
 
@@ -27,7 +28,7 @@ StoreDtype = Literal["float32", "float16", "bfloat16"]
 
 GIB = 2**30
 SHARE = 0.5  # of the memory available: what "auto" lets a fit take before it turns to the disk
-_ROW_STATE = 96  # bytes a row that greedy selection keeps beside the row, its centred copy and that one's square
+_ROW_STATE = 96  # bytes a row that greedy selection keeps beside the row and its copies for products
 _WORK = 2**28  # bytes of blocks, whatever the size
 _EVALUATED = 0.75  # of N M distances, those that greedy selection evaluates
 _EXTRA = 3000  # picks whose distances take as long as what is done once for each row
@@ -40,7 +41,9 @@ def at_once_in(gib: float, numbers: int) -> int:
 
 
 def _row_bytes(numbers: int) -> int:
-    return 16 * numbers + _ROW_STATE  # the row, its centred copy, the square of that, and its copy once picked
+    return (
+        16 * numbers + _ROW_STATE
+    )  # the row, its copy for products, a second one if their type changes, one once picked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,13 +239,15 @@ def selection_seconds(rows: int, bank: int, numbers: int, flops: float) -> float
 
 
 def product_rate(numbers: int, device: torch.device) -> float:
-    """Floating-point operations a second of selection's float32 products, measured for some milliseconds."""
-    rows = torch.randn(1024, numbers, device=device)
+    """Floating-point operations a second of selection's products, measured for some milliseconds."""
+    bounds = DistanceBounds(numbers, product_type(numbers, 2**40, device))
+    rows = torch.randn(1024, numbers, device=device).double()
+    (left, slack), right = bounds.left(rows), bounds.right(rows)
     best = float("inf")
     with full_precision(device):
         for _ in range(8):
             start = time.perf_counter()
-            torch.addmm(rows[:, 0], rows, rows.T, alpha=-2).amin(1).sum().item()
+            bounds.least(left, slack, right).sum().item()
             best = min(best, time.perf_counter() - start)
     return 2 * 1024**2 * numbers / best
 

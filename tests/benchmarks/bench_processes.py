@@ -5,7 +5,7 @@
 Each process holds an equal share of one random mixture, 128 dimensions, and computes with one thread; they speak by
 gloo on one machine, so that more processes than cores wait for each other. The picks are compared with those of one
 process. Bytes are what one process puts into the selection's collectives; Lightning's own, one a training batch, come
-on top. Memory is the peak of one process above its shard, in multiples of the rows of all.
+on top. The peak is the most memory that any process takes, its shard included, libraries not.
 """
 
 import os
@@ -25,7 +25,7 @@ from pl_patchcore.coreset import select_coreset
 from pl_patchcore.coreset_shared import select_shared_coreset
 from pl_patchcore.distributed import Processes
 
-SHARES = (0.01, 0.1)
+SHARES, COUNTS = (0.01, 0.1), (1, 2, 4)
 
 
 def kilobytes(name: str) -> int:
@@ -33,38 +33,52 @@ def kilobytes(name: str) -> int:
     return int(status[name].split()[0])
 
 
-def work(rank: int, count: int, rows: int, folder: str) -> None:
+def work(rank: int, count: int, share: float, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if count > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meeting{count}", rank=rank, world_size=count)
-    numbers = torch.arange(rank, rows, count)
-    own = mixture(rows)[numbers].clone()
-    select_coreset(own[:20_000], 200)  # what libraries set aside once
-    for share in SHARES:
-        size, processes = int(share * rows), Processes()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, start = kilobytes("VmRSS"), time.perf_counter()
-        alone = count == 1
-        selection = select_coreset(own, size) if alone else select_shared_coreset(own, numbers, size, processes)
-        seconds, peak = time.perf_counter() - start, kilobytes("VmHWM") - before
-        if rank == 0:
-            measured = [seconds, processes.collectives, processes.bytes, peak * 1024]
-            torch.save([torch.tensor(measured, dtype=torch.float64), selection.rows], f"{folder}/{count} {share}.pt")
+        dist.init_process_group("gloo", f"file://{folder}/meeting {count} {share}", rank=rank, world_size=count)
+    shards = [torch.load(f"{folder}/{part}.pt", mmap=True) for part in range(count)]
+    rows, processes = sum(len(shard) for shard in shards), Processes()
+    select_coreset(shards[0][:20_000].clone(), 200)  # what libraries set aside once
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    own, numbers = shards[rank].clone(), torch.arange(rank, rows, count)
+    processes.gather(torch.zeros(1))  # none starts before all are here
+    processes.collectives = processes.bytes = 0
+    size, start = int(share * rows), time.perf_counter()
+    if count == 1:
+        selection = select_coreset(own, size)
+    else:
+        selection = select_shared_coreset(own, numbers, size, processes)
+    seconds, exchanged = time.perf_counter() - start, (processes.collectives, processes.bytes)
+    (peak,) = processes.largest(kilobytes("VmHWM") - before)
+    if rank == 0:
+        measured = torch.tensor([seconds, *exchanged, peak], dtype=torch.float64)
+        torch.save([measured, selection.rows], f"{folder}/{count} {share}.found")
+    if count > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def main(rows: int) -> None:
     console = Console(width=120)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     console.print(f"{os.cpu_count()} cores, one thread a process, torch {torch.__version__}, load before {load}")
-    table = Table("rows", "picks", "processes", "seconds", "times faster", "collectives", "MB sent", "memory", "picks")
+    table = Table(
+        "rows", "picks", "processes", "seconds", "times faster", "collectives", "MB sent", "peak, MB", "picks"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        for count in (1, 2, 4):
-            mp.spawn(work, (count, rows, folder), nprocs=count)
+        features = mixture(rows)
+        for count in COUNTS:
+            for rank in range(count):
+                torch.save(features[rank::count].clone(), f"{folder}/{rank}.pt")
+            for share in SHARES:
+                mp.spawn(work, (count, share, folder), nprocs=count)
         for share in SHARES:
-            alone, expected = torch.load(f"{folder}/1 {share}.pt")
-            for count in (1, 2, 4):
-                measured, picks = torch.load(f"{folder}/{count} {share}.pt")
+            alone, expected = torch.load(f"{folder}/1 {share}.found")
+            for count in COUNTS:
+                measured, picks = torch.load(f"{folder}/{count} {share}.found")
                 seconds, collectives, sent, peak = measured.tolist()
                 table.add_row(
                     f"{rows:,}",
@@ -74,7 +88,7 @@ def main(rows: int) -> None:
                     f"{alone[0] / seconds:.2f}",
                     f"{collectives:.0f}",
                     f"{sent / 1e6:.1f}",
-                    f"{peak / (rows * 512):.2f}",
+                    f"{peak / 1024:.0f}",
                     "same" if torch.equal(picks, expected) else "DIFFERENT",
                 )
     console.print(table)
