@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from pl_patchcore.distance_bounds import DistanceBounds, product_type
+from pl_patchcore.distance_bounds import TINY, DistanceBounds, product_type
 from pl_patchcore.errors import UserError
-from pl_patchcore.numerics import full_precision
+from pl_patchcore.numerics import full_precision, product_margin
 
 CoresetMethod = Literal["greedy", "approximate", "random", "none"]
 
@@ -217,6 +218,7 @@ class _Greedy:
 
     def __init__(self, features: Tensor, rows: Tensor, scale: float, size: int) -> None:
         self.features, self.rows, self.scale = features, rows, scale
+        self.numbers = rows  # by position, as all that follows; ties go to the lowest
         self.size = size
         n, d = len(rows), features.shape[1]
         device = features.device
@@ -238,11 +240,12 @@ class _Greedy:
         self.products = DistanceBounds(self.features.shape[1], dtype)
         self.near = torch.empty(n, self.products.width, dtype=dtype, device=device)
         self.slack = torch.empty(n, device=device)
-        for part in torch.arange(n, device=device).split(_CHUNK):
-            self.near[part], self.slack[part] = self.products.left(self._exact(part) - self.mean)
+        parts = (each.split(_CHUNK) for each in (torch.arange(n, device=device), self.near, self.slack))
+        for part, near, slack in zip(*parts, strict=True):
+            slack[:] = self.products.left(self._exact(part).sub_(self.mean), out=near)[1]
         self.pick_near = torch.empty(self.size, self.products.width, dtype=dtype, device=device)
         for part in torch.arange(self.count, device=device).split(_CHUNK) if self.count else ():
-            self.pick_near[part] = self.products.right(self._exact_picks(part) - self.mean)
+            self.pick_near[part] = self.products.right(self._exact_picks(part).sub_(self.mean))
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         if gaps is None:
@@ -266,7 +269,8 @@ class _Greedy:
             self._refresh(pool)
             before = self.count
             alive = pool[self.bound[pool] > rest]
-            if self._pick(self._settle(alive), rest) <= 0:
+            self._settle(alive)
+            if self._pick(alive, rest) <= 0:
                 return True  # every gap is 0
             width = smallest if self.count > before else 2 * width
         if progress is not None:
@@ -290,31 +294,18 @@ class _Greedy:
 
     def _refresh(self, pool: Tensor) -> None:
         """Lower the pool's bounds by the picks they have not seen."""
-        if not len(pool):
-            return
-        seen, order = self.seen[pool].sort()
-        for part, low in zip(pool[order].split(_TILE), seen.split(_TILE), strict=True):
-            near, slack, old = self.near.index_select(0, part), self.slack[part], self.bound[part]
-            bound = old
-            step = _PRODUCT // len(part)
-            for first in range(int(low[0]), self.count, step):
-                picks = self.pick_near[first : min(first + step, self.count)]
+        for part, near, slack, pieces in self._unseen(pool, self.seen):
+            old = bound = self.bound[part]
+            for _, picks in pieces:
                 bound = torch.minimum(bound, self.products.least(near, slack, picks))
             self.bound[part] = torch.where(old < 0, old, bound)
         self.seen[pool] = self.count
 
-    def _settle(self, alive: Tensor) -> Tensor:
+    def _settle(self, alive: Tensor) -> None:
         """Make the keys of ``alive`` exact: float64 differences of the pairs that products cannot rule out."""
-        known, order = self.known[alive].sort()
-        alive = alive[order]
-        if not len(alive):
-            return alive
-        for part, low in zip(alive.split(_TILE), known.split(_TILE), strict=True):
+        for part, near, slack, pieces in self._unseen(alive, self.known):
             limit = torch.minimum(self.bound[part], self.key[part])
-            near, slack = self.near.index_select(0, part), self.slack[part]
-            step = _PRODUCT // len(part)
-            for first in range(int(low[0]), self.count, step):
-                picks = self.pick_near[first : min(first + step, self.count)]
+            for first, picks in pieces:
                 row, pick = self.products.within(near, slack, picks, limit)
                 self.pairs += len(row)
                 for r, p in zip(row.split(_PAIRS), pick.split(_PAIRS), strict=True):
@@ -325,7 +316,20 @@ class _Greedy:
         self.settled += len(alive)
         if self.near.dtype != torch.float32 and self.pairs > _CROWDED * max(self.settled, _TILE):
             self._write_down(torch.float32)  # bf16 cannot tell rows so close to each other apart
-        return alive
+
+    def _unseen(self, rows: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[tuple[int, Tensor]]]]:
+        """Rows with like histories together, written down, and the picks they have not seen, as products take them.
+
+        Of each part of the picks also the number of its first.
+        """
+        done, order = seen[rows].sort()
+        while len(order):
+            low = int(done[0])
+            size = max(_TILE, min(_PRODUCT // max(1, self.count - low), _CHUNK))
+            part, order, done = rows[order[:size]], order[size:], done[size:]
+            step = _PRODUCT // len(part)
+            pieces = [(i, self.pick_near[i : min(i + step, self.count)]) for i in range(low, self.count, step)]
+            yield part, self.near.index_select(0, part), self.slack[part], pieces
 
     def _pick(self, alive: Tensor, rest: float) -> float:
         """Pick among ``alive``, whose keys are exact, while the largest beats all other rows.
@@ -333,71 +337,81 @@ class _Greedy:
         Returns:
             Largest gap left, in ``alive`` or outside.
         """
-        most = self.size - self.count
-        if len(alive) > _CROWD:
-            values, order = self.key[alive].topk(_CROWD + 1)
-            if values[0] > values[-1]:
-                alive, rest = alive[order[:-1]], max(rest, float(values[-1]))
-            else:  # mass ties: each pick is dear, and may thin them out
-                most = min(most, 64)
-        alive = alive[self.key[alive] > rest]
-        alive = alive[self.rows[alive].argsort()]
-        exact, key = self._exact(alive).cpu().numpy(), self.key[alive].cpu().numpy()
-        chosen, gaps, key, new = _farthest_first(exact, key, max(rest, 0.0), most)
-        self._write(alive, key, new)
-        self._add(alive[torch.tensor(chosen, dtype=torch.int64)], gaps)
-        return max(rest, float(key.max(initial=_PICKED)))
+        alive, rest, limit = self._candidates(alive, rest, _CROWD)
+        ties = int((self.numbers[alive] < limit).sum())
+        exact, key = self._exact(alive).cpu(), self.key[alive].cpu()
+        chosen, gaps, key = _farthest_first(exact, key, max(rest, 0.0), ties, self.size - self.count)
+        self._add(alive[torch.tensor(chosen, dtype=torch.int64, device=alive.device)], gaps)
+        self._know(alive, key)
+        return float(max([rest, *key.tolist()]))
 
-    def _write(self, alive: Tensor, key: np.ndarray, new: np.ndarray) -> None:
-        """Set the keys of ``alive``, which know ``new`` picks more than those so far."""
-        self.key[alive] = self.bound[alive] = torch.from_numpy(key).to(self.key.device)
-        self.known[alive] = self.seen[alive] = torch.from_numpy(new).to(self.key.device) + self.count
+    def _candidates(self, alive: Tensor, rest: float, most: int) -> tuple[Tensor, float, int]:
+        """Those of ``alive`` that beat ``rest``, by number; of more than ``most`` the first ones in order of selection.
+
+        Returns:
+            With them the largest gap that any other row has, and the lowest number of those left out with that gap: a
+            candidate of a lower number beats them all with the same gap. 0 where that is not known.
+        """
+        alive = alive[self.key[alive] > rest]
+        alive = alive[self.numbers[alive].argsort()]
+        if len(alive) <= most:
+            return alive, rest, 0
+        key, order = self.key[alive].sort(descending=True, stable=True)
+        limit = int(self.numbers[alive[order[most]]])
+        return alive[order[:most].sort().values], float(key[most]), limit
+
+    def _know(self, alive: Tensor, key: Tensor) -> None:
+        """Set the keys of ``alive``, which know all picks."""
+        self.key[alive] = self.bound[alive] = key.to(self.key.device)
+        self.known[alive] = self.seen[alive] = self.count
 
     def _add(self, positions: Tensor, gaps: list[float]) -> None:
         self.gaps.append(torch.tensor(gaps, dtype=torch.float32))
         part = slice(self.count, self.count + len(positions))
         self.picks[part] = positions
-        self.pick_near[part] = self.products.right(self._exact(positions) - self.mean)
+        self.pick_near[part] = self.products.right(self._exact(positions).sub_(self.mean))
         self.count = part.stop
 
     def _exact_picks(self, numbers: Tensor) -> Tensor:
         return self._exact(self.picks[numbers])
 
     def _exact(self, positions: Tensor) -> Tensor:
-        return self.features[self.rows[positions]].double() * self.scale
+        return self.features[self.rows[positions]].double().mul_(self.scale)
 
 
 def _farthest_first(
-    exact: np.ndarray, key: np.ndarray, floor: float, most: int
-) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+    exact: Tensor, key: Tensor, floor: float, ties: int, most: int
+) -> tuple[list[int], list[float], Tensor]:
     """Pick the row with the largest key, the first of equals, lower the keys, and so on while one is above ``floor``.
 
     Args:
-        exact: Rows in ascending order of their number, float64 ``(S, d)``.
+        exact: Rows in ascending order of their number, float64 ``(S, d)``, on the CPU.
         key: Their gaps, float32 ``(S,)``.
         floor: Largest gap elsewhere.
+        ties: First rows, so many, that may be picked with a gap equal to ``floor`` too, if it is not 0.
         most: Picks at most.
 
     Returns:
-        Picks in order, their gaps, and of all rows the keys and to how many of these picks they are.
+        Picks in order, their gaps, and the keys of all rows after them, float32 ``(S,)``.
     """
-    result, new, place = key.copy(), np.zeros(len(key), np.int64), np.arange(len(key))
-    key = key.copy()
+    near = (exact - exact.mean(0)).float()
+    square = near.square().sum(1)  # (S,)
+    least = torch.addmm(square, near, near.T, alpha=-2).add_(square[:, None])  # (S, S) squared distances ...
+    least -= product_margin(near.shape[1]) * (square + square[:, None]) + TINY  # ... that are not too large
+    rows, keys, bounds = exact.numpy(), key.numpy().copy(), least.numpy()
     chosen: list[int] = []
     gaps: list[float] = []
-    while len(chosen) < most:
-        if len(chosen) % 32 == 31 and (beat := key > floor).mean() < 0.7:  # the others wait for a later round
-            result[place[~beat]], new[place[~beat]] = key[~beat], len(chosen)
-            exact, key, place = exact[beat], key[beat], place[beat]
-        if not len(key) or key[best := key.argmax()] <= floor:
+    while len(chosen) < most and len(keys):
+        best = int(keys.argmax())
+        if keys[best] < floor or keys[best] <= 0 or (keys[best] == floor and best >= ties):
             break
-        chosen.append(int(place[best]))
-        gaps.append(float(key[best]))
-        gap = exact - exact[best]
-        np.minimum(key, np.einsum("sd,sd->s", gap, gap).astype(np.float32), out=key)
-        key[best] = _PICKED
-    result[place], new[place] = key, len(chosen)
-    return chosen, gaps, result, new
+        chosen.append(best)
+        gaps.append(float(keys[best]))
+        close = (bounds[best] <= keys).nonzero()[0]  # few: candidates lie far from each other
+        gap = rows[close] - rows[best]
+        keys[close] = np.minimum(keys[close], np.einsum("sd,sd->s", gap, gap).astype(np.float32))
+        keys[best] = _PICKED
+    return chosen, gaps, torch.from_numpy(keys)
 
 
 def _distinct_rows(features: Tensor, start: int | None) -> Tensor:
@@ -406,12 +420,12 @@ def _distinct_rows(features: Tensor, start: int | None) -> Tensor:
     Equal rows (a constant background gives thousands) would tie in every round. A wrapping integer hash finds
     them; rows are compared before any is set aside, so a collision only costs time.
     """
-    wide = features.dtype == torch.float64
-    weights = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=torch.Generator().manual_seed(0))
+    words = features.shape[1] * features.element_size() / 8  # 64 bits each; half a one of an odd number of float32
+    weights = torch.randint(-(2**62), 2**62, (math.ceil(words),), generator=torch.Generator().manual_seed(0))
     weights = (2 * weights + 1).to(features.device)
     hashed = torch.empty(len(features), dtype=torch.int64, device=features.device)
     for part, place in zip(features.split(_CHUNK), hashed.split(_CHUNK), strict=True):  # -0.0 + 0.0 is 0.0
-        torch.sum((part + 0.0).view(torch.int64 if wide else torch.int32).long().mul_(weights), 1, out=place)
+        torch.sum(F.pad(part + 0.0, (0, int(words % 1 > 0))).view(torch.int64).mul_(weights), 1, out=place)
     value, row = hashed.sort(stable=True)
     first = torch.ones_like(value, dtype=torch.bool)
     first[1:] = value[1:] != value[:-1]

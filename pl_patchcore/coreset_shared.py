@@ -1,11 +1,11 @@
 """Greedy selection among rows that several processes hold: the rows that `coreset.py` selects, on all of them.
 
 Each process reads its own shard ``(n, d)``, and keeps its rows' bounds and gaps as `coreset.py` does. A round
-exchanges the few rows that can win it, hundreds of picks at a time: the processes tell the largest gap each has left
-outside its candidates, then the candidates (number, gap, row); process 0 picks among all of them, and tells the
-picks. That is three collectives a round and about a hundred rounds, and no process holds more than its shard, the
-candidates, and the picks. Process 0 alone decides, so that machines whose arithmetic differs in a last bit still
-agree. Next: `memory_bank.py`.
+exchanges the few rows that can win it, hundreds of picks at a time: the processes tell their candidates (number,
+gap, row) and the largest gap each has left outside them; process 0 picks among all of them, and tells the picks.
+That is two collectives a round and about a hundred rounds, and no process holds more than its shard, the candidates,
+and the picks. Process 0 alone decides, so that machines whose arithmetic differs in a last bit still agree. Next:
+`memory_bank.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +30,8 @@ from pl_patchcore.coreset import (
 from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
+
+_MORE = 16  # candidates that a process tells beyond its share of the crowd
 
 
 def select_shared_coreset(
@@ -107,9 +108,9 @@ class _SharedGreedy(_Greedy):
     def __init__(
         self, features: Tensor, rows: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes
     ) -> None:
-        self.numbers, self.processes = numbers[rows], processes  # by position, as bound and key are
         distinct = sum(int(n) for n in processes.gather(torch.tensor([len(rows)])))
         super().__init__(features, rows, scale, min(size, distinct))
+        self.numbers, self.processes = numbers[rows], processes
         self.pick_rows = features.new_empty(self.size, features.shape[1])
         self.late = False
 
@@ -118,7 +119,7 @@ class _SharedGreedy(_Greedy):
             super().begin(start, gaps)
             return
         own = (self.numbers == start).nonzero().flatten()
-        numbers, _, rows = self._exchange(own, 1)
+        numbers, _, rows, _, _ = self._exchange(own, 1, _PICKED, 0)
         self._take(numbers, rows, [math.inf])
         self.key[own] = self.bound[own] = _PICKED
         self._refresh(torch.arange(len(self.rows), device=self.rows.device))
@@ -128,52 +129,49 @@ class _SharedGreedy(_Greedy):
         return self.late
 
     def _pick(self, alive: Tensor, rest: float) -> float:
-        most = self.size - self.count
-        if len(alive) > _CROWD:
-            values, order = self.key[alive].topk(_CROWD + 1)
-            if values[0] > values[-1]:
-                alive, rest = alive[order[:-1]], max(rest, float(values[-1]))
-            else:
-                most = min(most, 64)
-        told = torch.stack(self.processes.gather(torch.tensor([rest, len(alive), most], dtype=torch.float64)))
-        rest, largest, most = float(told[:, 0].max()), int(told[:, 1].max()), int(told[:, 2].min())
-        alive = alive[self.key[alive] > rest]
-        if not largest:
-            return rest
-        numbers, key, rows = self._exchange(alive, largest)
+        each = -(-_CROWD // self.processes.count) + _MORE
+        alive, rest, limit = self._candidates(alive, rest, each)
+        numbers, key, rows, rest, limit = self._exchange(alive, each, rest, limit)
         if not len(numbers):
             return rest
-        answer = torch.zeros(3 + 4 * len(numbers), dtype=torch.float64)
+        answer = torch.zeros(3, 1 + len(numbers), dtype=torch.float64)  # of each: what all are told, then by row
         if self.processes.rank == 0:
-            exact = (rows.double() * self.scale).cpu().numpy()
-            picked, lowered, key_after, new_after = _farthest_first(exact, key.cpu().numpy(), max(rest, 0.0), most)
-            left = max(rest, float(key_after.max(initial=_PICKED)))
+            exact, ties = (rows.double() * self.scale).cpu(), int((numbers < limit).sum())
+            picked, gaps, keys = _farthest_first(exact, key.cpu(), max(rest, 0.0), ties, self.size - self.count)
             late = self.count + len(picked) > 1 and time.monotonic() > self.deadline
-            answer[:3] = torch.tensor([len(picked), late, left])
-            answer[3:] = torch.from_numpy(
-                np.concatenate([_fill(picked, len(numbers)), _fill(lowered, len(numbers)), key_after, new_after])
-            )
+            answer[:, 0] = torch.tensor([len(picked), late, max([rest, *keys.tolist()])])
+            answer[0, 1 : 1 + len(picked)] = torch.tensor(picked)
+            answer[1, 1 : 1 + len(picked)] = torch.tensor(gaps)
+            answer[2, 1:] = keys
         answer = self.processes.broadcast(answer)
-        chosen, gaps, keys, new = answer[3:].view(4, -1)
-        count, self.late = int(answer[0]), bool(answer[1])
-        place = torch.searchsorted(numbers, self.numbers[alive]).cpu()
-        self._write(alive, keys[place].float().numpy(), new[place].long().numpy())
-        chosen = chosen[:count].long().to(numbers.device)
-        self._take(numbers[chosen], rows[chosen], gaps[:count].tolist())
-        return float(answer[2])
+        count, late, left = answer[:, 0].tolist()
+        self.late = bool(late)
+        chosen = answer[0, 1 : 1 + int(count)].long().to(numbers.device)
+        self._take(numbers[chosen], rows[chosen], answer[1, 1 : 1 + int(count)].tolist())
+        alive = alive[self.key[alive] >= rest]
+        self._know(alive, answer[2, 1:][torch.searchsorted(numbers, self.numbers[alive]).cpu()].float())
+        return float(left)
 
-    def _exchange(self, alive: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers, keys and rows of all processes' ``alive``, at most ``largest`` of each, sorted by number."""
-        numbers, rows = self.numbers[alive], self.features[self.rows[alive]].contiguous()
-        packed = torch.cat([_bytes(numbers), _bytes(self.key[alive]), _bytes(rows)], 1)
-        padded = packed.new_full((largest, packed.shape[1]), 255)  # number -1
-        padded[: len(packed)] = packed
-        all_packed = torch.cat(self.processes.gather(padded))
-        numbers = _read(all_packed[:, :8], torch.int64)[:, 0]
+    def _exchange(self, alive: Tensor, each: int, rest: float, limit: int) -> tuple[Tensor, Tensor, Tensor, float, int]:
+        """Bring all processes' candidates together, at most ``each`` of one.
+
+        Returns:
+            Numbers, keys and rows of those that no process's ``rest`` beats, by number; the largest ``rest``, and the
+            ``limit`` that goes with it, as `_candidates` gives them.
+        """
+        columns = (self.features[self.rows[alive]], self.key[alive][:, None], self.numbers[alive][:, None])
+        words = [column.contiguous().view(torch.int32) for column in columns]
+        told = words[0].new_full((1 + each, sum(word.shape[1] for word in words)), -1)
+        told[0, :4] = torch.tensor([rest, limit], dtype=torch.float64).view(torch.int32)
+        told[1 : 1 + len(alive)] = torch.cat(words, 1)
+        every = torch.stack(self.processes.gather(told))  # (processes, 1 + each, words)
+        rests, limits = _read(every[:, 0, :4], torch.float64).unbind(1)
+        rest, limit = float(rests.max()), int(limits[rests == rests.max()].min())
+        every = every[:, 1:].flatten(0, 1)
+        numbers, key = _read(every[:, -2:], torch.int64)[:, 0], _read(every[:, -3], torch.float32)
         order = numbers.argsort()
-        order = order[numbers[order] >= 0]
-        key = _read(all_packed[order, 8:12], torch.float32)[:, 0]
-        return numbers[order], key, _read(all_packed[order, 12:], rows.dtype)
+        order = order[(numbers[order] >= 0) & (key[order] >= rest)]
+        return numbers[order], key[order], _read(every[order, :-3], self.features.dtype), rest, limit
 
     def _take(self, numbers: Tensor, rows: Tensor, gaps: list[float]) -> None:
         """Add picks, by number and row."""
@@ -187,13 +185,5 @@ class _SharedGreedy(_Greedy):
         return self.pick_rows[numbers].double() * self.scale
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1, 1).view(torch.uint8) if tensor.ndim == 1 else tensor.view(torch.uint8)
-
-
-def _read(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    return packed.flatten().clone().view(dtype).view(len(packed), packed.shape[1] // dtype.itemsize)
-
-
-def _fill(values: list[int] | list[float], length: int) -> np.ndarray:
-    return np.pad(np.asarray(values, np.float64), (0, length - len(values)))
+def _read(words: Tensor, dtype: torch.dtype) -> Tensor:
+    return words.clone(memory_format=torch.contiguous_format).view(dtype)

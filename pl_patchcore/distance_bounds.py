@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from pl_patchcore.numerics import product_margin
 _DIGITS = {torch.float32: 1, torch.bfloat16: 3}  # columns of a squared norm
 _SPREAD = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}  # t above
 _ROUND = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}  # twice what rounding the product takes, relative
-_TINY = 1e-34  # above what a sum of flushed denormals can lose
+TINY = 1e-34  # above what a sum of flushed denormals can lose
 _STEP = 128  # numbers of rows, of either side, that bf16 products are done of
 _COLUMNS = 64  # of a product, of which every so-many-th are looked at together
 _WORTH = 1 << 33  # floating-point operations to come that are worth a measurement
@@ -46,26 +47,27 @@ class DistanceBounds:
         self.spread, self.round = _SPREAD[dtype], _ROUND[dtype]
         self.width = dimension + 2 * self.digits + 1
         self.margin = product_margin(dimension + 8)
+        self._block = torch.empty(0, dtype=dtype)
 
-    def left(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of one side, ``(n, width)``, and their slack, float32 ``(n,)``, from float64 ``(n, d)``."""
+    def left(self, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of one side, ``(n, width)``, and their slack, float32 ``(n,)``, from float64 ``(n, d)``, overwritten."""
         near, norm, slack = self._rounded(rows)
         ones = near.new_ones(len(rows), self.digits + 1)
-        return torch.cat([near, norm, ones], 1), slack
+        return torch.cat([near, norm, ones], 1, out=out), slack
 
-    def right(self, rows: Tensor) -> Tensor:
-        """Rows of the other side, ``(n, width)``, from float64 ``(n, d)``."""
+    def right(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows of the other side, ``(n, width)``, from float64 ``(n, d)``, overwritten."""
         near, norm, slack = self._rounded(rows)
         ones = near.new_ones(len(rows), self.digits)
-        return torch.cat([-2 * near, ones, norm, (slack * (1 + 2.0**-7))[:, None].to(self.dtype)], 1)
+        return torch.cat([near.mul_(-2), ones, norm, (slack * (1 + 2.0**-7))[:, None].to(self.dtype)], 1, out=out)
 
     def _rounded(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         near = rows.to(self.dtype)
-        wide = near.double()
-        square = wide.square().sum(1)
+        moved = (rows - near).square_().sum(1) if self.spread else 0.0
+        square = torch.linalg.vector_norm(rows.copy_(near), dim=1).square_()
         slack = self.margin * square
         if self.spread:
-            slack += 2 / self.spread * (rows - wide).square_().sum(1)
+            slack += 2 / self.spread * moved
         digits = []
         for _ in range(self.digits):
             digits.append(square.to(self.dtype))
@@ -75,13 +77,13 @@ class DistanceBounds:
     def least(self, left: Tensor, slack: Tensor, right: Tensor) -> Tensor:
         """Upper bound of each row's least squared distance, float32 ``(n,)``."""
         square = self._product(left, right).amin(1).float().clamp_(min=0)
-        return (square * (1 + self.round) + slack + _TINY) * (1 + self.spread)
+        return (square * (1 + self.round) + slack + TINY) * (1 + self.spread)
 
     def within(self, left: Tensor, slack: Tensor, right: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs, by their places ``(p,)`` in ``left`` and ``right``, that squared ``limit`` ``(n,)`` can't rule out."""
         below = left.clone()
         below[:, -1] = -1
-        most = (limit / (1 - self.spread) + slack + _TINY) * (1 + self.round)
+        most = (limit / (1 - self.spread) + slack + TINY) * (1 + self.round)
         square = self._product(below, right)
         stride = min(_COLUMNS, square.shape[1])
         groups = square[:, : square.shape[1] // stride * stride].unflatten(1, (-1, stride))  # looked at together
@@ -92,11 +94,14 @@ class DistanceBounds:
         return torch.cat([row, rest]), torch.cat([pick, last + groups[0].numel()])
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Every new shape costs bf16 a millisecond of preparation, so it meets few."""
-        if self.dtype == torch.float32:
-            return left @ right.T
-        rows, others = (F.pad(part, (0, 0, 0, -len(part) % _STEP)) for part in (left, right))
-        return (rows @ others.T)[: len(left), : len(right)]
+        """Product of the two sides; good until the next one is asked for, which takes the same memory."""
+        rows, columns = len(left), len(right)
+        if self.dtype != torch.float32:  # every new shape costs bf16 a millisecond of preparation, so it meets few
+            left, right = (F.pad(part, (0, 0, 0, -len(part) % _STEP)) for part in (left, right))
+        if self._block.numel() < len(left) * len(right) or self._block.device != left.device:
+            self._block = left.new_empty(len(left) * len(right))
+        block = self._block[: len(left) * len(right)].view(len(left), len(right))
+        return torch.mm(left, right.T, out=block)[:rows, :columns]
 
 
 def product_type(dimension: int, pairs: int, device: torch.device) -> torch.dtype:
@@ -110,18 +115,26 @@ def product_type(dimension: int, pairs: int, device: torch.device) -> torch.dtyp
 def _measured_type(dimension: int, threads: int) -> torch.dtype:
     rows = torch.randn(1024, dimension, generator=torch.Generator().manual_seed(0)).double()
     exact = torch.cdist(rows[:64], rows[64:]).square()
-    seconds = {}
+    few: dict[torch.dtype, float] = {}
+    many: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         bounds = DistanceBounds(dimension, dtype)
-        (left, slack), right = bounds.left(rows), bounds.right(rows)
+        (left, slack), right = bounds.left(rows.clone()), bounds.right(rows.clone())
         found = bounds.least(left[:64], slack[:64], right[64:]) / exact.amin(1)
         if not ((found >= 1) & (found < 1.1)).all():
             continue  # a machine that sums in bf16
-        turns = []
-        for _ in range(4):
-            start = time.perf_counter()
-            bounds.least(left, slack, right)
-            turns.append(time.perf_counter() - start)
-        seconds[dtype] = min(turns)
-    low, full = (seconds.get(dtype, float("inf")) for dtype in (torch.bfloat16, torch.float32))
+        few[dtype] = _seconds(lambda: bounds.least(left[:64], slack[:64], right[64:]), 2)  # noqa: B023
+        if few[dtype] < 2 * few[torch.float32]:  # a processor without bf16 takes fifteen times as long
+            many[dtype] = _seconds(lambda: bounds.least(left, slack, right), 4)  # noqa: B023
+    low, full = (many.get(dtype, float("inf")) for dtype in (torch.bfloat16, torch.float32))
     return torch.bfloat16 if low < 0.8 * full else torch.float32
+
+
+def _seconds(call: Callable[[], object], turns: int) -> float:
+    """What the fastest of some turns takes."""
+    taken = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)

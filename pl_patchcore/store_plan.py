@@ -242,7 +242,7 @@ def product_rate(numbers: int, device: torch.device) -> float:
     """Floating-point operations a second of selection's products, measured for some milliseconds."""
     bounds = DistanceBounds(numbers, product_type(numbers, 2**40, device))
     rows = torch.randn(1024, numbers, device=device).double()
-    (left, slack), right = bounds.left(rows), bounds.right(rows)
+    (left, slack), right = bounds.left(rows.clone()), bounds.right(rows)
     best = float("inf")
     with full_precision(device):
         for _ in range(8):

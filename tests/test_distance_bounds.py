@@ -34,7 +34,7 @@ def sides(kind, count, others, dimension):
 def test_bounds_hold(dtype, kind, count, others, dimension):
     a, b, square = sides(kind, count, others, dimension)
     bounds = DistanceBounds(dimension, dtype)
-    (left, slack), right = bounds.left(a), bounds.right(b)
+    (left, slack), right = bounds.left(a.clone()), bounds.right(b.clone())
     assert left.shape == (count, bounds.width)
     assert left.dtype == right.dtype == dtype
     least = bounds.least(left, slack, right)
@@ -50,7 +50,7 @@ def test_bounds_hold(dtype, kind, count, others, dimension):
 def test_bounds_are_close(dtype, loose):
     a, b, square = sides("normal", 500, 400, 128)
     bounds = DistanceBounds(128, dtype)
-    (left, slack), right = bounds.left(a), bounds.right(b)
+    (left, slack), right = bounds.left(a.clone()), bounds.right(b.clone())
     least = square.amin(1)
     assert (bounds.least(left, slack, right) / least - 1).max() < loose
     row, pick = bounds.within(left, slack, right, least.float())

@@ -47,10 +47,7 @@ def work(rank: int, count: int, share: float, folder: str) -> None:
     processes.gather(torch.zeros(1))  # none starts before all are here
     processes.collectives = processes.bytes = 0
     size, start = int(share * rows), time.perf_counter()
-    if count == 1:
-        selection = select_coreset(own, size)
-    else:
-        selection = select_shared_coreset(own, numbers, size, processes)
+    selection = select_coreset(own, size) if count == 1 else select_shared_coreset(own, numbers, size, processes)
     seconds, exchanged = time.perf_counter() - start, (processes.collectives, processes.bytes)
     (peak,) = processes.largest(kilobytes("VmHWM") - before)
     if rank == 0:
