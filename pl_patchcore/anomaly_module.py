@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
 from pl_patchcore.calibration import conformal_threshold, draw_held_out, images_needed, is_held_out, p_values
-from pl_patchcore.checkpoint import check_identity, plain, rewrite_checkpoints, watch_checkpoints
+from pl_patchcore.checkpoint import check_identity, plain, watch_checkpoints, write_checkpoints
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.distributed import Processes, images_dealt, on_first_process, sampler_of
 from pl_patchcore.errors import UserError
@@ -432,7 +432,7 @@ class AnomalyModule(L.LightningModule, ABC):
             )
 
     def on_fit_end(self) -> None:
-        """Refuse a fit without a memory bank; write the finished model over what callbacks saved before it."""
+        """Refuse a fit without a memory bank; write the finished model where callbacks saved before it."""
         self.release()
         self.unused.requires_grad_(False)
         if not self.bank_shape:
@@ -440,7 +440,7 @@ class AnomalyModule(L.LightningModule, ABC):
                 "fit ended before every training batch was seen, so that there is no memory bank; look at max_time, "
                 "max_steps, limit_train_batches and at callbacks that stop the Trainer."
             )
-        rewrite_checkpoints(self.trainer)
+        write_checkpoints(self.trainer)
 
     # Checkpoints
 

@@ -15,6 +15,7 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from pl_patchcore.errors import UserError
 
@@ -44,9 +45,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _require_fitted(checkpoint: Any, name: str) -> None:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("patchcore"), dict):
         raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
-    banks = [bank for key, bank in checkpoint["state_dict"].items() if key.endswith("memory_bank.features")]
-    if not banks or not all(len(bank) for bank in banks):
+    if not _is_fitted(checkpoint):
         raise UserError(f"{name}: holds an empty memory bank, as written before a fit has ended; fit again.")
+
+
+def _is_fitted(checkpoint: dict[str, Any]) -> bool:
+    banks = [bank for key, bank in checkpoint["state_dict"].items() if key.endswith("memory_bank.features")]
+    return bool(banks) and all(len(bank) for bank in banks)
 
 
 def holds_backbone(checkpoint: dict[str, Any]) -> bool:
@@ -55,15 +60,20 @@ def holds_backbone(checkpoint: dict[str, Any]) -> bool:
 
 
 class _CheckpointIO(_WrappingCheckpointIO):
-    """Reads checkpoints through `read_checkpoint` first, for its errors; remembers the files written."""
+    """Reads checkpoints through `read_checkpoint` first, for its errors; holds back what a fit saves too early."""
 
-    def __init__(self, checkpoint_io: CheckpointIO) -> None:
+    def __init__(self, checkpoint_io: CheckpointIO, trainer: Trainer) -> None:
         super().__init__(checkpoint_io)
+        self.trainer = trainer
         self.written: dict[str, bool] = {}  # path: whether it holds weights only
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
-        super().save_checkpoint(checkpoint, path, *args, **kwargs)
         self.written[str(path)] = "optimizer_states" not in checkpoint
+        state = self.trainer.state
+        if state.fn != TrainerFn.FITTING or state.status != TrainerStatus.RUNNING or _is_fitted(checkpoint):
+            super().save_checkpoint(checkpoint, path, *args, **kwargs)
+        elif "://" not in str(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)  # for links to it
 
     def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
@@ -79,19 +89,18 @@ class _CheckpointIO(_WrappingCheckpointIO):
 def watch_checkpoints(trainer: Trainer) -> None:
     """Answer a damaged ``ckpt_path`` by the errors of `read_checkpoint`, and remember the files a fit writes.
 
-    Lightning has no hook between the choice of a checkpoint and its loading, hence the wrapper.
+    Checkpoint callbacks run before the module's own ``on_train_end``, so that what they save has no memory bank. It is
+    held back, that a fit which is killed while it selects leaves no such file, until `write_checkpoints`. Lightning has
+    no hook between the choice of a checkpoint and its loading, hence the wrapper.
     """
     if isinstance(trainer.strategy.checkpoint_io, _CheckpointIO):
         trainer.strategy.checkpoint_io.written.clear()
     else:
-        trainer.strategy.checkpoint_io = _CheckpointIO(trainer.strategy.checkpoint_io)
+        trainer.strategy.checkpoint_io = _CheckpointIO(trainer.strategy.checkpoint_io, trainer)
 
 
-def rewrite_checkpoints(trainer: Trainer) -> None:
-    """Write the finished model over every file that was saved since `watch_checkpoints`, and not removed since.
-
-    Checkpoint callbacks run before the module's own ``on_train_end``, so that what they save has no memory bank.
-    """
+def write_checkpoints(trainer: Trainer) -> None:
+    """Write the finished model to every path that was saved to since `watch_checkpoints`, and not removed since."""
     written = getattr(trainer.strategy.checkpoint_io, "written", {})
     for path, weights_only in list(trainer.strategy.broadcast(written).items()):
         trainer.save_checkpoint(path, weights_only)

@@ -1,12 +1,15 @@
 """Fit and test on several processes: the memory bank and the figures of one."""
 
+import contextlib
 import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,17 +64,29 @@ if own == "fails":
                 raise RuntimeError("no second process today")
             super().collect(images, index, aside)
     model.__class__ = Fails
-if own == "hangs":
+if own.startswith("hangs"):
+    _, where, rank = own.split()
+    from pl_patchcore.coreset_shared import _SharedGreedy
+    def hang():
+        open(out + "/pid", "w").write(str(os.getpid()))
+        import time
+        time.sleep(600)
     class Hangs(PatchCore):
         def collect(self, images, index, aside):
-            if self.global_rank == 1:
-                open(out + "/pid", "w").write(str(os.getpid()))
-                import time
-                time.sleep(600)
+            if where == "collecting" and self.global_rank == int(rank) and index.min() > 3:
+                hang()
             super().collect(images, index, aside)
     model.__class__ = Hangs
+    pick = _SharedGreedy._pick
+    def hang_or_pick(self, *args):
+        if where == "selecting" and self.processes.rank == int(rank) and self.count > 1:
+            hang()
+        return pick(self, *args)
+    _SharedGreedy._pick = hang_or_pick
+machines = int(os.environ.get("MACHINES", 1))
+strategy = "ddp" if devices * machines > 1 else "auto"
 trainer = L.Trainer(
-    accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+    accelerator="cpu", devices=devices, num_nodes=machines, strategy=strategy, logger=False,
     enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
 )
 if own == "loader":
@@ -85,7 +100,7 @@ else:
     trainer.fit(model, data)
 if own == "update":
     trainer = L.Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        accelerator="cpu", devices=devices, num_nodes=machines, strategy=strategy, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
     )
     model.update(trainer, SyntheticDataModule(batch_size=batch, num_workers=0, train_images=7, seed=1))
@@ -115,24 +130,33 @@ def draw(folder: Path) -> None:
         Image.fromarray(image).save(folder / f"{i}.png")
 
 
-def start(folder: Path, devices: int, images: int, own: str = "", batch: int = 1) -> subprocess.Popen[str]:
-    folder.mkdir()
+def start(
+    folder: Path, devices: int, images: int, own: str = "", batch: int = 1, launcher: Sequence[str] = (), **environment
+) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
     draw(folder.parent / "few")
     script = folder / "fit.py"
     script.write_text(SCRIPT)
-    env = os.environ | {"SHARED": str(SHARED), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(script), str(devices), str(images), str(folder), own, str(batch)]
+    env = os.environ | {"SHARED": str(SHARED), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment
+    command = [sys.executable, *launcher, str(script), str(devices), str(images), str(folder), own, str(batch)]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
 def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
+    """Output of a process and of those it started, once all have ended."""
     try:
         return process.communicate(timeout=seconds)[0]
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared (MTD and MobileNetV2 weights)")
@@ -210,13 +234,57 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
-def test_a_killed_process_ends_all(tmp_path):
-    process = start(tmp_path / "run", 2, 13, "hangs")
-    name = tmp_path / "run" / "pid"
-    until = time.monotonic() + 120
+@pytest.mark.parametrize("launcher", ["Lightning", "torchrun", "SLURM"])
+def test_two_machines_equal_one(tmp_path, launcher):
+    """Two launches that meet at an address; SLURM is the environment that srun gives its tasks."""
+    (folder := tmp_path / "two").mkdir()
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MACHINES": "2"}
+    torchrun = (*("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),)
+    torchrun += ("--master-addr", meet["MASTER_ADDR"], "--master-port", meet["MASTER_PORT"])
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    slurm |= {"SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1"}
+    processes = []
+    for machine in "01":
+        if launcher == "torchrun":
+            how = {"launcher": (*torchrun, "--node-rank", machine), "MACHINES": "2"}
+        else:
+            how = meet | ({"NODE_RANK": machine} if launcher == "Lightning" else {})
+            how |= slurm | {"SLURM_PROCID": machine, "SLURM_NODEID": machine} if launcher == "SLURM" else {}
+        processes.append(start(folder, 1, 13, **how))
+    one = start(tmp_path / "one", 1, 13)
+    for process in (*processes, one):
+        output = finish(process)
+        assert process.returncode == 0, output
+    state, found = (torch.load(place / "state.pt", weights_only=True) for place in (tmp_path / "one", folder))
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
+    figures, others = (json.loads((place / "figures.json").read_text()) for place in (tmp_path / "one", folder))
+    for name, row in figures["all"].items():
+        assert others["all"][name] == pytest.approx(row, abs=1e-6, nan_ok=True), name
+    assert len((folder / "predictions.csv").read_text().splitlines()) == 1 + 5 + 4 * 2
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", ["collecting", "selecting"])
+def test_a_killed_process_ends_all(tmp_path, where, rank, machines):
+    (folder := tmp_path / "run").mkdir()
+    own = f"hangs {where} {rank}"
+    if machines == 1:
+        processes = [start(folder, 2, 13, own)]
+    else:
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MACHINES": "2"}
+        processes = [start(folder, 1, 13, own, **meet, NODE_RANK=str(machine)) for machine in (0, 1)]
+    name, until = folder / "pid", time.monotonic() + 120
     while not (name.is_file() and name.read_text()) and time.monotonic() < until:
         time.sleep(0.1)
+    time.sleep(1)  # the other one waits for it
+    killed = time.monotonic()
     os.kill(int(name.read_text()), signal.SIGKILL)
-    finish(process, 120)
-    assert process.returncode != 0
-    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    for process in processes:
+        output = finish(process, 60)
+        assert process.returncode != 0, output
+    assert time.monotonic() - killed < 60
+    assert not list(folder.rglob("*.ckpt"))
+    assert not list(folder.rglob("*.partial"))
