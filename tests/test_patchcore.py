@@ -224,6 +224,7 @@ def test_limited_batches_are_as_asked(tiny, trainer):
 CHECKPOINTING = {
     "default": list,
     "save_last": lambda: [ModelCheckpoint(save_last=True)],
+    "save_last as a link": lambda: [ModelCheckpoint(save_last="link")],
     "monitor": lambda: [ModelCheckpoint(monitor="train/images", mode="max", save_top_k=2)],
     "every step": lambda: [ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)],
     "two": lambda: [
