@@ -43,6 +43,7 @@ _STEP = 256  # rows turned into float64 at once
 _SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
 _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
 _FEW = 64  # queries too few to measure with
+_HOPELESS = 3.0  # times as slow as the fastest on few queries: a way not worth measuring on more
 _MORE = 8  # times as many queries: another way may suit them better
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _DIRECT = "donot_use_mm_for_euclid_dist"
@@ -68,6 +69,7 @@ class ExactSearch:
         self._unsure = 0  # queries of the last search that its filter could not thin out
         self._measuring = False
         self._measured = 0  # queries of the call that was measured
+        self._hopeless: set[Way] = set()  # too slow to be measured again
         self._filters: dict[str, _Filter] = {}
         self._axes: _Axes | None = None
         self._flat: Tensor | None = None  # the bank's coordinates, while filters are made of them
@@ -255,12 +257,16 @@ class ExactSearch:
         self._measuring = True
         expected = self._search(sample[:_FEW], k, "torch")[0]
         for way in WAYS:
-            if way == "int8" and not hasattr(torch, "_int_mm"):
+            if way in self._hopeless or (way == "int8" and not hasattr(torch, "_int_mm")):
                 continue
             if not torch.equal(self._search(sample[:_FEW], k, way)[0], expected):  # which also builds the filter
                 log.warning("nearest neighbours: %s computes wrong products on this machine and is not used.", way)
                 continue
-            seconds[way] = self._timed(sample, k, way)
+            seconds[way] = self._timed(sample[:_FEW], k, way) * len(sample) / _FEW
+            if way != "faiss" and seconds[way] > _HOPELESS * min(seconds.values()):  # faiss is slow on few
+                self._hopeless.add(way)
+            else:
+                seconds[way] = self._timed(sample, k, way)
             survivors[way] = self.survivors
         for times in (2, 2, 1.2, 1.2):  # the closer to the fastest, the more turns
             for way in seconds:

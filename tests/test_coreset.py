@@ -39,6 +39,13 @@ def test_matches_reference(kind, rows, dimension, size):
 
 
 @pytest.mark.usefixtures("_products")
+@pytest.mark.parametrize(("dimension", "values"), [(11, 2), (3, 14), (12, 3)])
+def test_more_rows_with_one_gap_than_candidates(dimension, values):
+    features = np.random.default_rng(0).integers(values, size=(2500, dimension)).astype(np.float32)
+    assert greedy_coreset(torch.from_numpy(features), 500).tolist() == reference.greedy(features, 500)
+
+
+@pytest.mark.usefixtures("_products")
 @pytest.mark.slow
 def test_matches_reference_on_many_rows():
     rng = np.random.default_rng(0)

@@ -25,6 +25,7 @@ def cases() -> dict[str, tuple[Tensor, int, dict]]:
         "one row": (normal[:1], 1, {}),
         "two rows": (normal[:2], 2, {}),
         "lattice": (lattice, 120, {}),
+        "mass ties": (torch.randint(0, 3, (6000, 9), generator=torch.Generator().manual_seed(4)).float(), 300, {}),
         "constant": (torch.full((40, 3), 7.0), 9, {}),
         "duplicates": (normal[torch.randint(0, 40, (500,), generator=draw)], 60, {}),
         "huge": (normal * 1e30, 40, {}),
@@ -72,7 +73,7 @@ def work(rank: int, processes: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_equals_one_process(processes: int, tmp_path: Path) -> None:
     mp.spawn(work, (processes, str(tmp_path)), nprocs=processes)
     answers = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes)]

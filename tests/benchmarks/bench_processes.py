@@ -3,15 +3,17 @@
     python tests/benchmarks/bench_processes.py [rows]
 
 Each process holds an equal share of one random mixture, 128 dimensions, and computes with one thread; they speak by
-gloo on one machine, so that more processes than cores wait for each other. The picks are compared with those of one
-process. Bytes are what one process puts into the selection's collectives; Lightning's own, one a training batch, come
-on top. The peak is the most memory that any process takes, its shard included, libraries not.
+gloo on one machine, so that more processes than cores wait for each other. Numbers of processes take turns, and the
+fastest of theirs counts. The picks are compared with those of one process. Bytes are what one process puts into the
+selection's collectives; Lightning's own, one a training batch, come on top. The peak is the most memory that any
+process takes, its shard included, libraries not.
 """
 
 import os
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from pl_patchcore.coreset import select_coreset
 from pl_patchcore.coreset_shared import select_shared_coreset
 from pl_patchcore.distributed import Processes
 
-SHARES, COUNTS = (0.01, 0.1), (1, 2, 4)
+TURNS, SHARES, COUNTS = 3, (0.01, 0.1), (1, 2, 4)
 
 
 def kilobytes(name: str) -> int:
@@ -33,12 +35,12 @@ def kilobytes(name: str) -> int:
     return int(status[name].split()[0])
 
 
-def work(rank: int, count: int, share: float, folder: str) -> None:
+def work(rank: int, count: int, share: float, folder: str, meeting: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if count > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meeting {count} {share}", rank=rank, world_size=count)
-    shards = [torch.load(f"{folder}/{part}.pt", mmap=True) for part in range(count)]
+        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
+    shards = [torch.load(f"{folder}/{count} {part}.pt", mmap=True) for part in range(count)]
     rows, processes = sum(len(shard) for shard in shards), Processes()
     select_coreset(shards[0][:20_000].clone(), 200)  # what libraries set aside once
     before = kilobytes("VmRSS")
@@ -52,7 +54,7 @@ def work(rank: int, count: int, share: float, folder: str) -> None:
     (peak,) = processes.largest(kilobytes("VmHWM") - before)
     if rank == 0:
         measured = torch.tensor([seconds, *exchanged, peak], dtype=torch.float64)
-        torch.save([measured, selection.rows], f"{folder}/{count} {share}.found")
+        torch.save([measured, selection.rows], f"{folder}/found.pt")
     if count > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -69,25 +71,27 @@ def main(rows: int) -> None:
         features = mixture(rows)
         for count in COUNTS:
             for rank in range(count):
-                torch.save(features[rank::count].clone(), f"{folder}/{rank}.pt")
-            for share in SHARES:
-                mp.spawn(work, (count, share, folder), nprocs=count)
-        for share in SHARES:
-            alone, expected = torch.load(f"{folder}/1 {share}.found")
-            for count in COUNTS:
-                measured, picks = torch.load(f"{folder}/{count} {share}.found")
-                seconds, collectives, sent, peak = measured.tolist()
-                table.add_row(
-                    f"{rows:,}",
-                    f"{len(picks):,}",
-                    str(count),
-                    f"{seconds:.2f}",
-                    f"{alone[0] / seconds:.2f}",
-                    f"{collectives:.0f}",
-                    f"{sent / 1e6:.1f}",
-                    f"{peak / 1024:.0f}",
-                    "same" if torch.equal(picks, expected) else "DIFFERENT",
-                )
+                torch.save(features[rank::count].clone(), f"{folder}/{count} {rank}.pt")
+        found = {}
+        for turn, share, count in product(range(TURNS), SHARES, COUNTS):
+            mp.spawn(work, (count, share, folder, f"{folder}/meeting {turn} {share} {count}"), nprocs=count)
+            measured, picks = torch.load(f"{folder}/found.pt")
+            best, _ = found.setdefault((share, count), (measured, picks))
+            found[share, count] = torch.minimum(measured, best), picks
+    for (share, count), (measured, picks) in found.items():
+        alone, expected = found[share, 1]
+        seconds, collectives, sent, peak = measured.tolist()
+        table.add_row(
+            f"{rows:,}",
+            f"{len(picks):,}",
+            str(count),
+            f"{seconds:.2f}",
+            f"{alone[0] / seconds:.2f}",
+            f"{collectives:.0f}",
+            f"{sent / 1e6:.1f}",
+            f"{peak / 1024:.0f}",
+            "same" if torch.equal(picks, expected) else "DIFFERENT",
+        )
     console.print(table)
 
 
