@@ -24,17 +24,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pl_patchcore.distance_bounds import TINY, DistanceBounds, product_type
+from pl_patchcore.distance_bounds import STEP, TINY, DistanceBounds, product_type
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision, product_margin
 
 CoresetMethod = Literal["greedy", "approximate", "random", "none"]
 
 _CHUNK = 1 << 12  # rows copied at once
+_POOL = 4096  # rows brought up to date in a round
 _TILE = 1024  # rows of one product ...
 _PRODUCT = 1 << 20  # ... and pairs
+_LIKE = 0.75  # rows of one product have this share of the longest history among them ...
+_FEW = 512  # ... if so many have
 _PAIRS = 1 << 12  # float64 differences computed at once
 _CROWD = 512  # candidates a round picks among; more cost more a pick than another round saves
+_SETTLED = 3 * _CROWD  # rows whose gaps a round computes
 _SAMPLE = 16  # one row in so many tells where the largest bounds begin
 _CROWDED = 8  # pairs left by products for each row settled, on average, that are too many
 _PICKED = -1.0  # gap of a picked row: below every real one
@@ -216,10 +220,15 @@ def _selection(
 class _Greedy:
     """State of one selection among ``rows`` (distinct, ascending but for the start) of ``features``."""
 
-    def __init__(self, features: Tensor, rows: Tensor, scale: float, size: int) -> None:
+    widest = _POOL
+
+    def __init__(self, features: Tensor, rows: Tensor, scale: float, size: int, total: int | None = None) -> None:
         self.features, self.rows, self.scale = features, rows, scale
         self.numbers = rows  # by position, as all that follows; ties go to the lowest
         self.size = size
+        self.total = len(rows) if total is None else total  # of all processes
+        self.most = _SETTLED
+        self.smallest = self.width = max(64, min(self.widest, self.total // 8))
         n, d = len(rows), features.shape[1]
         device = features.device
         parts = [part.double().sum(0) for part in features.split(_CHUNK)]
@@ -259,20 +268,23 @@ class _Greedy:
 
     def run(self, deadline: float, wanted: int, progress: Callable[[int], object] | None) -> bool:
         """Pick until there are ``size`` or every gap is 0: True; or until ``deadline``, two picks at least: False."""
-        smallest = max(64, min(4096, len(self.rows) // 8))
-        width, reported = smallest, 0
+        reported = 0
         while self.count < self.size and not self._is_late(deadline):
             if progress is not None:
                 progress(min(self.count, wanted) - reported)
                 reported = min(self.count, wanted)
-            pool, rest = self._pool(width)
+            pool, rest = self._pool(self.width)
             self._refresh(pool)
             before = self.count
             alive = pool[self.bound[pool] > rest]
+            if len(alive) > self.most:
+                bound, order = self.bound[alive].topk(self.most + 1)
+                if bound[-1] < bound[-2]:  # no mass ties
+                    alive, rest = alive[order[:-1]], float(bound[-1])
             self._settle(alive)
             if self._pick(alive, rest) <= 0:
                 return True  # every gap is 0
-            width = smallest if self.count > before else 2 * width
+            self.width = self.smallest if self.count > before else 2 * self.width
         if progress is not None:
             progress(min(self.count, wanted) - reported)
         return self.count == self.size
@@ -323,12 +335,16 @@ class _Greedy:
         Of each part of the picks also the number of its first.
         """
         done, order = seen[rows].sort()
-        while len(order):
-            low = int(done[0])
-            size = max(_TILE, min(_PRODUCT // max(1, self.count - low), _CHUNK))
-            part, order, done = rows[order[:size]], order[size:], done[size:]
-            step = _PRODUCT // len(part)
-            pieces = [(i, self.pick_near[i : min(i + step, self.count)]) for i in range(low, self.count, step)]
+        left, first = (self.count - done).cpu(), 0  # picks
+        while first < len(left):
+            longest = int(left[first])
+            like = int((left[first:] >= _LIKE * longest).sum())
+            wide = max(_TILE, min(_PRODUCT // max(1, longest), _CHUNK))
+            part = rows[order[first : first + min(max(1 << (like - 1).bit_length(), _FEW), wide)]]
+            first += len(part)
+            step = max(STEP, _PRODUCT // len(part) // STEP * STEP)
+            starts = range(self.count - longest, self.count, step)
+            pieces = [(i, self.pick_near[i : min(i + step, self.count)]) for i in starts]
             yield part, self.near.index_select(0, part), self.slack[part], pieces
 
     def _pick(self, alive: Tensor, rest: float) -> float:
@@ -398,7 +414,7 @@ def _farthest_first(
     square = near.square().sum(1)  # (S,)
     least = torch.addmm(square, near, near.T, alpha=-2).add_(square[:, None])  # (S, S) squared distances ...
     least -= product_margin(near.shape[1]) * (square + square[:, None]) + TINY  # ... that are not too large
-    rows, keys, bounds = exact.numpy(), key.numpy().copy(), least.numpy()
+    rows, keys, bounds = exact.numpy(), key.numpy().copy(), least.fill_diagonal_(math.inf).numpy()
     chosen: list[int] = []
     gaps: list[float] = []
     while len(chosen) < most and len(keys):
@@ -407,10 +423,11 @@ def _farthest_first(
             break
         chosen.append(best)
         gaps.append(float(keys[best]))
-        close = (bounds[best] <= keys).nonzero()[0]  # few: candidates lie far from each other
-        gap = rows[close] - rows[best]
-        keys[close] = np.minimum(keys[close], np.einsum("sd,sd->s", gap, gap).astype(np.float32))
         keys[best] = _PICKED
+        close = (bounds[best] <= keys).nonzero()[0]
+        if len(close):  # few: candidates lie far from each other
+            gap = rows[close] - rows[best]
+            keys[close] = np.minimum(keys[close], np.einsum("sd,sd->s", gap, gap).astype(np.float32))
     return chosen, gaps, torch.from_numpy(keys)
 
 

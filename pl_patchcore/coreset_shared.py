@@ -2,8 +2,8 @@
 
 Each process reads its own shard ``(n, d)``, and keeps its rows' bounds and gaps as `coreset.py` does. A round
 exchanges the few rows that can win it, hundreds of picks at a time: the processes tell their candidates (number,
-gap, row) and the largest gap each has left outside them; process 0 picks among all of them, and tells the picks.
-That is two collectives a round and about a hundred rounds, and no process holds more than its shard, the candidates,
+gap, row), the largest gap each has left outside them, and a sample of their bounds, by which all part the next
+round's rows from the others; process 0 picks among the candidates, and tells the picks. That is two collectives a round and about a hundred rounds, and no process holds more than its shard, the candidates,
 and the picks. Process 0 alone decides, so that machines whose arithmetic differs in a last bit still agree. Next:
 `memory_bank.py`.
 """
@@ -20,6 +20,9 @@ from torch import Tensor
 from pl_patchcore.coreset import (
     _CROWD,
     _PICKED,
+    _POOL,
+    _SAMPLE,
+    _SETTLED,
     CoresetMethod,
     Selection,
     _distinct_rows,
@@ -105,14 +108,19 @@ def _fetch(features: Tensor, numbers: Tensor, wanted: Tensor, processes: Process
 class _SharedGreedy(_Greedy):
     """As `_Greedy`, of one process's rows; ``picks`` are numbers among all rows."""
 
+    widest = 2 * _POOL  # fewer rounds, for each is told
+
     def __init__(
         self, features: Tensor, rows: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes
     ) -> None:
         distinct = sum(int(n) for n in processes.gather(torch.tensor([len(rows)])))
-        super().__init__(features, rows, scale, min(size, distinct))
+        super().__init__(features, rows, scale, min(size, distinct), distinct)
+        self.most = -(-_SETTLED // processes.count)
         self.numbers, self.processes = numbers[rows], processes
         self.pick_rows = features.new_empty(self.size, features.shape[1])
         self.late = False
+        self.step = max(1, min(_SAMPLE, self.width // 64))
+        self.largest = torch.full((2 * self.width // self.step + 1,), math.inf)  # of a sample of all bounds
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         if gaps is not None:
@@ -127,6 +135,16 @@ class _SharedGreedy(_Greedy):
     def _is_late(self, deadline: float) -> bool:
         self.deadline = deadline
         return self.late
+
+    def _pool(self, width: int) -> tuple[Tensor, float]:
+        """As `_Greedy`, by one bound for all processes, which they have told each other in the last round."""
+        if width >= self.total:
+            return torch.arange(len(self.rows), device=self.rows.device), _PICKED
+        values = self.largest[: width // self.step + 1]
+        if 2 * int((values > values[-1]).sum()) < len(values):  # mass ties
+            return super()._pool(-(-width // self.processes.count))
+        rest = float(values[-1])
+        return (self.bound > rest).nonzero().flatten(), rest
 
     def _pick(self, alive: Tensor, rest: float) -> float:
         each = -(-_CROWD // self.processes.count) + _MORE
@@ -153,7 +171,7 @@ class _SharedGreedy(_Greedy):
         return float(left)
 
     def _exchange(self, alive: Tensor, each: int, rest: float, limit: int) -> tuple[Tensor, Tensor, Tensor, float, int]:
-        """Bring all processes' candidates together, at most ``each`` of one.
+        """Bring all processes' candidates together, at most ``each`` of one, and what `_pool` will part rows by.
 
         Returns:
             Numbers, keys and rows of those that no process's ``rest`` beats, by number; the largest ``rest``, and the
@@ -161,13 +179,20 @@ class _SharedGreedy(_Greedy):
         """
         columns = (self.features[self.rows[alive]], self.key[alive][:, None], self.numbers[alive][:, None])
         words = [column.contiguous().view(torch.int32) for column in columns]
-        told = words[0].new_full((1 + each, sum(word.shape[1] for word in words)), -1)
-        told[0, :4] = torch.tensor([rest, limit], dtype=torch.float64).view(torch.int32)
-        told[1 : 1 + len(alive)] = torch.cat(words, 1)
-        every = torch.stack(self.processes.gather(told))  # (processes, 1 + each, words)
-        rests, limits = _read(every[:, 0, :4], torch.float64).unbind(1)
+        told = words[0].new_full((each, sum(word.shape[1] for word in words)), -1)
+        told[: len(alive)] = torch.cat(words, 1)
+        sample = self.bound[:: self.step]
+        largest = sample.new_full((2 * self.width // self.step + 1,), _PICKED)
+        values = sample.topk(min(len(sample), len(largest))).values
+        largest[: len(values)] = values
+        head = torch.tensor([rest, limit], dtype=torch.float64).view(torch.int32).to(told.device)
+        parts = (head, largest.view(torch.int32), told.flatten())
+        every = torch.stack(self.processes.gather(torch.cat(parts)))  # (processes, words)
+        heads, samples, rows = every.split([len(part) for part in parts], 1)
+        rests, limits = _read(heads, torch.float64).unbind(1)
         rest, limit = float(rests.max()), int(limits[rests == rests.max()].min())
-        every = every[:, 1:].flatten(0, 1)
+        self.largest = _read(samples, torch.float32).flatten().topk(len(largest)).values
+        every = rows.reshape(-1, told.shape[1])
         numbers, key = _read(every[:, -2:], torch.int64)[:, 0], _read(every[:, -3], torch.float32)
         order = numbers.argsort()
         order = order[(numbers[order] >= 0) & (key[order] >= rest)]

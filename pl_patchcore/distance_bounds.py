@@ -29,7 +29,7 @@ _DIGITS = {torch.float32: 1, torch.bfloat16: 3}  # columns of a squared norm
 _SPREAD = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}  # t above
 _ROUND = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}  # twice what rounding the product takes, relative
 TINY = 1e-34  # above what a sum of flushed denormals can lose
-_STEP = 128  # numbers of rows, of either side, that bf16 products are done of
+STEP = 64  # numbers of rows, of either side, that bf16 products are done of
 _COLUMNS = 64  # of a product, of which every so-many-th are looked at together
 _WORTH = 1 << 33  # floating-point operations to come that are worth a measurement
 
@@ -97,11 +97,15 @@ class DistanceBounds:
         """Product of the two sides; good until the next one is asked for, which takes the same memory."""
         rows, columns = len(left), len(right)
         if self.dtype != torch.float32:  # every new shape costs bf16 a millisecond of preparation, so it meets few
-            left, right = (F.pad(part, (0, 0, 0, -len(part) % _STEP)) for part in (left, right))
+            left, right = _whole_steps(left), _whole_steps(right)
         if self._block.numel() < len(left) * len(right) or self._block.device != left.device:
             self._block = left.new_empty(len(left) * len(right))
         block = self._block[: len(left) * len(right)].view(len(left), len(right))
         return torch.mm(left, right.T, out=block)[:rows, :columns]
+
+
+def _whole_steps(rows: Tensor) -> Tensor:
+    return F.pad(rows, (0, 0, 0, -len(rows) % STEP)) if len(rows) % STEP else rows
 
 
 def product_type(dimension: int, pairs: int, device: torch.device) -> torch.dtype:
