@@ -2,9 +2,10 @@
 
 Each process reads its own shard ``(n, d)``, and keeps its rows' bounds and gaps as `coreset.py` does. A round
 exchanges the few rows that can win it, hundreds of picks at a time: the processes tell their candidates (number,
-gap, row), the largest gap each has left outside them, and a sample of their bounds, by which all part the next
-round's rows from the others; process 0 picks among the candidates, and tells the picks. That is two collectives a round and about a hundred rounds, and no process holds more than its shard, the candidates,
-and the picks. Process 0 alone decides, so that machines whose arithmetic differs in a last bit still agree. Next:
+gap, row), the largest gap each has left outside them, and a sample of their largest bounds, by which all part the
+next round's rows from the others; process 0 picks among the candidates, and tells the picks. That is two
+collectives a round and about a hundred rounds, and no process holds more than its shard, the candidates, and the
+picks. Process 0 alone decides, so that machines whose arithmetic differs in a last bit still agree. Next:
 `memory_bank.py`.
 """
 
