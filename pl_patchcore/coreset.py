@@ -31,7 +31,9 @@ from pl_patchcore.numerics import full_precision, product_margin
 CoresetMethod = Literal["greedy", "approximate", "random", "none"]
 
 _CHUNK = 1 << 12  # rows copied at once
-_POOL = 4096  # rows brought up to date in a round
+_POOL = 4096  # rows brought up to date in a round, and more ...
+_WORK = 1 << 16  # ... after a round of few picks, as long as they make fewer pairs with those than this; ...
+_WIDER = 4  # ... and at most so many times the rows of that round
 _TILE = 1024  # rows of one product ...
 _PRODUCT = 1 << 20  # ... and pairs
 _LIKE = 0.75  # rows of one product have this share of the longest history among them ...
@@ -284,7 +286,9 @@ class _Greedy:
             self._settle(alive)
             if self._pick(alive, rest) <= 0:
                 return True  # every gap is 0
-            self.width = self.smallest if self.count > before else 2 * self.width
+            picks = self.count - before
+            worth = min(_WORK // picks, self.total) if picks else self.total
+            self.width = max(self.smallest, min(worth, _WIDER * self.width))
         if progress is not None:
             progress(min(self.count, wanted) - reported)
         return self.count == self.size

@@ -24,6 +24,7 @@ from pl_patchcore.coreset import (
     _POOL,
     _SAMPLE,
     _SETTLED,
+    _WIDER,
     CoresetMethod,
     Selection,
     _distinct_rows,
@@ -121,7 +122,7 @@ class _SharedGreedy(_Greedy):
         self.pick_rows = features.new_empty(self.size, features.shape[1])
         self.late = False
         self.step = max(1, min(_SAMPLE, self.width // 64))
-        self.largest = torch.full((2 * self.width // self.step + 1,), math.inf)  # of a sample of all bounds
+        self.largest = torch.full((_WIDER * self.width // self.step + 1,), math.inf)  # of a sample of all bounds
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         if gaps is not None:
@@ -183,7 +184,7 @@ class _SharedGreedy(_Greedy):
         told = words[0].new_full((each, sum(word.shape[1] for word in words)), -1)
         told[: len(alive)] = torch.cat(words, 1)
         sample = self.bound[:: self.step]
-        largest = sample.new_full((2 * self.width // self.step + 1,), _PICKED)
+        largest = sample.new_full((_WIDER * self.width // self.step + 1,), _PICKED)
         values = sample.topk(min(len(sample), len(largest))).values
         largest[: len(values)] = values
         head = torch.tensor([rest, limit], dtype=torch.float64).view(torch.int32).to(told.device)
