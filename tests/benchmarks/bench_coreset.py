@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -91,9 +92,9 @@ def anomalib_loop(features: torch.Tensor) -> float | None:
     return (time.perf_counter() - start) / PICKS
 
 
-def apart(task: str, name: str, **environment: str) -> float | None:
-    """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, task, name]
+def apart(task: str, path: str, **environment: str) -> float | None:
+    """Run one measurement, of the rows in a file, in a process of its own."""
+    command = [sys.executable, __file__, task, path]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
     value: float | None = json.loads(done.stdout.splitlines()[-1])
     return value
@@ -129,8 +130,10 @@ def main(large: bool) -> None:
             "official": official_loop(features),
             "anomalib": anomalib_loop(features),
         }
-        loops["tuned"] = apart("anomalib", name, **KEEP)
-        memory = apart("memory", name)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(features, f"{folder}/rows.pt")
+            loops["tuned"] = apart("anomalib", f"{folder}/rows.pt", **KEEP)
+            memory = apart("memory", f"{folder}/rows.pt")
         for share in (0.01,) if len(features) > 200_000 else (0.01, 0.1, 0.25):
             size = int(share * len(features))
             start = time.perf_counter()
@@ -146,9 +149,9 @@ def main(large: bool) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["anomalib", name]:
-            print(json.dumps(anomalib_loop(features_of(name))))
-        case ["memory", name]:
-            print(json.dumps(extra_memory(features_of(name))))
+        case ["anomalib", path]:
+            print(json.dumps(anomalib_loop(torch.load(path))))
+        case ["memory", path]:
+            print(json.dumps(extra_memory(torch.load(path))))
         case arguments:
             main("large" in arguments)
