@@ -233,8 +233,10 @@ class _Greedy:
         self.smallest = self.width = max(64, min(self.widest, self.total // 8))
         n, d = len(rows), features.shape[1]
         device = features.device
-        parts = [part.double().sum(0) for part in features.split(_CHUNK)]
-        self.mean = torch.stack(parts).sum(0) * (scale / max(len(features), 1))
+        self.mean = torch.zeros(d, dtype=torch.float64, device=device)
+        for part in features.split(_CHUNK):  # nothing kept between the copies: it would part the memory they leave
+            self.mean += part.double().sum(0)
+        self.mean *= scale / max(len(features), 1)
         self.bound = torch.full((n,), torch.inf, device=device)  # >= the gap
         self.seen = torch.zeros(n, dtype=torch.int64, device=device)  # picks that bound knows
         self.key = torch.full((n,), torch.inf, device=device)  # the exact gap ...
@@ -248,6 +250,7 @@ class _Greedy:
     def _write_down(self, dtype: torch.dtype) -> None:
         """Write all rows, and the picks so far, for products of this type."""
         n, device = len(self.rows), self.features.device
+        self.near = self.pick_near = self.features.new_empty(0)  # the memory of those of another type comes first
         self.products = DistanceBounds(self.features.shape[1], dtype)
         self.near = torch.empty(n, self.products.width, dtype=dtype, device=device)
         self.slack = torch.empty(n, device=device)
@@ -452,8 +455,10 @@ def _distinct_rows(features: Tensor, start: int | None) -> Tensor:
     first[1:] = value[1:] != value[:-1]
     group = row[first][first.cumsum(0) - 1]  # lowest row of the hash, in hash order
     twin = (~first).nonzero().flatten()
-    same = [(features[row[t]] == features[group[t]]).all(1) for t in twin.split(_CHUNK)]
-    drop = row[twin[torch.cat(same)]] if same else twin
+    same = torch.empty(len(twin), dtype=torch.bool, device=features.device)
+    for part, place in zip(twin.split(_CHUNK), same.split(_CHUNK), strict=True):
+        torch.all(features[row[part]] == features[group[part]], 1, out=place)
+    drop = row[twin[same]]
     keep = torch.ones(len(features), dtype=torch.bool, device=features.device)
     keep[drop] = False
     if start is not None and not keep[start]:

@@ -17,7 +17,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from rich.table import Table
 
 from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.coreset import greedy_coreset
+from pl_patchcore.distance_bounds import product_type
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 PICKS = 300
@@ -102,13 +105,35 @@ def apart(task: str, path: str, **environment: str) -> float | None:
 
 def extra_memory(features: torch.Tensor) -> float:
     """Peak memory of a selection of 1 % above what was there, as a multiple of the features' bytes."""
-    greedy_coreset(features[:20_000].clone(), 200)  # what libraries set aside once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    greedy_coreset(features[:20_000].clone(), 200)
+    product_type(features.shape[1], 1 << 40, features.device)  # what libraries set aside once, bf16 products too
+    size = len(features) // 100
+    return peak_memory(lambda: greedy_coreset(features, size)) / (features.numel() * features.element_size())
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Most bytes that this process takes during a call above those before it.
+
+    Pages of libraries' files, which come and go as the system likes, are not counted.
+    """
+    before, most, done = own_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, own_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return max(most, own_bytes() - before)
+
+
+def own_bytes() -> int:
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    before = int(status["VmRSS"].split()[0])
-    greedy_coreset(features, len(features) // 100)
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return (int(status["VmHWM"].split()[0]) - before) * 1024 / (features.numel() * 4)
+    return 1024 * int(status["RssAnon"].split()[0])
 
 
 def features_of(name: str) -> torch.Tensor:

@@ -14,25 +14,19 @@ import sys
 import tempfile
 import time
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from bench_coreset import mixture
+from bench_coreset import mixture, peak_memory
 from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
 
-from pl_patchcore.coreset import select_coreset
+from pl_patchcore.coreset import Selection, select_coreset
 from pl_patchcore.coreset_shared import select_shared_coreset
 from pl_patchcore.distributed import Processes
 
 TURNS, SHARES, COUNTS = 3, (0.01, 0.1), (1, 2, 4)
-
-
-def kilobytes(name: str) -> int:
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[name].split()[0])
 
 
 def work(rank: int, count: int, share: float, folder: str, meeting: str) -> None:
@@ -43,18 +37,22 @@ def work(rank: int, count: int, share: float, folder: str, meeting: str) -> None
     shards = [torch.load(f"{folder}/{count} {part}.pt", mmap=True) for part in range(count)]
     rows, processes = sum(len(shard) for shard in shards), Processes()
     select_coreset(shards[0][:20_000].clone(), 200)  # what libraries set aside once
-    before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     own, numbers = shards[rank].clone(), torch.arange(rank, rows, count)
     processes.gather(torch.zeros(1))  # none starts before all are here
     processes.collectives = processes.bytes = 0
     size, start = int(share * rows), time.perf_counter()
-    selection = select_coreset(own, size) if count == 1 else select_shared_coreset(own, numbers, size, processes)
+    found: list[Selection] = []
+
+    def select() -> None:
+        shared = count > 1
+        found.append(select_shared_coreset(own, numbers, size, processes) if shared else select_coreset(own, size))
+
+    extra = peak_memory(select)
     seconds, exchanged = time.perf_counter() - start, (processes.collectives, processes.bytes)
-    (peak,) = processes.largest(kilobytes("VmHWM") - before)
+    (peak,) = processes.largest(extra + own.numel() * own.element_size())
     if rank == 0:
         measured = torch.tensor([seconds, *exchanged, peak], dtype=torch.float64)
-        torch.save([measured, selection.rows], f"{folder}/found.pt")
+        torch.save([measured, found[0].rows], f"{folder}/found.pt")
     if count > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -89,7 +87,7 @@ def main(rows: int) -> None:
             f"{alone[0] / seconds:.2f}",
             f"{collectives:.0f}",
             f"{sent / 1e6:.1f}",
-            f"{peak / 1024:.0f}",
+            f"{peak / 1e6:.0f}",
             "yes" if torch.equal(picks, expected) else "NO",
         )
     console.print(table)
