@@ -35,7 +35,8 @@ _POOL = 4096  # rows brought up to date in a round, and more ...
 _WORK = 1 << 16  # ... after a round of few picks, as long as they make fewer pairs with those than this; ...
 _WIDER = 4  # ... and at most so many times the rows of that round
 _TILE = 1024  # rows of one product ...
-_PRODUCT = 1 << 20  # ... and pairs
+_PRODUCT = 1 << 20  # ... and pairs ...
+_WIDE = 2048  # ... and picks, at most
 _LIKE = 0.75  # rows of one product have this share of the longest history among them ...
 _FEW = 512  # ... if so many have
 _PAIRS = 1 << 12  # float64 differences computed at once
@@ -349,7 +350,7 @@ class _Greedy:
             wide = max(_TILE, min(_PRODUCT // max(1, longest), _CHUNK))
             part = rows[order[first : first + min(max(1 << (like - 1).bit_length(), _FEW), wide)]]
             first += len(part)
-            step = max(STEP, _PRODUCT // len(part) // STEP * STEP)
+            step = min(max(STEP, _PRODUCT // len(part) // STEP * STEP), _WIDE)
             starts = range(self.count - longest, self.count, step)
             pieces = [(i, self.pick_near[i : min(i + step, self.count)]) for i in starts]
             yield part, self.near.index_select(0, part), self.slack[part], pieces
