@@ -46,6 +46,7 @@ def work(rank: int, world: int, folder: str) -> None:
             assert len(bank.features) <= -(-rows // world)
             bank.unshare()
             assert torch.equal(bank.features, whole.features)
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort a process that ends
     Path(folder, f"done {rank}").touch()
 
 
