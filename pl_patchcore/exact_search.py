@@ -48,7 +48,6 @@ _MORE = 8  # times as many queries: another way may suit them better
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _DIRECT = "donot_use_mm_for_euclid_dist"
 _MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
-_WORK = 1 << 33  # floating-point operations of one measurement of the float32 product
 
 
 class ExactSearch:
@@ -250,7 +249,7 @@ class ExactSearch:
     def _measure(self, queries: Tensor, k: int) -> Way:
         """Time each way on some of the queries; the fastest, torch in case of doubt."""
         start = time.perf_counter()
-        count = max(_FEW, min(256, len(queries), _WORK // (2 * self.near.numel())), min(1024, len(queries) // _MORE))
+        count = min(len(queries), max(_FEW, _BLOCK // len(self.near)))  # as many as are searched at once
         sample = queries[torch.linspace(0, len(queries) - 1, count, device=queries.device).long()]
         seconds: dict[Way, float] = {}
         survivors = {}
@@ -272,6 +271,9 @@ class ExactSearch:
             for way in seconds:
                 if seconds[way] < times * min(seconds.values()):
                     seconds[way] = min(seconds[way], self._timed(sample, k, way))
+        more = min(len(queries), _BLOCK // queries.shape[1])  # what faiss searches at once, the faster for it
+        if more > count and seconds.get("faiss", math.inf) < 1.25 * min(seconds.values()):
+            seconds["faiss"] = min(seconds["faiss"], self._timed(queries[:more], k, "faiss") * count / more)
         self._measuring, self._flat = False, None
         fastest = min(seconds, key=lambda way: seconds[way])
         chosen: Way = fastest if seconds[fastest] < 0.98 * seconds["torch"] else "torch"

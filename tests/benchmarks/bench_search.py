@@ -25,7 +25,7 @@ from pl_patchcore.exact_search import WAYS, ExactSearch
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}
-IMAGES, TURNS, MANY_TURNS = 36, 5, 2
+IMAGES, TURNS, MANY_TURNS = 36, 9, 4
 
 
 def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
