@@ -9,9 +9,10 @@ The way of an image, one file a stage::
     feature_store.py    the epoch's features     -> one store (N, D), as store_plan.py says: RAM or disk
     collection.py       the store                -> the rows kept (M, D), by those that follow
     coreset.py          (N, d) projected         -> kept rows (M,); coreset_bounded.py where RAM does not hold all,
-                                                    coreset_shared.py on several processes
-    memory_bank.py      kept features (M, D)     -> nearest neighbours of queries; exact_search.py,
-                                                    approximate_search.py, shared_search.py
+                                                    coreset_shared.py on several processes; by
+                                                    farthest_first.py, distance_bounds.py
+    memory_bank.py      kept features (M, D)     -> nearest neighbours of queries; exact_search.py and
+                                                    search_filter.py, approximate_search.py, shared_search.py
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
     metrics/            scores, maps, masks      -> AUROC, PRO and others
     calibration.py      scores of nominal images -> thresholds

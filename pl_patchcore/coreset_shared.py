@@ -1,6 +1,6 @@
 """Greedy selection among rows that several processes hold: the rows that `coreset.py` selects, on all of them.
 
-Each process reads its own shard ``(n, d)``, and keeps its rows' bounds and gaps as `coreset.py` does. A round
+Each process reads its own shard ``(n, d)``, and keeps its rows' bounds and gaps as `farthest_first.py` does. A round
 exchanges the few rows that can win it, hundreds of picks at a time: the processes tell their candidates (number,
 gap, row), the largest gap each has left outside them, and a sample of their largest bounds, by which all part the
 next round's rows from the others; process 0 picks among the candidates, and tells the picks. That is two
@@ -18,22 +18,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pl_patchcore.coreset import (
-    _CROWD,
-    _PICKED,
-    _POOL,
-    _SAMPLE,
-    _SETTLED,
-    _WIDER,
-    CoresetMethod,
-    Selection,
-    _distinct_rows,
-    _farthest_first,
-    _Greedy,
-    _selection,
-)
+from pl_patchcore.coreset import CoresetMethod, Selection, selection_of
 from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
+from pl_patchcore.farthest_first import (
+    CROWD,
+    PICKED,
+    POOL,
+    SAMPLE,
+    SETTLED,
+    WIDER,
+    FarthestFirst,
+    distinct_rows,
+    pick_among,
+)
 from pl_patchcore.numerics import full_precision
 
 _MORE = 16  # candidates that a process tells beyond its share of the crowd
@@ -87,14 +85,14 @@ def select_shared_coreset(
             distances = [torch.linalg.vector_norm(features.double() - row, dim=1) for row in rows]
             gaps = torch.stack(distances).mean(0).square()
         first = (numbers == 0).nonzero().flatten().tolist()
-        rows = _distinct_rows(features, first[0] if first else None) if len(features) else numbers[:0]
+        rows = distinct_rows(features, first[0] if first else None) if len(features) else numbers[:0]
         scale = 2.0 ** -math.frexp(largest)[1]
-        search = _SharedGreedy(features, rows, scale, size + 1, numbers, processes)
+        search = _SharedFarthestFirst(features, rows, scale, size + 1, numbers, processes)
         deadline = math.inf if seconds is None else time.monotonic() + seconds
         search.begin(0, gaps)
         finished = search.run(deadline, size, progress)
     picks = search.picks[: search.count].cpu()
-    return _selection(picks, total, size, finished, None if gaps is not None else search.gaps, scale)
+    return selection_of(picks, total, size, finished, None if gaps is not None else search.gaps, scale)
 
 
 def _fetch(features: Tensor, numbers: Tensor, wanted: Tensor, processes: Processes) -> Tensor:
@@ -107,31 +105,31 @@ def _fetch(features: Tensor, numbers: Tensor, wanted: Tensor, processes: Process
     return processes.merge(rows)
 
 
-class _SharedGreedy(_Greedy):
-    """As `_Greedy`, of one process's rows; ``picks`` are numbers among all rows."""
+class _SharedFarthestFirst(FarthestFirst):
+    """As `FarthestFirst`, of one process's rows; ``picks`` are numbers among all rows."""
 
-    widest = 2 * _POOL  # fewer rounds, for each is told
+    widest = 2 * POOL  # fewer rounds, for each is told
 
     def __init__(
         self, features: Tensor, rows: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes
     ) -> None:
         distinct = sum(int(n) for n in processes.gather(torch.tensor([len(rows)])))
         super().__init__(features, rows, scale, min(size, distinct), distinct)
-        self.most = -(-_SETTLED // processes.count)
+        self.most = -(-SETTLED // processes.count)
         self.numbers, self.processes = numbers[rows], processes
         self.pick_rows = features.new_empty(self.size, features.shape[1])
         self.late = False
-        self.step = max(1, min(_SAMPLE, self.width // 64))
-        self.largest = torch.full((_WIDER * self.width // self.step + 1,), math.inf)  # of a sample of all bounds
+        self.step = max(1, min(SAMPLE, self.width // 64))
+        self.largest = torch.full((WIDER * self.width // self.step + 1,), math.inf)  # of a sample of all bounds
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         if gaps is not None:
             super().begin(start, gaps)
             return
         own = (self.numbers == start).nonzero().flatten()
-        numbers, _, rows, _, _ = self._exchange(own, 1, _PICKED, 0)
+        numbers, _, rows, _, _ = self._exchange(own, 1, PICKED, 0)
         self._take(numbers, rows, [math.inf])
-        self.key[own] = self.bound[own] = _PICKED
+        self.key[own] = self.bound[own] = PICKED
         self._refresh(torch.arange(len(self.rows), device=self.rows.device))
 
     def _is_late(self, deadline: float) -> bool:
@@ -139,9 +137,9 @@ class _SharedGreedy(_Greedy):
         return self.late
 
     def _pool(self, width: int) -> tuple[Tensor, float]:
-        """As `_Greedy`, by one bound for all processes, which they have told each other in the last round."""
+        """As `FarthestFirst`, by one bound for all processes, which they have told each other in the last round."""
         if width >= self.total:
-            return torch.arange(len(self.rows), device=self.rows.device), _PICKED
+            return torch.arange(len(self.rows), device=self.rows.device), PICKED
         values = self.largest[: width // self.step + 1]
         if 2 * int((values > values[-1]).sum()) < len(values):  # mass ties
             return super()._pool(-(-width // self.processes.count))
@@ -149,7 +147,7 @@ class _SharedGreedy(_Greedy):
         return (self.bound > rest).nonzero().flatten(), rest
 
     def _pick(self, alive: Tensor, rest: float) -> float:
-        each = -(-_CROWD // self.processes.count) + _MORE
+        each = -(-CROWD // self.processes.count) + _MORE
         alive, rest, limit = self._candidates(alive, rest, each)
         numbers, key, rows, rest, limit = self._exchange(alive, each, rest, limit)
         if not len(numbers):
@@ -157,7 +155,7 @@ class _SharedGreedy(_Greedy):
         answer = torch.zeros(3, 1 + len(numbers), dtype=torch.float64)  # of each: what all are told, then by row
         if self.processes.rank == 0:
             exact, ties = (rows.double() * self.scale).cpu(), int((numbers < limit).sum())
-            picked, gaps, keys = _farthest_first(exact, key.cpu(), max(rest, 0.0), ties, self.size - self.count)
+            picked, gaps, keys = pick_among(exact, key.cpu(), max(rest, 0.0), ties, self.size - self.count)
             late = self.count + len(picked) > 1 and time.monotonic() > self.deadline
             answer[:, 0] = torch.tensor([len(picked), late, max([rest, *keys.tolist()])])
             answer[0, 1 : 1 + len(picked)] = torch.tensor(picked)
@@ -184,7 +182,7 @@ class _SharedGreedy(_Greedy):
         told = words[0].new_full((each, sum(word.shape[1] for word in words)), -1)
         told[: len(alive)] = torch.cat(words, 1)
         sample = self.bound[:: self.step]
-        largest = sample.new_full((_WIDER * self.width // self.step + 1,), _PICKED)
+        largest = sample.new_full((WIDER * self.width // self.step + 1,), PICKED)
         values = sample.topk(min(len(sample), len(largest))).values
         largest[: len(values)] = values
         head = torch.tensor([rest, limit], dtype=torch.float64).view(torch.int32).to(told.device)

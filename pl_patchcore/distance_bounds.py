@@ -1,6 +1,6 @@
 """Bounds of squared distances by one matrix product, in float32, or in bf16 where that is faster.
 
-Reads centred rows, float64 ``(n, d)``; `coreset.py` rules out with them what need not be computed exactly.
+Reads centred rows, float64 ``(n, d)``; `farthest_first.py` rules out with them what need not be computed exactly.
 
 Rows a and b, rounded to a' and b', are written as ``[a', |a'|^2, 1, +-1]`` and ``[-2 b', 1, |b'|^2, s_b]``, so that
 the product of the two is the rounded rows' squared distance D, plus or minus the slack s_b, and comes back with an

@@ -12,7 +12,7 @@ import torch
 def full_precision(device: torch.device) -> Iterator[None]:
     """Switch off autocast, TF32 and bf16 products inside the block, and gradients with them.
 
-    The error bounds of `coreset.py` and `memory_bank.py` hold for IEEE float32 products only.
+    The error bounds of `distance_bounds.py` and `exact_search.py` hold for IEEE float32 products only.
 
     Args:
         device: Device the block computes on.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pl_patchcore import UserError
 from pl_patchcore.coreset import coreset_rows, greedy_coreset, greedy_selection, random_projection, select_coreset
+from pl_patchcore.farthest_first import SETTLED, FarthestFirst
 
 KINDS = {
     "random": lambda x: x,
@@ -27,7 +28,7 @@ KINDS = {
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def _products(request, monkeypatch):
     """Whatever this machine would choose."""
-    monkeypatch.setattr("pl_patchcore.coreset.product_type", lambda *_: request.param)
+    monkeypatch.setattr("pl_patchcore.farthest_first.product_type", lambda *_: request.param)
 
 
 @pytest.mark.usefixtures("_products")
@@ -43,6 +44,19 @@ def test_matches_reference(kind, rows, dimension, size):
 def test_more_rows_with_one_gap_than_candidates(dimension, values):
     features = np.random.default_rng(0).integers(values, size=(2500, dimension)).astype(np.float32)
     assert greedy_coreset(torch.from_numpy(features), 500).tolist() == reference.greedy(features, 500)
+
+
+@pytest.mark.usefixtures("_products")
+@pytest.mark.parametrize(("rows", "dimension", "values"), [(30000, 4, None), (40000, 11, 3), (30000, 16, 2)])
+def test_more_candidates_than_a_round_settles(rows, dimension, values, monkeypatch):
+    """With gaps that differ and with gaps of which thousands are equal."""
+    rng = np.random.default_rng(0)
+    shape = (rows, dimension)
+    features = (rng.normal(size=shape) if values is None else rng.integers(values, size=shape)).astype(np.float32)
+    settled, settle = [], FarthestFirst._settle
+    monkeypatch.setattr(FarthestFirst, "_settle", lambda self, alive: (settled.append(len(alive)), settle(self, alive)))
+    assert greedy_coreset(torch.from_numpy(features), 300).tolist() == reference.greedy(features, 300)
+    assert max(settled) == SETTLED if values is None else max(settled) > SETTLED
 
 
 @pytest.mark.usefixtures("_products")
@@ -69,7 +83,7 @@ def test_matches_reference_on_anything(features, data):
     size = data.draw(st.integers(1, len(features)))
     start = data.draw(st.integers(0, len(features) - 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pl_patchcore.coreset.product_type", lambda *_: dtype)
+        patch.setattr("pl_patchcore.farthest_first.product_type", lambda *_: dtype)
         picks = greedy_coreset(torch.from_numpy(features), size, start=start)
     assert picks.tolist() == reference.greedy(features, size, start)
 

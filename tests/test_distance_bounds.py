@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from pl_patchcore import distance_bounds
-from pl_patchcore.coreset import _Greedy, greedy_selection
-from pl_patchcore.distance_bounds import DistanceBounds, product_type
+from pl_patchcore.coreset import greedy_selection
+from pl_patchcore.distance_bounds import STEP, DistanceBounds, product_type
+from pl_patchcore.farthest_first import FarthestFirst
 
 TYPES = [torch.float32, torch.bfloat16]
 KINDS = {
@@ -18,7 +19,7 @@ KINDS = {
 
 @pytest.fixture
 def in_bf16(monkeypatch):
-    monkeypatch.setattr("pl_patchcore.coreset.product_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("pl_patchcore.farthest_first.product_type", lambda *_: torch.bfloat16)
 
 
 def sides(kind, count, others, dimension):
@@ -58,6 +59,13 @@ def test_bounds_are_close(dtype, loose):
     assert len(row) == len(set(zip(row.tolist(), pick.tolist(), strict=True)))
 
 
+def test_few_lengths():
+    lengths = [distance_bounds._few_lengths(rows) for rows in range(1, 4097)]
+    assert sorted(set(lengths)) == [STEP * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]
+    assert all(rows <= length <= max(STEP, 2 * rows) for rows, length in enumerate(lengths, 1))
+    assert lengths == sorted(lengths)
+
+
 def test_small_work_is_not_measured(monkeypatch):
     monkeypatch.setattr(distance_bounds, "_measured_type", lambda *_: pytest.fail("measured"))
     assert product_type(128, 20_000 * 200, torch.device("cpu")) is torch.float32
@@ -87,12 +95,12 @@ def test_same_picks_in_both_types(spread, monkeypatch):
     """Clusters: the tighter they are, the less bf16 tells; where it tells too little, float32 takes over."""
     g = torch.Generator().manual_seed(0)
     features = torch.randn(3, 24, generator=g).repeat(1500, 1) + spread * torch.randn(4500, 24, generator=g)
-    used, write = [], _Greedy._write_down
-    monkeypatch.setattr(_Greedy, "_write_down", lambda self, dtype: (used.append(dtype), write(self, dtype)))
+    used, write = [], FarthestFirst._write_down
+    monkeypatch.setattr(FarthestFirst, "_write_down", lambda self, dtype: (used.append(dtype), write(self, dtype)))
     found = greedy_selection(features, 800)
     assert used[0] is torch.bfloat16
     assert (used[-1] is torch.float32) == (spread < 0.1)
-    monkeypatch.setattr("pl_patchcore.coreset.product_type", lambda *_: torch.float32)
+    monkeypatch.setattr("pl_patchcore.farthest_first.product_type", lambda *_: torch.float32)
     expected = greedy_selection(features, 800)
     assert torch.equal(found.rows, expected.rows)
     assert torch.equal(found.radii, expected.radii)

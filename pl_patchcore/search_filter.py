@@ -1,0 +1,134 @@
+"""Filters of exact search: a product of coordinates, fewer or rounded, that rules out most rows of a bank.
+
+Reads centred queries ``(Q, D)`` and a bank's centred rows ``(M, D)``, returns scores of all pairs and the least one
+that a row no farther than a given distance can have; `exact_search.py` computes the distances of those above it.
+
+The coordinates are those of the first K principal components and, as one more, the length of what these leave out.
+Distances in them never exceed the true ones (triangle inequality, once more for the lengths). ``pca`` multiplies
+them in float32, ``bf16`` and ``int8`` rounded; a rounded distance is off by at most the lengths of what rounding took
+from the two rows, which are computed. So a row can be the nearest only if its rounded distance is at most the true
+distance of the best row proposed, plus both lengths.
+
+For int8 the coordinates are rotated at random, which spreads heavy tails over all of them: one step size then suits
+them all, and int32 holds the product without error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pl_patchcore.numerics import product_margin
+
+_LEFT_OUT = 0.04  # share of the variance that the principal components may leave out
+_INEXACT = 2.0**-18  # of a row's length: bounds centring, projection in float64, and rounding coordinates to float32
+_DIGITS = 3  # bf16 numbers that hold a float32 one
+_MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
+
+
+class Axes:
+    """Principal components of a bank, rotated at random, and the length of what they leave out.
+
+    Args:
+        near: The bank's centred rows, float32 ``(M, D)``.
+    """
+
+    def __init__(self, near: Tensor) -> None:
+        size, dimension = near.shape
+        sample = near[:: max(1, size // 8192)]
+        energy, axes = torch.linalg.eigh((sample.T @ sample).cpu())  # any orthonormal axes will do, hence float32
+        left_out = 1 - energy.flip(0).cumsum(0) / energy.sum().clamp(min=1e-30)
+        count = min(dimension, 64 * (int((left_out > _LEFT_OUT).sum()) // 64 + 1) - _DIGITS - 1)
+        turn = torch.randn(count, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.basis = torch.linalg.qr(axes.flip(1)[:, :count].double() @ turn).Q.to(near.device)  # (D, K)
+        self.tail = 0.0
+        self.tail = float(self(sample)[:, -1].mean())
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Coordinates, float64 ``(Q, K + 1)``, of centred rows ``(Q, D)``."""
+        wide = rows.double()
+        flat = wide @ self.basis
+        tail = (wide.square().sum(1) - flat.square().sum(1)).clamp(min=0).sqrt()
+        return torch.cat([flat, tail[:, None] - self.tail], 1)
+
+
+class Filter:
+    """Scores of all rows of the bank by a product of coordinates: float32 (``pca``), or rounded to bf16 or int8.
+
+    A score is half of (the query's squared length - the squared distance), in rounded coordinates.
+
+    Args:
+        way: ``pca``, ``bf16`` or ``int8``.
+        axes: What gives the coordinates.
+        exact: Coordinates of the bank's rows, float64 ``(M, K + 1)``.
+        length: Number of rows that scores are given of, M' >= M; the last ones lose against all others.
+    """
+
+    def __init__(self, way: str, axes: Axes, exact: Tensor, length: int) -> None:
+        self.way, self.axes = way, axes
+        self.step = (float(exact.abs().max()) / 127 or 1.0) if way == "int8" else 1.0  # the unit of all that follows
+        rows, off = self._round(exact / self.step)
+        self.off = float(off.max())
+        half = rows.double().square().sum(1) / 2
+        self.longest = 2 * float(half.max())
+        pad = length - len(rows)
+        rows = F.pad(rows, (0, 0, 0, pad))
+        if way == "bf16":  # the product comes back in bf16, so that half the length must be in it: as three digits
+            digits, rest = [], F.pad(half, (0, pad), value=1e38)
+            for _ in range(_DIGITS):
+                digits.append(rest.bfloat16()[:, None])
+                rest = rest - digits[-1][:, 0].double()
+            rows = torch.cat([rows, *digits], 1)
+        elif way == "int8":
+            rows = F.pad(rows, (0, -rows.shape[1] % 8))  # what CUDA asks for
+            self.half = F.pad(half.long(), (0, pad), value=1 << 30).int()
+        else:
+            self.half = F.pad(-half.float(), (0, pad), value=-torch.inf)
+        self.rows = rows.T  # (K', M')
+
+    def _round(self, exact: Tensor, times: Tensor | int = 1) -> tuple[Tensor, Tensor]:
+        """Coordinates divided by ``times`` and rounded, and how far that may have moved them, float64 ``(Q, 1)``."""
+        if self.way == "int8":
+            rows = (exact / times).round().clamp(-127, 127).to(torch.int8)
+        else:
+            rows = exact.to(torch.bfloat16 if self.way == "bf16" else torch.float32)
+        moved = torch.linalg.vector_norm(exact - rows.double() * times, dim=1, keepdim=True)
+        length = torch.linalg.vector_norm(exact, dim=1, keepdim=True) + self.axes.tail / self.step  # at least |x|
+        return rows, moved + _INEXACT * length
+
+    def scores(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores ``(Q, M')`` of centred queries ``(Q, D)``.
+
+        With them the queries' squared lengths, and how far rounding moved them, both float64 ``(Q, 1)``.
+        """
+        exact = self.axes(centred) / self.step
+        times: Tensor | int = 1
+        if self.way == "int8":  # coarser steps for queries that reach farther than the bank
+            coarsest = max(1, _MOST // (127 * 127 * len(self.rows)))
+            times = (exact.abs().amax(1, keepdim=True) / 127).ceil().clamp(1, coarsest)
+        rows, off = self._round(exact, times)
+        own = (rows.double() * times).square().sum(1, keepdim=True)
+        if isinstance(times, Tensor):  # int8
+            rows = F.pad(rows, (0, len(self.rows) - rows.shape[1]))
+            if rows.device.type == "cuda":  # wants more than 16 rows
+                scores = torch._int_mm(F.pad(rows, (0, 0, 0, max(0, 17 - len(rows)))), self.rows)[: len(rows)]
+            else:
+                scores = torch._int_mm(rows, self.rows)
+            coarse = (times > 1).nonzero()[:, 0]
+            scores[coarse] *= times[coarse].int()
+            scores -= self.half
+        elif self.way == "bf16":
+            scores = F.pad(rows, (0, _DIGITS), value=-1.0) @ self.rows
+        else:
+            scores = torch.addmm(self.half, rows, self.rows)
+        return scores, own, off
+
+    def threshold(self, upper: Tensor, own: Tensor, off: Tensor) -> Tensor:
+        """Least score that a row no farther than ``upper`` can have, in the type of the scores."""
+        square = (upper / self.step + off + self.off).square()
+        if self.way == "int8":
+            return ((own - square) / 2).floor().clamp(min=1 - 2**30).int()
+        slack = product_margin(self.rows.shape[0] + 8) * (own + self.longest)
+        least = ((own - square - slack) / 2).float()
+        return least.bfloat16() if self.way == "bf16" else least  # rounding keeps the order
