@@ -140,10 +140,7 @@ class _SharedFarthestFirst(FarthestFirst):
         """As `FarthestFirst`, by one bound for all processes, which they have told each other in the last round."""
         if width >= self.total:
             return torch.arange(len(self.rows), device=self.rows.device), PICKED
-        values = self.largest[: width // self.step + 1]
-        if 2 * int((values > values[-1]).sum()) < len(values):  # mass ties
-            return super()._pool(-(-width // self.processes.count))
-        rest = float(values[-1])
+        rest = float(self.largest[width // self.step])
         return (self.bound > rest).nonzero().flatten(), rest
 
     def _pick(self, alive: Tensor, rest: float) -> float:
