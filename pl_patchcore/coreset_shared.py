@@ -1,12 +1,12 @@
 """Greedy selection among rows that several processes hold: the rows that `coreset.py` selects, on all of them.
 
 Each process reads its own shard ``(n, d)``, and keeps its rows' bounds and gaps as `farthest_first.py` does. A round
-exchanges the few rows that can win it, hundreds of picks at a time: the processes tell their candidates (number,
-gap, row), the largest gap each has left outside them, and a sample of their largest bounds, by which all part the
-next round's rows from the others; process 0 picks among the candidates, and tells the picks. That is two
-collectives a round and about a hundred rounds, and no process holds more than its shard, the candidates, and the
-picks. Process 0 alone decides, so that machines whose arithmetic differs in a last bit still agree. Next:
-`memory_bank.py`.
+exchanges the few rows that can win it, hundreds of picks at a time: the processes tell process 0 their candidates
+(row, gap, number), the largest gap each has left outside them, and a sample of their largest bounds; process 0 picks
+among the candidates, and answers with the picks, the candidates' new gaps, and the largest bounds of all, by which
+the next round's rows are parted from the others. That is two collectives a round and about a hundred rounds, and no
+process holds more than its shard, the candidates, and the picks. Process 0 alone decides, so that machines whose
+arithmetic differs in a last bit still agree. Next: `memory_bank.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pl_patchcore.farthest_first import (
 )
 from pl_patchcore.numerics import full_precision
 
+_HEAD = 6  # int32 words of three float64 numbers
 _MORE = 16  # candidates that a process tells beyond its share of the crowd
 
 
@@ -120,17 +121,23 @@ class _SharedFarthestFirst(FarthestFirst):
         self.pick_rows = features.new_empty(self.size, features.shape[1])
         self.late = False
         self.step = max(1, min(SAMPLE, self.width // 64))
-        self.largest = torch.full((WIDER * self.width // self.step + 1,), math.inf)  # of a sample of all bounds
+        self.largest = features.new_full((self._samples,), math.inf, dtype=torch.float32)  # bounds of all
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         if gaps is not None:
             super().begin(start, gaps)
             return
         own = (self.numbers == start).nonzero().flatten()
-        numbers, _, rows, _, _ = self._exchange(own, 1, PICKED, 0)
-        self._take(numbers, rows, [math.inf])
+        row = torch.zeros_like(self.pick_rows[:1])
+        row[: len(own)] = self.features[self.rows[own]]
+        self._take(torch.tensor([start]), self.processes.merge(row), [math.inf])
         self.key[own] = self.bound[own] = PICKED
         self._refresh(torch.arange(len(self.rows), device=self.rows.device))
+
+    @property
+    def _samples(self) -> int:
+        """How many of the largest bounds are told, so that the next round can be as wide as it may."""
+        return WIDER * self.width // self.step + 1
 
     def _is_late(self, deadline: float) -> bool:
         self.deadline = deadline
@@ -146,54 +153,70 @@ class _SharedFarthestFirst(FarthestFirst):
     def _pick(self, alive: Tensor, rest: float) -> float:
         each = -(-CROWD // self.processes.count) + _MORE
         alive, rest, limit = self._candidates(alive, rest, each)
-        numbers, key, rows, rest, limit = self._exchange(alive, each, rest, limit)
-        if not len(numbers):
-            return rest
-        answer = torch.zeros(3, 1 + len(numbers), dtype=torch.float64)  # of each: what all are told, then by row
-        if self.processes.rank == 0:
-            exact, ties = (rows.double() * self.scale).cpu(), int((numbers < limit).sum())
-            picked, gaps, keys = pick_among(exact, key.cpu(), max(rest, 0.0), ties, self.size - self.count)
-            late = self.count + len(picked) > 1 and time.monotonic() > self.deadline
-            answer[:, 0] = torch.tensor([len(picked), late, max([rest, *keys.tolist()])])
-            answer[0, 1 : 1 + len(picked)] = torch.tensor(picked)
-            answer[1, 1 : 1 + len(picked)] = torch.tensor(gaps)
-            answer[2, 1:] = keys
-        answer = self.processes.broadcast(answer)
-        count, late, left = answer[:, 0].tolist()
-        self.late = bool(late)
-        chosen = answer[0, 1 : 1 + int(count)].long().to(numbers.device)
-        self._take(numbers[chosen], rows[chosen], answer[1, 1 : 1 + int(count)].tolist())
-        alive = alive[self.key[alive] >= rest]
-        self._know(alive, answer[2, 1:][torch.searchsorted(numbers, self.numbers[alive]).cpu()].float())
+        candidates = self._words(alive, each)
+        most = each * self.processes.count
+        lengths = [_HEAD, self._samples, most, most * candidates.shape[1]]
+        every = self.processes.gather_at_first(torch.cat([self._told(rest, limit), candidates.flatten()]))
+        answer = candidates.new_empty(sum(lengths))
+        if every is not None:
+            part = self._answer(torch.stack(every), most)
+            answer[: len(part)] = part
+        head, largest, keys, picks = self.processes.broadcast(answer).split(lengths)
+        count, late, left = _read(head, torch.float64).tolist()
+        numbers, gaps, rows = self._read_words(picks.view(most, -1)[: int(count)])
+        self._take(numbers, rows, gaps.tolist())
+        self.late, self.largest = bool(late), _read(largest, torch.float32)
+        key = _read(keys.view(-1, each)[self.processes.rank, : len(alive)], torch.float32)
+        entered = ~key.isnan()
+        self._know(alive[entered], key[entered])
         return float(left)
 
-    def _exchange(self, alive: Tensor, each: int, rest: float, limit: int) -> tuple[Tensor, Tensor, Tensor, float, int]:
-        """Bring all processes' candidates together, at most ``each`` of one, and what `_pool` will part rows by.
+    def _answer(self, told: Tensor, most: int) -> Tensor:
+        """What process 0 answers to what all have told, ``(processes, words)``.
 
-        Returns:
-            Numbers, keys and rows of those that no process's ``rest`` beats, by number; the largest ``rest``, and the
-            ``limit`` that goes with it, as `_candidates` gives them.
+        Number of picks, whether time is up, and the largest gap left; the largest bounds of all; the keys of ``most``
+        candidates, in the order told, NaN where another row beats them; and the picks.
         """
-        columns = (self.features[self.rows[alive]], self.key[alive][:, None], self.numbers[alive][:, None])
-        words = [column.contiguous().view(torch.int32) for column in columns]
-        told = words[0].new_full((each, sum(word.shape[1] for word in words)), -1)
-        told[: len(alive)] = torch.cat(words, 1)
+        heads, largest, words = told.split([_HEAD, self._samples, told.shape[1] - _HEAD - self._samples], 1)
+        rests, limits, _ = _read(heads, torch.float64).unbind(1)
+        rest, limit = float(rests.max()), int(limits[rests == rests.max()].min())
+        words = words.reshape(most, -1)
+        numbers, keys, _ = self._read_words(words)
+        order = numbers.argsort()
+        order = order[(numbers[order] >= 0) & (keys[order] >= rest)]
+        exact, ties = self._read_words(words[order])[2].double() * self.scale, int((numbers[order] < limit).sum())
+        floor, wanted = max(rest, 0.0), self.size - self.count
+        chosen, gaps, key = pick_among(exact.cpu(), keys[order].cpu(), floor, ties, wanted)
+        late = self.count + len(chosen) > 1 and time.monotonic() > self.deadline
+        head = torch.tensor([len(chosen), late, max([rest, *key.tolist()])], dtype=torch.float64)
+        largest = _read(largest, torch.float32).flatten().topk(self._samples).values
+        keys.fill_(torch.nan)[order] = key.to(keys.device)
+        picks = words[order[torch.tensor(chosen, dtype=torch.int64, device=order.device)]]
+        picks[:, -3] = torch.tensor(gaps).view(torch.int32).to(picks.device)
+        head = head.view(torch.int32).to(picks.device)
+        return torch.cat([head, largest.view(torch.int32), keys.view(torch.int32), picks.flatten()])
+
+    def _told(self, rest: float, limit: int) -> Tensor:
+        """``rest`` and ``limit``, as `_candidates` gives them, and a sample of the largest bounds, as int32."""
         sample = self.bound[:: self.step]
-        largest = sample.new_full((WIDER * self.width // self.step + 1,), PICKED)
+        largest = sample.new_full((self._samples,), PICKED)
         values = sample.topk(min(len(sample), len(largest))).values
         largest[: len(values)] = values
-        head = torch.tensor([rest, limit], dtype=torch.float64).view(torch.int32).to(told.device)
-        parts = (head, largest.view(torch.int32), told.flatten())
-        every = torch.stack(self.processes.gather(torch.cat(parts)))  # (processes, words)
-        heads, samples, rows = every.split([len(part) for part in parts], 1)
-        rests, limits = _read(heads, torch.float64).unbind(1)
-        rest, limit = float(rests.max()), int(limits[rests == rests.max()].min())
-        self.largest = _read(samples, torch.float32).flatten().topk(len(largest)).values
-        every = rows.reshape(-1, told.shape[1])
-        numbers, key = _read(every[:, -2:], torch.int64)[:, 0], _read(every[:, -3], torch.float32)
-        order = numbers.argsort()
-        order = order[(numbers[order] >= 0) & (key[order] >= rest)]
-        return numbers[order], key[order], _read(every[order, :-3], self.features.dtype), rest, limit
+        head = torch.tensor([rest, limit, 0], dtype=torch.float64).view(torch.int32)
+        return torch.cat([head.to(largest.device), largest.view(torch.int32)])
+
+    def _words(self, alive: Tensor, length: int) -> Tensor:
+        """Row, key and number of each candidate, as int32; ``length`` of them, the last ones of number -1."""
+        columns = (self.features[self.rows[alive]], self.key[alive][:, None], self.numbers[alive][:, None])
+        words = torch.cat([column.contiguous().view(torch.int32) for column in columns], 1)
+        padded = words.new_full((length, words.shape[1]), -1)
+        padded[: len(words)] = words
+        return padded
+
+    def _read_words(self, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers, keys and rows of `_words`."""
+        numbers = _read(words[:, -2:], torch.int64)[:, 0]
+        return numbers, _read(words[:, -3], torch.float32), _read(words[:, :-3], self.features.dtype)
 
     def _take(self, numbers: Tensor, rows: Tensor, gaps: list[float]) -> None:
         """Add picks, by number and row."""

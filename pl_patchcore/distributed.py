@@ -48,6 +48,15 @@ class Processes:
         dist.all_gather(parts, own)
         return [part.to(tensor.device) for part in parts]
 
+    def gather_at_first(self, tensor: Tensor) -> list[Tensor] | None:
+        """As `gather`, on process 0; None on the others."""
+        if self.count == 1:
+            return [tensor]
+        own = self._counted(tensor)
+        parts = [torch.empty_like(own) for _ in range(self.count)] if self.rank == 0 else None
+        dist.gather(own, parts)
+        return parts and [part.to(tensor.device) for part in parts]
+
     def gather_rows(self, tensor: Tensor) -> list[Tensor]:
         """As `gather`, of tensors of any length."""
         lengths = [int(n) for n in self.gather(torch.tensor([len(tensor)]))]
