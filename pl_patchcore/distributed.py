@@ -83,7 +83,7 @@ class Processes:
         """Tensor of process 0."""
         if self.count == 1:
             return tensor
-        own = self._counted(tensor)
+        own = self._counted(tensor, sent=self.rank == 0)
         dist.broadcast(own, 0)
         return own.to(tensor.device)
 
@@ -101,9 +101,9 @@ class Processes:
         dist.all_gather_object(parts, value)
         return parts
 
-    def _counted(self, tensor: Tensor) -> Tensor:
+    def _counted(self, tensor: Tensor, sent: bool = True) -> Tensor:
         self.collectives += 1
-        self.bytes += tensor.numel() * tensor.element_size()
+        self.bytes += tensor.numel() * tensor.element_size() if sent else 0
         return tensor.to(self.device).contiguous()
 
 
