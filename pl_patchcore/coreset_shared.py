@@ -25,7 +25,6 @@ from pl_patchcore.farthest_first import (
     CROWD,
     PICKED,
     POOL,
-    SAMPLE,
     SETTLED,
     WIDER,
     FarthestFirst,
@@ -35,6 +34,7 @@ from pl_patchcore.farthest_first import (
 from pl_patchcore.numerics import full_precision
 
 _HEAD = 6  # int32 words of three float64 numbers
+_SAMPLES = 128  # bounds that tell where to part as many rows as the first round has
 _MORE = 16  # candidates that a process tells beyond its share of the crowd
 
 
@@ -120,7 +120,7 @@ class _SharedFarthestFirst(FarthestFirst):
         self.numbers, self.processes = numbers[rows], processes
         self.pick_rows = features.new_empty(self.size, features.shape[1])
         self.late = False
-        self.step = max(1, min(SAMPLE, self.width // 64))
+        self.step = max(1, self.width // _SAMPLES)
         self.largest = features.new_full((self._samples,), math.inf, dtype=torch.float32)  # bounds of all
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
@@ -192,7 +192,7 @@ class _SharedFarthestFirst(FarthestFirst):
         largest = _read(largest, torch.float32).flatten().topk(self._samples).values
         keys.fill_(torch.nan)[order] = key.to(keys.device)
         picks = words[order[torch.tensor(chosen, dtype=torch.int64, device=order.device)]]
-        picks[:, -3] = torch.tensor(gaps).view(torch.int32).to(picks.device)
+        picks[:, -3] = torch.tensor(gaps, dtype=torch.float32).view(torch.int32).to(picks.device)
         head = head.view(torch.int32).to(picks.device)
         return torch.cat([head, largest.view(torch.int32), keys.view(torch.int32), picks.flatten()])
 

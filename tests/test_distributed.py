@@ -66,7 +66,7 @@ if own == "fails":
     model.__class__ = Fails
 if own.startswith("hangs"):
     _, where, rank = own.split()
-    from pl_patchcore.coreset_shared import _SharedGreedy
+    from pl_patchcore.coreset_shared import _SharedFarthestFirst
     def hang():
         open(out + "/pid", "w").write(str(os.getpid()))
         import time
@@ -77,12 +77,12 @@ if own.startswith("hangs"):
                 hang()
             super().collect(images, index, aside)
     model.__class__ = Hangs
-    pick = _SharedGreedy._pick
+    pick = _SharedFarthestFirst._pick
     def hang_or_pick(self, *args):
         if where == "selecting" and self.processes.rank == int(rank) and self.count > 1:
             hang()
         return pick(self, *args)
-    _SharedGreedy._pick = hang_or_pick
+    _SharedFarthestFirst._pick = hang_or_pick
 machines = int(os.environ.get("MACHINES", 1))
 strategy = "ddp" if devices * machines > 1 else "auto"
 trainer = L.Trainer(
