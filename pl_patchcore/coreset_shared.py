@@ -144,7 +144,7 @@ class _SharedFarthestFirst(FarthestFirst):
         return self.late
 
     def _pool(self, width: int) -> tuple[Tensor, float]:
-        """As `FarthestFirst`, by one bound for all processes, which they have told each other in the last round."""
+        """As `FarthestFirst`, by one bound for all processes, which process 0 told in the last round."""
         if width >= self.total:
             return torch.arange(len(self.rows), device=self.rows.device), PICKED
         rest = float(self.largest[width // self.step])
@@ -157,7 +157,7 @@ class _SharedFarthestFirst(FarthestFirst):
         most = each * self.processes.count
         lengths = [_HEAD, self._samples, most, most * candidates.shape[1]]
         every = self.processes.gather_at_first(torch.cat([self._told(rest, limit), candidates.flatten()]))
-        answer = candidates.new_empty(sum(lengths))
+        answer = candidates.new_zeros(sum(lengths))
         if every is not None:
             part = self._answer(torch.stack(every), most)
             answer[: len(part)] = part
