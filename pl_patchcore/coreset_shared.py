@@ -128,9 +128,9 @@ class _SharedFarthestFirst(FarthestFirst):
             super().begin(start, gaps)
             return
         own = (self.numbers == start).nonzero().flatten()
-        row = torch.zeros_like(self.pick_rows[:1])
-        row[: len(own)] = self.features[self.rows[own]]
-        self._take(torch.tensor([start]), self.processes.merge(row), [math.inf])
+        first = torch.tensor([start])
+        row = _fetch(self.features[self.rows[own]], self.numbers[own], first, self.processes)
+        self._take(first, row, [math.inf])
         self.key[own] = self.bound[own] = PICKED
         self._refresh(torch.arange(len(self.rows), device=self.rows.device))
 

@@ -33,7 +33,7 @@ _FEW = 512  # ... if so many have
 _PAIRS = 1 << 12  # float64 differences computed at once
 CROWD = 512  # candidates a round picks among; more cost more a pick than another round saves
 SETTLED = 3 * CROWD  # rows whose gaps a round computes
-SAMPLE = 16  # one row in so many tells where the largest bounds begin
+_SAMPLE = 16  # one row in so many tells where the largest bounds begin
 _CROWDED = 8  # pairs left by products for each row settled, on average, that are too many
 PICKED = -1.0  # gap of a picked row: below every real one
 
@@ -136,8 +136,8 @@ class FarthestFirst:
         """Return about ``width`` rows with the largest bounds, and the largest bound there may be among the others."""
         if width >= len(self.rows):
             return torch.arange(len(self.rows), device=self.rows.device), PICKED
-        sample = self.bound[::SAMPLE]  # which tells where to part them, in a tenth of the time
-        rest = float(sample.topk(min(width // SAMPLE + 1, len(sample))).values[-1])
+        sample = self.bound[::_SAMPLE]  # which tells where to part them, in a tenth of the time
+        rest = float(sample.topk(min(width // _SAMPLE + 1, len(sample))).values[-1])
         pool = (self.bound > rest).nonzero().flatten()
         if not width <= 2 * len(pool) <= 4 * width:
             values, pool = self.bound.topk(width + 1)
