@@ -49,7 +49,7 @@ def main(splits: int = 25) -> None:
         for position, index in enumerate(known):
             collection.add(patches[[index]], torch.tensor([position]), torch.tensor([position in aside]))
         model.select()
-        held = [(s, m.flatten(1).amax(1)) for s, m in model.score_held_out()]
+        held = [(s, m.flatten(1).amax(1)) for _, s, m in model.score_held_out()]
         fresh = [model.scorer(part, model.memory_bank, (160, 160)) for part in patches[new].split(32)]
         for name, place in (("anomaly score", 0), ("peak of the map", 1)):
             calibration = torch.cat([part[place] for part in held])
