@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             condition=self.headers["If-Range"],
             agent=self.headers["User-Agent"],
             status=200,
-            sent=0,
+            length=0,
         )
         server.calls.append(call)
         data, start = server.files.get(self.path), 0
@@ -107,12 +107,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         stop = server.cuts.pop(0) if server.cuts and call.status in (200, 206) else None
         part = data[:stop]
+        call.length = len(part)  # before it goes out: the client may be done before this thread is
         if server.chunked:
             self.wfile.write(f"{len(data):x}\r\n".encode() + part + (b"\r\n0\r\n\r\n" if stop is None else b""))
         else:
             self.wfile.write(part)
         self.wfile.flush()
-        call.sent = len(part)
         if stop is not None and server.stalls:
             server.released.wait(20)
         if stop is not None and server.after_cut:
@@ -232,7 +232,7 @@ def test_cut_connection_is_resumed(server, fetch, etag):
     server.etag, server.date, server.cuts = etag, "Wed, 21 Oct 2015 07:28:00 GMT", [100_000, 50_000]
     assert tree(fetch(server.serve("/mtd.tar", data), sha256=sha(data))) == UNPACKED
     assert [call.range for call in server.calls] == [None, "bytes=100000-", "bytes=150000-"]
-    assert [call.sent for call in server.calls] == [100_000, 50_000, len(data) - 150_000]
+    assert [call.length for call in server.calls] == [100_000, 50_000, len(data) - 150_000]
     assert {call.condition for call in server.calls[1:]} == {etag if etag == '"one"' else server.date}
 
 
@@ -352,7 +352,7 @@ def test_killed_process_is_resumed(server, fetch, tmp_path):
     assert not (tmp_path / "data" / "mtd").exists()
     assert tree(fetch(url, sha256=sha(data))) == UNPACKED
     assert [call.range for call in server.calls] == [None, f"bytes={have}-"]
-    assert server.calls[-1].sent == len(data) - have
+    assert server.calls[-1].length == len(data) - have
     assert beside(tmp_path) == ["mtd", "mtd.tar"]
 
 
