@@ -35,7 +35,7 @@ def main(splits: int = 25) -> None:
         "mobilenet_v2", ["features.6", "features.13"], weights, resize=160, crop=None, coreset_ratio=0.002,
         calibration_share=SHARE,
     ).eval()  # fmt: skip
-    records = [r for part in MTDDataModule(SHARED / "data" / "mtd").records for r in part if r.label == 0]
+    records = [r for part in MTDDataModule(str(SHARED / "data" / "mtd")).records for r in part if r.label == 0]
     images = torch.utils.data.DataLoader(ImageDataset(records, model.transform), 32, num_workers=2)
     patches = torch.cat([model.patch_features(batch["image"]) for batch in tqdm(images, "Features")])
     alarms: dict[tuple[str, float], list[float]] = {}

@@ -43,7 +43,7 @@ def mixture(rows: int) -> torch.Tensor:
 
 
 def tiles(images: int) -> torch.Tensor:
-    data = MTDDataModule(SHARED / "data" / "mtd", num_workers=0)
+    data = MTDDataModule(str(SHARED / "data" / "mtd"), num_workers=0)
     weights = str(SHARED / "weights" / "mobilenet_v2.pth")
     model = PatchCore("mobilenet_v2", layers=["features.6", "features.13"], weights=weights, resize=224, crop=None)
     data.transform = model.transform

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from pl_patchcore import PatchCore
 from pl_patchcore.metrics import PRO, AnomalyEvaluation, PixelAUROC, pixel_areas, regions
+from pl_patchcore.metrics.state import Mode
 
 SIDE, BATCH = 256, 32
 console = Console()
@@ -90,25 +92,23 @@ def speed() -> None:
     for images in (100, 400):
         maps, masks = make_test_set(images)
         runs = 7 if images == 100 else 4
-        label, _ = best(lambda masks=masks: pixel_areas(masks), runs)
+        label, _ = best(partial(pixel_areas, masks), runs)
         table.add_row(str(images), "labelling the masks", f"{label:.3f}", "", "")
         times = {}
         for mode in ("streaming", "exact"):
             for make in (PRO, PixelAUROC):
-                seconds, value = best(
-                    lambda make=make, mode=mode, data=(maps, masks): ours(lambda: make(mode=mode), *data), runs
-                )
+                seconds, value = best(partial(ours, partial(make, mode=mode), maps, masks), runs)
                 times[make.__name__, mode] = seconds
                 note = ", labelling included" if make is PRO else ""
                 table.add_row("", f"{make.__name__} {mode}{note}", f"{seconds:.3f}", "", f"{value:.7f}")
         peers: dict[str, tuple[str, Callable[[], float]]] = {}
         if importlib.util.find_spec("anomalib"):
-            peers["anomalib AUPRO"] = ("PRO", lambda data=(maps, masks): anomalib_pro(*data))
+            peers["anomalib AUPRO"] = ("PRO", partial(anomalib_pro, maps, masks))
         if importlib.util.find_spec("sklearn"):
             from sklearn.metrics import roc_auc_score
 
             flat = masks.numpy().ravel(), maps.numpy().ravel()
-            peers["scikit-learn ROC"] = ("PixelAUROC", lambda flat=flat: float(roc_auc_score(*flat)))
+            peers["scikit-learn ROC"] = ("PixelAUROC", partial(roc_auc_score, *flat))
         for name in {"anomalib AUPRO", "scikit-learn ROC"} - set(peers):
             console.print(f"{name} left out: not installed (pip install 'pl-patchcore[bench]').")
         for name, (own, call) in peers.items():
@@ -186,9 +186,10 @@ def loop(images: int = 32, bank: int = 10_000) -> None:
         scoring = time.perf_counter() - start
     table = Table("", "s / image", "share of the loop")
     table.add_row(f"scoring, {bank:,} rows in the memory bank", f"{scoring / images:.4f}", "")
-    for mode in ("exact", "streaming"):
+    modes: tuple[Mode, ...] = ("exact", "streaming")
+    for mode in modes:
 
-        def run(mode: str = mode) -> None:
+        def run(mode: Mode = mode) -> None:
             metric = AnomalyEvaluation(mode=mode)
             for at in range(0, images, 8):
                 part = slice(at, at + 8)

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_coreset import SHARED, compiled_loop, official_loop
@@ -36,8 +37,9 @@ console = Console(width=120)
 
 
 def data_module(workers: int) -> MTDDataModule | SyntheticDataModule:
-    options = {"batch_size": BATCH, "num_workers": workers}
-    data = MTDDataModule(SHARED / "data" / "mtd", **options) if SHARED.is_dir() else SyntheticDataModule(**options)
+    options: dict[str, Any] = {"batch_size": BATCH, "num_workers": workers}
+    mtd = str(SHARED / "data" / "mtd")
+    data = MTDDataModule(mtd, **options) if SHARED.is_dir() else SyntheticDataModule(**options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data.transform = PatchCore("mobilenet_v2", NETWORKS["mobilenet_v2"], None, resize=224, crop=None).transform

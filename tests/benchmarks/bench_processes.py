@@ -17,11 +17,11 @@ from itertools import product
 from math import inf
 
 import torch
-import torch.multiprocessing as mp
 from bench_coreset import mixture, peak_memory
 from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from pl_patchcore.coreset import Selection, select_coreset
 from pl_patchcore.coreset_shared import select_shared_coreset
@@ -75,9 +75,9 @@ def main(rows: int) -> None:
         for count in COUNTS:
             for rank in range(count):
                 torch.save(features[rank::count].clone(), f"{folder}/{count} {rank}.pt")
-        found = {}
+        found: dict[tuple[float, int], tuple[torch.Tensor, torch.Tensor]] = {}
         for turn, share, count in product(range(TURNS + 1), SHARES, COUNTS):
-            mp.spawn(work, (count, share, turn == 0, folder, f"{folder}/meeting {turn} {share} {count}"), nprocs=count)
+            spawn(work, (count, share, turn == 0, folder, f"{folder}/meeting {turn} {share} {count}"), nprocs=count)
             measured, picks = torch.load(f"{folder}/found.pt")
             best, _ = found.setdefault((share, count), (measured, picks))
             found[share, count] = torch.minimum(measured, best), picks

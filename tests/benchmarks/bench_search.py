@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -30,7 +32,7 @@ IMAGES, TURNS, MANY_TURNS = 36, 9, 4
 
 def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Patch features of training tiles, and of 16 test tiles of all kinds."""
-    data = MTDDataModule(SHARED / "data" / "mtd", num_workers=0)
+    data = MTDDataModule(str(SHARED / "data" / "mtd"), num_workers=0)
     weights = str(SHARED / "weights" / "mobilenet_v2.pth")
     layers = [f"features.{i}" for i in LAYERS[dimension]]
     model = PatchCore("mobilenet_v2", layers=layers, weights=weights, resize=224, crop=None)
@@ -38,13 +40,14 @@ def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
     data.setup("fit")
     data.setup("test")
     with torch.no_grad():
-        return tuple(
-            torch.cat([model.patch_features(part[int(i)]["image"][None]).flatten(0, 2) for i in chosen])
-            for part, chosen in (
-                (data.train_set, torch.linspace(0, len(data.train_set) - 1, IMAGES)),
-                (data.test_set, torch.linspace(0, len(data.test_set) - 1, 16)),
-            )
-        )
+        train, test = (
+            torch.cat([
+                model.patch_features(part[int(i)]["image"][None]).flatten(0, 2)
+                for i in torch.linspace(0, len(part) - 1, images)
+            ])
+            for part, images in ((data.train_set, IMAGES), (data.test_set, 16))
+        )  # fmt: skip
+    return train, test
 
 
 def product(queries: torch.Tensor, bank: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -57,10 +60,10 @@ def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor, 
     mean = bank.mean(0)
     near, centred = bank - mean, queries - mean
     norm = near.square().sum(1)
-    contenders = {
+    contenders: dict[str, Callable[[], object]] = {
         "IndexFlatL2": lambda: faiss.knn(centred.numpy(), near.numpy(), 1),
         "product": lambda: product(centred, near, norm),
-        **{way: (lambda way=way: search._search(queries, 1, way)) for way in WAYS},
+        **{way: partial(search._search, queries, 1, way) for way in WAYS},
     }
     survivors = {}
     for way in WAYS:
@@ -94,7 +97,9 @@ def main(wanted: str = "") -> None:
     if SHARED.is_dir():
         for dimension in LAYERS:
             train, test = tiles(dimension)
-            greedy = greedy_coreset(train @ random_projection(dimension, 128, 0), 10_000)
+            matrix = random_projection(dimension, 128, 0)
+            assert matrix is not None  # None is for features of 128 dimensions or fewer
+            greedy = greedy_coreset(train @ matrix, 10_000)
             drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:25_000]
             sets[f"MTD {dimension}, greedy"] = train[greedy], test
             sets[f"MTD {dimension}, random"] = train[drawn], test
