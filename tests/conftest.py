@@ -1,4 +1,8 @@
-"""What several test modules use: a tiny backbone, and a Trainer that is quiet."""
+"""What several test modules use: a tiny backbone, a Trainer that is quiet, a port for processes that meet."""
+
+import contextlib
+import secrets
+import socket
 
 import lightning as L
 import pytest
@@ -39,3 +43,12 @@ def trainer(tmp_path):
         return L.Trainer(**(defaults | options))
 
     return make
+
+
+def free_port() -> str:
+    """A port below those that the system deals out, which others may take before processes meet there."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.socket() as tried:
+            tried.bind(("127.0.0.1", port))
+            return str(port)

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from PIL import Image
 
 SHARED = (Path(__file__).parents[1] / ".." / "shared").resolve()
@@ -121,10 +121,11 @@ if trainer.is_global_zero:
     assert torch.equal(saved["memory_bank.features"], state["memory_bank.features"])
     json.dump({"all": model.figures, "names": sorted(model.figures)}, open(out + "/figures.json", "w"))
 """
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def draw(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     pixels = np.random.default_rng(0).integers(256, size=(2, 64, 64, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{i}.png")
@@ -134,14 +135,19 @@ def start(
     folder: Path, devices: int, images: int, own: str = "", batch: int = 1, launcher: Sequence[str] = (), **environment
 ) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    draw(folder.parent / "few")
+    if not (folder.parent / "few").exists():
+        draw(folder.parent / "few")
     script = folder / "fit.py"
-    script.write_text(SCRIPT)
-    env = os.environ | {"SHARED": str(SHARED), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment
+    if not script.exists():  # one started before may be reading it
+        script.write_text(SCRIPT)
+    env = os.environ | {"SHARED": str(SHARED), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"MASTER_PORT": free_port()} | environment
     command = [sys.executable, *launcher, str(script), str(devices), str(images), str(folder), own, str(batch)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    STARTED.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
@@ -149,14 +155,19 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
     try:
         return process.communicate(timeout=seconds)[0]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+def end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    yield
+    while STARTED:
+        end(STARTED.pop())
 
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared (MTD and MobileNetV2 weights)")
@@ -277,7 +288,10 @@ def test_a_killed_process_ends_all(tmp_path, where, rank, machines):
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MACHINES": "2"}
         processes = [start(folder, 1, 13, own, **meet, NODE_RANK=str(machine)) for machine in (0, 1)]
     name, until = folder / "pid", time.monotonic() + 120
-    while not (name.is_file() and name.read_text()) and time.monotonic() < until:
+    while not (name.is_file() and name.read_text()):
+        ended = [finish(process) for process in processes if process.poll() is not None]
+        assert not ended, ended
+        assert time.monotonic() < until
         time.sleep(0.1)
     time.sleep(1)  # the other one waits for it
     killed = time.monotonic()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from conftest import TinyBackbone
+from conftest import TinyBackbone, free_port
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
@@ -223,7 +223,8 @@ def test_two_processes_equal_one(trainer, images, tmp_path):
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(tmp_path / "fit.py"), str(tmp_path)], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": here},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": here}
+        | {"MASTER_PORT": free_port()},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
