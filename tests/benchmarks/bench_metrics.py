@@ -110,7 +110,7 @@ def speed() -> None:
             flat = masks.numpy().ravel(), maps.numpy().ravel()
             peers["scikit-learn ROC"] = ("PixelAUROC", partial(roc_auc_score, *flat))
         for name in {"anomalib AUPRO", "scikit-learn ROC"} - set(peers):
-            console.print(f"{name} left out: not installed (pip install 'pl-patchcore[bench]').")
+            print(f"{name} left out: not installed (pip install -e '.[bench]').")
         for name, (own, call) in peers.items():
             seconds, value = best(call, 2)
             streaming, exact = times[own, "streaming"], times[own, "exact"]
