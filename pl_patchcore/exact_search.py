@@ -30,6 +30,7 @@ Way = Literal["torch", "pca", "bf16", "int8", "faiss"]
 WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 
 _BLOCK = 1 << 23  # scores held at once: 32 MiB
+_TILE = 1024  # rows of the bank in one float32 product, on the CPU
 _GROUP = 128  # rows of the bank looked at together
 _PAIRS = 1 << 19  # float64 numbers gathered at once: 4 MiB, which a cache holds
 _STEP = 256  # rows turned into float64 at once
@@ -115,7 +116,7 @@ class ExactSearch:
         centred = self._centre(queries)
         if way == "torch":
             own = centred.square().sum(1, keepdim=True)  # (Q, 1)
-            scores = torch.addmm(self.half, centred, self.near.T)  # (Q, M'), the larger the nearer
+            scores = self._scores(centred)
         else:
             scores, own, off = self._filter(way).scores(centred)
         group = _GROUP if 4 * k * _GROUP <= len(self.near) else 1
@@ -148,6 +149,16 @@ class ExactSearch:
         unsure = queries[over]
         distance[over], rows[over] = self._by_all(unsure, k) if way == "torch" else self._by_filter(unsure, k, "torch")
         return distance, rows
+
+    def _scores(self, centred: Tensor) -> Tensor:
+        """Half of (the query's squared length - the squared distance) of all pairs, ``(Q, M')``."""
+        if centred.device.type != "cpu":
+            return torch.addmm(self.half, centred, self.near.T)
+        scores = centred.new_empty(len(centred), len(self.near))
+        tiles = (each.split(_TILE, -1) for each in (scores, self.half, self.near.T))
+        for part, half, near in zip(*tiles, strict=True):
+            torch.addmm(half, centred, near, out=part)
+        return scores
 
     def _by_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         import faiss
@@ -238,7 +249,7 @@ class ExactSearch:
         return self.chosen or "torch"
 
     def _measure(self, queries: Tensor, k: int) -> Way:
-        """Time each way on some of the queries; the fastest, torch in case of doubt."""
+        """Time each way on some of the queries; the fastest."""
         start = time.perf_counter()
         count = min(len(queries), max(_FEW, _BLOCK // len(self.near)))  # as many as are searched at once
         sample = queries[torch.linspace(0, len(queries) - 1, count, device=queries.device).long()]
@@ -263,11 +274,11 @@ class ExactSearch:
                 if seconds[way] < times * min(seconds.values()):
                     seconds[way] = min(seconds[way], self._timed(sample, k, way))
         more = min(len(queries), _BLOCK // queries.shape[1])  # what faiss searches at once, the faster for it
-        if more > count and seconds.get("faiss", math.inf) < 1.25 * min(seconds.values()):
-            seconds["faiss"] = min(seconds["faiss"], self._timed(queries[:more], k, "faiss") * count / more)
+        if more > count and seconds.get("faiss", math.inf) < 1.5 * min(seconds.values()):
+            many = min(self._timed(queries[:more], k, "faiss") for _ in range(2))
+            seconds["faiss"] = min(seconds["faiss"], many * count / more)
         self._measuring, self._flat = False, None
-        fastest = min(seconds, key=lambda way: seconds[way])
-        chosen: Way = fastest if seconds[fastest] < 0.98 * seconds["torch"] else "torch"
+        chosen = min(seconds, key=lambda way: seconds[way])
         log.info(
             "nearest neighbours: %s chosen for %d rows of %d numbers; %d queries took %s (measured in %.2f s).",
             *(chosen, *self.features.shape, count),
