@@ -30,7 +30,7 @@ Way = Literal["torch", "pca", "bf16", "int8", "faiss"]
 WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 
 _BLOCK = 1 << 23  # scores held at once: 32 MiB
-_TILE = 1024  # rows of the bank in one float32 product, on the CPU
+_TILE = 1024  # rows of the bank in one float32 product on the CPU, which takes longer a row with more
 _GROUP = 128  # rows of the bank looked at together
 _PAIRS = 1 << 19  # float64 numbers gathered at once: 4 MiB, which a cache holds
 _STEP = 256  # rows turned into float64 at once

@@ -32,7 +32,7 @@ from pl_patchcore.distance_bounds import product_type
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 PICKS = 300
-MANY = 200_000  # rows
+MANY = 200_000  # rows, above which only 1 % is picked, and "tuned" is left out
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 28)}
 
 
