@@ -76,7 +76,7 @@ class DistanceBounds:
 
     def least(self, left: Tensor, slack: Tensor, right: Tensor) -> Tensor:
         """Upper bound of each row's least squared distance, float32 ``(n,)``."""
-        square = self._product(left, right).amin(1).float().clamp_(min=0)
+        square = _ordered(self._product(left, right)).amin(1).view(self.dtype).float().clamp_(min=0)
         return (square * (1 + self.round) + slack + TINY) * (1 + self.spread)
 
     def within(self, left: Tensor, slack: Tensor, right: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class DistanceBounds:
         square = self._product(below, right)
         stride = min(_COLUMNS, square.shape[1])
         groups = square[:, : square.shape[1] // stride * stride].unflatten(1, (-1, stride))  # looked at together
-        row, column = (groups.amin(1) <= most[:, None]).nonzero(as_tuple=True)
+        row, column = (_ordered(groups).amin(1).view(self.dtype) <= most[:, None]).nonzero(as_tuple=True)
         hit, group = (groups[row, :, column] <= most[row, None]).nonzero(as_tuple=True)
         row, pick = row[hit], group * stride + column[hit]
         rest, last = (square[:, groups[0].numel() :] <= most[:, None]).nonzero(as_tuple=True)
@@ -102,6 +102,11 @@ class DistanceBounds:
             self._block = left.new_empty(len(left) * len(right))
         block = self._block[: len(left) * len(right)].view(len(left), len(right))
         return torch.mm(left, right.T, out=block)[:rows, :columns]
+
+
+def _ordered(square: Tensor) -> Tensor:
+    """bf16 numbers as integers of the same order, negative ones apart: the least of these is found many times faster."""
+    return square.view(torch.int16) if square.dtype == torch.bfloat16 else square
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

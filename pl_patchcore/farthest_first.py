@@ -22,7 +22,7 @@ from pl_patchcore.distance_bounds import STEP, TINY, DistanceBounds, product_typ
 from pl_patchcore.numerics import product_margin
 
 _CHUNK = 1 << 12  # rows copied at once
-POOL = 4096  # rows brought up to date in a round, and more ...
+POOL = 6144  # rows brought up to date in a round, and more ...
 _WORK = 1 << 16  # ... after a round of few picks, as long as they make fewer pairs with those than this; ...
 WIDER = 4  # ... and at most so many times the rows of that round
 _TILE = 1024  # rows of one product ...
@@ -31,7 +31,7 @@ _WIDE = 2048  # ... and picks, at most
 _LIKE = 0.75  # rows of one product have this share of the longest history among them ...
 _FEW = 512  # ... if so many have
 _PAIRS = 1 << 12  # float64 differences computed at once
-CROWD = 512  # candidates a round picks among; more cost more a pick than another round saves
+CROWD = 768  # candidates a round picks among; more cost more a pick than another round saves
 SETTLED = 3 * CROWD  # rows whose gaps a round computes
 _SAMPLE = 16  # one row in so many tells where the largest bounds begin
 _CROWDED = 8  # pairs left by products for each row settled, on average, that are too many
@@ -183,6 +183,7 @@ class FarthestFirst:
             part = rows[order[first : first + min(max(1 << (like - 1).bit_length(), _FEW), wide)]]
             first += len(part)
             step = min(max(STEP, _PRODUCT // len(part) // STEP * STEP), _WIDE)
+            longest = min(self.count, -(-longest // STEP) * STEP)  # whole steps, with some that were seen
             starts = range(self.count - longest, self.count, step)
             pieces = [(i, self.pick_near[i : min(i + step, self.count)]) for i in starts]
             yield part, self.near.index_select(0, part), self.slack[part], pieces
@@ -232,7 +233,7 @@ class FarthestFirst:
         return self._exact(self.picks[numbers])
 
     def _exact(self, positions: Tensor) -> Tensor:
-        return self.features[self.rows[positions]].double().mul_(self.scale)
+        return self.features.index_select(0, self.rows.index_select(0, positions)).double().mul_(self.scale)
 
 
 def pick_among(exact: Tensor, key: Tensor, floor: float, ties: int, most: int) -> tuple[list[int], list[float], Tensor]:
