@@ -105,7 +105,7 @@ class DistanceBounds:
 
 
 def _ordered(square: Tensor) -> Tensor:
-    """bf16 numbers as integers of the same order, negative ones apart: the least of these is found many times faster."""
+    """bf16 numbers as integers, whose least one is found many times faster: in the same order, negative ones apart."""
     return square.view(torch.int16) if square.dtype == torch.bfloat16 else square
 
 

@@ -59,6 +59,16 @@ def test_bounds_are_close(dtype, loose):
     assert len(row) == len(set(zip(row.tolist(), pick.tolist(), strict=True)))
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_least_of_numbers_as_integers(dtype):
+    numbers = torch.randn(200, 7, generator=torch.Generator().manual_seed(0)).add_(1.5).to(dtype)
+    numbers[0], numbers[1, 3], numbers[2, 2] = -1, 0.0, -0.0
+    assert (numbers < 0).any(1).sum() > 20
+    found = distance_bounds._ordered(numbers).amin(1).view(dtype)
+    assert torch.equal(found.clamp(min=0), numbers.amin(1).clamp(min=0))
+    assert torch.equal(found <= 0, numbers.amin(1) <= 0)  # -0.0 stands for any negative one
+
+
 def test_few_lengths():
     lengths = [STEP * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]
     for rows in range(1, lengths[-1] + 1):

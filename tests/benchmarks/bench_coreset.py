@@ -182,8 +182,8 @@ def main() -> None:
     console = Console(width=140)
     console.print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     console.print(table)
-    console.print(f"Loops are timed over {PICKS} picks and extrapolated. Blocks and the compiled loop: medians of {TURNS}")
-    console.print("turns, and the least and largest ratio of a turn. memory: peak extra, in multiples of the rows.")
+    console.print(f"Loops are timed over {PICKS} picks and extrapolated. Blocks and the compiled loop: medians of")
+    console.print(f"{TURNS} turns, and the least and largest ratio of a turn. memory: peak extra, in multiples of the rows.")
 
 
 if __name__ == "__main__":
