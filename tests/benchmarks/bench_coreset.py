@@ -179,11 +179,11 @@ def main() -> None:
             times = [f"{loop:.1f} ({loop / blocks:.1f}; {min(ratios):.1f} to {max(ratios):.1f})"]
             times += ["–" if a is None else f"{a * size:.1f} ({a * size / blocks:.0f})" for a in others]
             table.add_row(name, f"{share:.0%}", f"{size:,}", f"{blocks:.2f}", *times, f"{memory:.2f}")
-    console = Console(width=140)
+    console = Console(width=160)
     console.print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     console.print(table)
-    console.print(f"Loops are timed over {PICKS} picks and extrapolated. Blocks and the compiled loop: medians of")
-    console.print(f"{TURNS} turns, and the least and largest ratio of a turn. memory: peak extra, in multiples of the rows.")
+    console.print(f"Loops are timed over {PICKS} picks and extrapolated; blocks and the compiled loop in {TURNS} turns:")
+    console.print("medians, and the least and largest ratio. memory: peak extra, in multiples of the rows.")
 
 
 if __name__ == "__main__":
