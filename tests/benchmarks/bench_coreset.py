@@ -182,8 +182,8 @@ def main() -> None:
     console = Console(width=160)
     console.print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     console.print(table)
-    console.print(f"Loops are timed over {PICKS} picks and extrapolated; blocks and the compiled loop in {TURNS} turns:")
-    console.print("medians, and the least and largest ratio. memory: peak extra, in multiples of the rows.")
+    console.print(f"Loops are timed over {PICKS} picks and extrapolated; blocks and the compiled loop: {TURNS} turns,")
+    console.print("of which medians, and the least and largest ratio. memory: peak extra, in multiples of the rows.")
 
 
 if __name__ == "__main__":
