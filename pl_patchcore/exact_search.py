@@ -14,14 +14,14 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pl_patchcore.numerics import product_margin
+from pl_patchcore.numerics import one_thread, product_margin
 from pl_patchcore.search_filter import Axes, Filter
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,12 @@ WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 _BLOCK = 1 << 23  # scores held at once: 32 MiB
 _TILE = 1024  # rows of the bank in one float32 product on the CPU, which takes longer a row with more
 _GROUP = 128  # rows of the bank looked at together
-_PAIRS = 1 << 19  # float64 numbers gathered at once: 4 MiB, which a cache holds
-_STEP = 256  # rows turned into float64 at once
+_NUMBERS = {"cpu": 1 << 17}  # float64 numbers gathered at once: 1 MiB, which a cache holds; ...
+_MANY_NUMBERS = 1 << 22  # ... on other devices, and float32 ones
+_STEP = 256  # rows centred at once
+_EXTREME = 2.0**-100  # a scale beyond which, or its reciprocal, float32 would over- or underflow
 _SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
+_SPUN = 1 << 22  # numbers that one thread centres before torch's others would end their wait, on cores that faiss wants
 _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
 _FEW = 64  # queries too few to measure with
 _HOPELESS = 3.0  # times as slow as the fastest on few queries: a way not worth measuring on more
@@ -67,6 +70,9 @@ class ExactSearch:
         self.mean = features.mean(0, dtype=torch.float64)
         largest = max(float((part.double() - self.mean).abs().max()) for part in features.split(4096))
         self.scale = 2.0 ** -math.frexp(largest)[1]  # squares then neither over- nor underflow
+        self._plain = _EXTREME < self.scale < 1 / _EXTREME
+        if self._plain:  # any shift will do that all rows have in common, and one in float32 takes a third of the time
+            self.mean = self.mean.float()
         rows = -(-len(features) // _GROUP) * _GROUP
         self.near = features.new_zeros(rows, features.shape[1], dtype=torch.float32)  # (M', D), padded
         for part, place in zip(features.split(4096), self.near.split(4096), strict=False):
@@ -78,7 +84,10 @@ class ExactSearch:
     def _centre(self, rows: Tensor) -> Tensor:
         result = torch.empty_like(rows, dtype=torch.float32)
         for part, place in zip(rows.split(_STEP), result.split(_STEP), strict=True):  # which a cache holds
-            place[:] = part.double().sub_(self.mean).mul_(self.scale)
+            if self._plain:
+                torch.sub(part, self.mean, out=place).mul_(self.scale)
+            else:
+                place[:] = part.double().sub_(self.mean).mul_(self.scale)
         return result
 
     def __call__(self, queries: Tensor, k: int, way: str) -> tuple[Tensor, Tensor]:
@@ -163,7 +172,9 @@ class ExactSearch:
     def _by_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         import faiss
 
-        centred, size = self._centre(queries), len(self.features)
+        size = len(self.features)
+        with one_thread() if queries.numel() < _SPUN else nullcontext():
+            centred = self._centre(queries)
         asked = min(k + _SPARE, size)
         with faiss_threads():
             square, row = faiss.knn(centred.cpu().numpy(), self.near[:size].cpu().numpy(), asked)
@@ -208,16 +219,18 @@ class ExactSearch:
         return distance[chosen].float(), row[chosen]
 
     def _distance(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
-        size = max(1, _PAIRS // queries.shape[1])
-        pairs = zip(query.split(size), row.split(size), strict=True)
-        return torch.cat(
-            [torch.linalg.vector_norm(queries[q].double() - self.features[r].double(), dim=1) for q, r in pairs]
-        )
+        size = max(1, _NUMBERS.get(queries.device.type, _MANY_NUMBERS) // queries.shape[1])
+        distance = queries.new_empty(len(query), dtype=torch.float64)
+        for q, r, place in zip(query.split(size), row.split(size), distance.split(size), strict=True):
+            difference = queries.index_select(0, q).double()
+            difference -= self.features.index_select(0, r)
+            torch.linalg.vector_norm(difference, dim=1, out=place)
+        return distance
 
     def _products(self, centred: Tensor, query: Tensor, row: Tensor) -> Tensor:
         """Float32 products of pairs of rows; on the CPU without copying the rows, six times as fast."""
         if centred.device.type != "cpu":
-            size = max(1, 8 * _PAIRS // centred.shape[1])
+            size = max(1, _MANY_NUMBERS // centred.shape[1])
             pairs = zip(query.split(size), row.split(size), strict=True)
             return torch.cat([torch.linalg.vecdot(centred[q], self.near[r]) for q, r in pairs])
         start = F.pad(torch.bincount(query, minlength=len(centred)).cumsum(0), (1, 0))
@@ -273,10 +286,13 @@ class ExactSearch:
             for way in seconds:
                 if seconds[way] < times * min(seconds.values()):
                     seconds[way] = min(seconds[way], self._timed(sample, k, way))
-        more = min(len(queries), _BLOCK // queries.shape[1])  # what faiss searches at once, the faster for it
-        if more > count and seconds.get("faiss", math.inf) < 1.5 * min(seconds.values()):
-            many = min(self._timed(queries[:more], k, "faiss") for _ in range(2))
-            seconds["faiss"] = min(seconds["faiss"], many * count / more)
+        more = queries[: _BLOCK // queries.shape[1]]  # what faiss searches at once, the faster for it
+        rivals = [way for way in seconds if seconds[way] < 1.5 * min(seconds.values())]
+        if len(more) > count and "faiss" in rivals:
+            for way in rivals:
+                seconds[way] = math.inf
+            for way in rivals * 2:
+                seconds[way] = min(seconds[way], self._timed(more, k, way) * count / len(more))
         self._measuring, self._flat = False, None
         chosen = min(seconds, key=lambda way: seconds[way])
         log.info(
