@@ -41,6 +41,7 @@ _SPUN = 1 << 22  # numbers that one thread centres before torch's others would e
 _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
 _FEW = 64  # queries too few to measure with
 _HOPELESS = 3.0  # times as slow as the fastest on few queries: a way not worth measuring on more
+_AT_ONCE = 4096  # queries that faiss multiplies at once, the faster for each
 _MORE = 8  # times as many queries: another way may suit them better
 _DIRECT = "donot_use_mm_for_euclid_dist"
 
@@ -286,8 +287,8 @@ class ExactSearch:
             for way in seconds:
                 if seconds[way] < times * min(seconds.values()):
                     seconds[way] = min(seconds[way], self._timed(sample, k, way))
-        more = queries[: _BLOCK // queries.shape[1]]  # what faiss searches at once, the faster for it
-        rivals = [way for way in seconds if seconds[way] < 1.5 * min(seconds.values())]
+        more = queries[:_AT_ONCE]
+        rivals = [way for way in seconds if seconds[way] < (1.5 if way == "faiss" else 1.2) * min(seconds.values())]
         if len(more) > count and "faiss" in rivals:
             for way in rivals:
                 seconds[way] = math.inf
