@@ -32,7 +32,7 @@ WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 _BLOCK = 1 << 23  # scores held at once: 32 MiB
 _TILE = 1024  # rows of the bank in one float32 product on the CPU, which takes longer a row with more
 _GROUP = 128  # rows of the bank looked at together
-_NUMBERS = {"cpu": 1 << 17}  # float64 numbers gathered at once: 1 MiB, which a cache holds; ...
+_NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU: 1 MiB, which a cache holds; ...
 _MANY_NUMBERS = 1 << 22  # ... on other devices, and float32 ones
 _STEP = 256  # rows centred at once
 _EXTREME = 2.0**-100  # a scale beyond which, or its reciprocal, float32 would over- or underflow
@@ -220,7 +220,7 @@ class ExactSearch:
         return distance[chosen].float(), row[chosen]
 
     def _distance(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
-        size = max(1, _NUMBERS.get(queries.device.type, _MANY_NUMBERS) // queries.shape[1])
+        size = max(1, (_NUMBERS if queries.device.type == "cpu" else _MANY_NUMBERS) // queries.shape[1])
         distance = queries.new_empty(len(query), dtype=torch.float64)
         for q, r, place in zip(query.split(size), row.split(size), distance.split(size), strict=True):
             difference = queries.index_select(0, q).double()
