@@ -4,12 +4,13 @@ Reads centred queries ``(Q, D)`` and a bank's centred rows ``(M, D)``, returns s
 that a row no farther than a given distance can have; `exact_search.py` computes the distances of those above it.
 
 The coordinates are those of the first K principal components and, as one more, the length of what these leave out.
-Distances in them never exceed the true ones (triangle inequality, once more for the lengths). ``pca`` multiplies
-them in float32, ``bf16`` and ``int8`` rounded; a rounded distance is off by at most the lengths of what rounding took
-from the two rows, which are computed. So a row can be the nearest only if its rounded distance is at most the true
-distance of the best row proposed, plus both lengths.
+Distances in them never exceed the true ones (triangle inequality, once more for the lengths). Where K is not far below
+D, components would cost more than they save, and leave out what tells rows apart: the coordinates are then those of
+the centred rows themselves. ``pca`` multiplies them in float32, ``bf16`` and ``int8`` rounded; a rounded distance is
+off by at most the lengths of what rounding took from the two rows, which are computed. So a row can be the nearest
+only if its rounded distance is at most the true distance of the best row proposed, plus both lengths.
 
-For int8 the coordinates are rotated at random, which spreads heavy tails over all of them: one step size then suits
+For int8 the components are rotated at random, which spreads heavy tails over all of them: one step size then suits
 them all, and int32 holds the product without error.
 """
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from pl_patchcore.numerics import product_margin
 
 _LEFT_OUT = 0.04  # share of the variance that the principal components may leave out
+_TURN = 8  # a product with D x K in float64 takes as long as a rounded one with this many times D rows
 _INEXACT = 2.0**-18  # of a row's length: bounds centring, projection in float64, and rounding coordinates to float32
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
@@ -32,7 +34,14 @@ class Axes:
 
     Args:
         near: The bank's centred rows, float32 ``(M, D)``.
+
+    Attributes:
+        basis: The components, float64 ``(D, K)``; None where the rows themselves serve better.
+        tail: Mean length of what they leave out.
     """
+
+    basis: Tensor | None = None
+    tail = 0.0
 
     def __init__(self, near: Tensor) -> None:
         size, dimension = near.shape
@@ -40,14 +49,17 @@ class Axes:
         energy, axes = torch.linalg.eigh((sample.T @ sample).cpu())  # any orthonormal axes will do, hence float32
         left_out = 1 - energy.flip(0).cumsum(0) / energy.sum().clamp(min=1e-30)
         count = min(dimension, 64 * (int((left_out > _LEFT_OUT).sum()) // 64 + 1) - _DIGITS - 1)
+        if count * (size + _TURN * dimension) > size * dimension:
+            return
         turn = torch.randn(count, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.basis = torch.linalg.qr(axes.flip(1)[:, :count].double() @ turn).Q.to(near.device)  # (D, K)
-        self.tail = 0.0
         self.tail = float(self(sample)[:, -1].mean())
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Coordinates, float64 ``(Q, K + 1)``, of centred rows ``(Q, D)``."""
+        """Coordinates, float64 ``(Q, K + 1)``, or ``(Q, D)`` where there is no basis, of centred rows ``(Q, D)``."""
         wide = rows.double()
+        if self.basis is None:
+            return wide
         flat = wide @ self.basis
         tail = (wide.square().sum(1) - flat.square().sum(1)).clamp(min=0).sqrt()
         return torch.cat([flat, tail[:, None] - self.tail], 1)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pl_patchcore import MemoryBank, UserError, exact_search
+from pl_patchcore import MemoryBank, UserError, exact_search, search_filter
 from pl_patchcore.approximate_search import check_factory
 from pl_patchcore.exact_search import WAYS, ExactSearch
 
@@ -73,6 +73,19 @@ def test_filters_thin_out_and_are_exact(search, k):
     assert found._exact._unsure < 20
 
 
+@pytest.mark.parametrize("search", ["bf16", "int8"])
+def test_filters_thin_out_features_without_directions(search):
+    """Principal components would leave out what tells rows apart: nearest rows lie little nearer than others."""
+    g = torch.Generator().manual_seed(0)
+    bank, query = torch.randn(4000, 896, generator=g), torch.randn(300, 896, generator=g)
+    found = MemoryBank(search)
+    found.fill(bank)
+    every = torch.cdist(query.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(found(query)[1][:, 0], every.argmin(1))
+    assert found._exact.survivors < 100
+    assert found._exact._unsure < 100  # with components: nearly all
+
+
 _exotic = st.sampled_from(["plain", "constant", "duplicates", "lattice", "one far row", "far queries", "own rows"])
 
 
@@ -85,10 +98,11 @@ _exotic = st.sampled_from(["plain", "constant", "duplicates", "lattice", "one fa
     k=st.sampled_from([1, 2, 10, 10_000]),
     scale=st.sampled_from([2.0**-100, 2.0**-20, 1.0, 2.0**60, 2.0**100]),  # powers of two keep ties
     offset=st.sampled_from([0.0, 1.0, 1e4]),
+    turn=st.sampled_from([0, search_filter._TURN]),  # 0: by principal components always
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_exact_whatever_comes(search, kind, rows, queries, dimension, k, scale, offset, seed):
+def test_exact_whatever_comes(search, kind, rows, queries, dimension, k, scale, offset, turn, seed):
     g = torch.Generator().manual_seed(seed)
     bank, query = torch.randn(rows, dimension, generator=g), torch.randn(queries, dimension, generator=g)
     if kind == "constant":
@@ -107,7 +121,9 @@ def test_exact_whatever_comes(search, kind, rows, queries, dimension, k, scale, 
     k = min(k, rows)
     found = MemoryBank(search)
     found.fill(bank)
-    distance, got = found(query, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_filter, "_TURN", turn)
+        distance, got = found(query, k)
     expected, expected_rows = brute_force(bank, query, k)
     np.testing.assert_allclose(distance.double().numpy(), expected, rtol=1e-5, atol=1e-44)
     at = np.linalg.norm(query.double().numpy()[:, None] - bank.double().numpy()[got.numpy()], axis=2)
