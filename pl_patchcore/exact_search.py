@@ -179,13 +179,13 @@ class ExactSearch:
         asked = min(k + _SPARE, size)
         with faiss_threads():
             square, row = faiss.knn(centred.cpu().numpy(), self.near[:size].cpu().numpy(), asked)
-        rows, order = torch.from_numpy(row).to(queries.device).sort(1)  # (Q, asked)
-        squares = torch.from_numpy(square).to(queries.device)
+        rows, squares = (torch.from_numpy(each).to(queries.device) for each in (row, square))  # (Q, asked)
         slack = product_margin(queries.shape[1]) * (centred.square().sum(1, keepdim=True) + self.norm.max())
         lost = (rows < 0).any(1)  # overflow in float32
-        close = (squares <= squares[:, k - 1 : k] + 2 * slack).gather(1, order) | lost[:, None]
+        close = (squares <= squares[:, k - 1 : k] + 2 * slack) | lost[:, None]
         query, place = close.nonzero(as_tuple=True)
-        distance, found = self._decide(queries, centred, query, rows[query, place].clamp(min=0), k)
+        pair = (query * size + rows[query, place].clamp(min=0)).sort().values
+        distance, found = self._decide(queries, centred, pair // size, pair % size, k)
         if asked < size:  # sure only where the last one proposed is farther than rounding could explain
             last = (squares[:, -1] - slack[:, 0]).double()
             lost |= ~(last > (distance[:, -1].double() * self.scale).square() * (1 + 1e-6))
