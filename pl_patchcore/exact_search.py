@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pl_patchcore.numerics import one_thread, product_margin
+from pl_patchcore.numerics import one_thread, product_slack
 from pl_patchcore.search_filter import Axes, Filter
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU: 1 MiB, which 
 _MANY_NUMBERS = 1 << 22  # ... on other devices, and float32 ones
 _STEP = 256  # rows centred at once
 _EXTREME = 2.0**-100  # a scale beyond which, or its reciprocal, float32 would over- or underflow
+_ADDED = 2.0**-21  # of both rows' squared lengths: bounds what faiss loses by adding them to a product
 _SPARE = 4  # neighbours asked of faiss beyond k, so that rounding can be ruled out
 _SPUN = 1 << 22  # numbers that one thread centres before torch's others would end their wait, on cores that faiss wants
 _SMALL = 1 << 21  # numbers in a bank for which nothing is worth measuring
@@ -79,6 +80,7 @@ class ExactSearch:
         for part, place in zip(features.split(4096), self.near.split(4096), strict=False):
             place[: len(part)] = self._centre(part)
         self.norm = self.near.square().sum(1)  # (M',)
+        self.longest = float(self.norm.max().sqrt())
         self.half = -self.norm / 2
         self.half[len(features) :] = -torch.inf
 
@@ -113,7 +115,7 @@ class ExactSearch:
 
     def _search(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
         self.survivors, self._unsure = 0.0, 0
-        blocks = queries.split(max(1, _BLOCK // (queries.shape[1] if way == "faiss" else len(self.near))))
+        blocks = queries.split(_AT_ONCE if way == "faiss" else max(1, _BLOCK // len(self.near)))
         parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
         self.survivors /= max(1, len(queries))
         if not self._measuring:
@@ -125,7 +127,7 @@ class ExactSearch:
     def _by_filter(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
         centred = self._centre(queries)
         if way == "torch":
-            own = centred.square().sum(1, keepdim=True)  # (Q, 1)
+            own = _length(centred)  # (Q, 1)
             scores = self._scores(centred)
         else:
             scores, own, off = self._filter(way).scores(centred)
@@ -134,7 +136,7 @@ class ExactSearch:
         best = grouped.amax(2)  # (Q, groups)
         top, place = best.topk(k, dim=1)  # of k groups, so that k rows are as near as the last of them
         if way == "torch":
-            threshold = top[:, -1:] - product_margin(centred.shape[1]) * (own + self.norm.max())
+            threshold = top[:, -1:] - product_slack(centred.shape[1], own, self.longest)
         else:
             index = torch.arange(len(queries), device=queries.device)[:, None]
             row = place * group + grouped[index, place].argmax(2)  # (Q, k)
@@ -180,15 +182,15 @@ class ExactSearch:
         with faiss_threads():
             square, row = faiss.knn(centred.cpu().numpy(), self.near[:size].cpu().numpy(), asked)
         rows, squares = (torch.from_numpy(each).to(queries.device) for each in (row, square))  # (Q, asked)
-        slack = product_margin(queries.shape[1]) * (centred.square().sum(1, keepdim=True) + self.norm.max())
         lost = (rows < 0).any(1)  # overflow in float32
-        close = (squares <= squares[:, k - 1 : k] + 2 * slack) | lost[:, None]
+        own = _length(centred)
+        slack = product_slack(queries.shape[1], own, self.longest) + _ADDED * (own + self.longest**2)
+        close = ~(squares > squares[:, k - 1 : k] + 2 * slack) | lost[:, None]
         query, place = close.nonzero(as_tuple=True)
         pair = (query * size + rows[query, place].clamp(min=0)).sort().values
         distance, found = self._decide(queries, centred, pair // size, pair % size, k)
         if asked < size:  # sure only where the last one proposed is farther than rounding could explain
-            last = (squares[:, -1] - slack[:, 0]).double()
-            lost |= ~(last > (distance[:, -1].double() * self.scale).square() * (1 + 1e-6))
+            lost |= close[:, -1]
         if lost.any():
             distance[lost], found[lost] = self._by_filter(queries[lost], k, "torch")
         return distance, found
@@ -209,11 +211,10 @@ class ExactSearch:
         """Choose the ``k`` nearest among candidate pairs (sorted by query, then row; at least k of each query)."""
         self.survivors += len(query)
         if len(query) > 2 * k * len(queries):
-            square = centred.square().sum(1)
-            near = square[query] + self.norm[row] - 2 * self._products(centred, query, row)
+            near = self.norm[row] - 2 * self._products(centred, query, row)
             last = near[_first(near, query, len(queries), k)[:, -1]]
-            slack = 2 * product_margin(centred.shape[1]) * (square + self.norm.max())
-            kept = near <= (last + slack)[query]
+            slack = product_slack(centred.shape[1], _length(centred)[:, 0], self.longest)
+            kept = ~(near > (last + 2 * slack)[query])  # NaN where the query is too far for float32
             query, row = query[kept], row[kept]
         distance = self._distance(queries, query, row)
         chosen = _first(distance, query, len(queries), k)
@@ -308,6 +309,12 @@ class ExactSearch:
         start = time.perf_counter()
         self._search(queries, k, way)
         return time.perf_counter() - start
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Squared lengths of rows, ``(Q, 1)``, without a copy of the rows."""
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return length.square()
 
 
 def _first(distance: Tensor, query: Tensor, queries: int, k: int) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -50,3 +51,17 @@ def product_margin(dimension: int) -> float:
     rounded to float32: ``dimension`` roundings in each sum and product, and a few for centring and adding.
     """
     return (2 * dimension + 16) * 2.0**-24
+
+
+def product_slack(dimension: int, square: Tensor, longest: float) -> Tensor:
+    """Bound of the error of squared distances by product from one row to others, beyond what they have in common.
+
+    ``fl(|b|^2 - 2 a.b)`` is off by at most this much from ``|a - b|^2 - |a|^2``, with ``|a|^2`` the same number for
+    all ``b``: every other error has a factor ``|b|``. So it tells rows ``b`` apart that are far from ``a``.
+
+    Args:
+        dimension: Of rows that were centred and rounded to float32.
+        square: ``|a|^2``, of any shape.
+        longest: The largest ``|b|``.
+    """
+    return product_margin(dimension) * longest * (square.sqrt() + longest)

@@ -16,11 +16,13 @@ them all, and int32 holds the product without error.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pl_patchcore.numerics import product_margin
+from pl_patchcore.numerics import product_slack
 
 _LEFT_OUT = 0.04  # share of the variance that the principal components may leave out
 _TURN = 8  # a product with D x K in float64 takes as long as a rounded one with this many times D rows
@@ -83,7 +85,7 @@ class Filter:
         rows, off = self._round(exact / self.step)
         self.off = float(off.max())
         half = rows.double().square().sum(1) / 2
-        self.longest = 2 * float(half.max())
+        self.longest = math.sqrt(2 * float(half.max()))
         pad = length - len(rows)
         rows = F.pad(rows, (0, 0, 0, pad))
         if way == "bf16":  # the product comes back in bf16, so that half the length must be in it: as three digits
@@ -141,6 +143,6 @@ class Filter:
         square = (upper / self.step + off + self.off).square()
         if self.way == "int8":
             return ((own - square) / 2).floor().clamp(min=1 - 2**30).int()
-        slack = product_margin(self.rows.shape[0] + 8) * (own + self.longest)
+        slack = product_slack(self.rows.shape[0] + 8, own, self.longest)
         least = ((own - square - slack) / 2).float()
         return least.bfloat16() if self.way == "bf16" else least  # rounding keeps the order

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pl_patchcore import MemoryBank, UserError, exact_search, search_filter
 from pl_patchcore.approximate_search import check_factory
 from pl_patchcore.exact_search import WAYS, ExactSearch
+from pl_patchcore.numerics import product_slack
 
 
 def made(rows=400, queries=150, dimension=24, seed=0):
@@ -84,6 +85,33 @@ def test_filters_thin_out_features_without_directions(search):
     assert torch.equal(found(query)[1][:, 0], every.argmin(1))
     assert found._exact.survivors < 100
     assert found._exact._unsure < 100  # with components: nearly all
+
+
+@pytest.mark.parametrize("search", ["torch", "faiss"])
+def test_far_queries_are_thinned_out_too(search):
+    """What rounding does to the query's own length, it does to all distances alike."""
+    g = torch.Generator().manual_seed(0)
+    bank, query = torch.randn(2000, 64, generator=g), 1e4 * torch.randn(300, 64, generator=g)
+    found = MemoryBank(search)
+    found.fill(bank)
+    np.testing.assert_array_equal(found(query)[1].numpy(), brute_force(bank, query, 1)[1])
+    assert found._exact.survivors < 1.5
+    assert found._exact._unsure == 0
+
+
+@given(
+    dimension=st.sampled_from([1, 3, 64, 900]),
+    far=st.sampled_from([1e-3, 1.0, 1e3, 1e6]),
+    seed=st.integers(0, 1000),
+)
+def test_product_slack_bounds_what_is_not_common(dimension, far, seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b = far * torch.rand(20, dimension, generator=g), torch.rand(50, dimension, generator=g)  # of one sign: worst
+    found = b.square().sum(1) - 2 * a @ b.T
+    slack = product_slack(dimension, a.square().sum(1, keepdim=True), float(b.norm(dim=1).max()))
+    exact = b.double().square().sum(1) - 2 * a.double() @ b.T.double()
+    assert ((found - exact).abs() <= slack).all()
+    assert (slack <= 1e-3 * (1 + far) * dimension).all()  # not with the square of far
 
 
 _exotic = st.sampled_from(["plain", "constant", "duplicates", "lattice", "one far row", "far queries", "own rows"])

@@ -31,7 +31,6 @@ SHARED = Path(__file__).parents[2] / ".." / "shared"
 LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}
 IMAGES, TURNS, MANY_TURNS = 36, 21, 5
 FAR = 30  # times as far from the mean as the rows of the bank
-PAUSE = 0.01  # seconds, in which threads that wait spinning for more work fall asleep, but no core does
 
 
 def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +80,6 @@ def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor, 
         for contender, run in contenders.items():
             if turn > 1 and contender in WAYS and median(seconds[contender]) > 1.5 * median(seconds["auto"]):
                 continue  # shown, but not what is compared
-            time.sleep(PAUSE)
             start = time.perf_counter()
             run()
             seconds[contender].append(time.perf_counter() - start)
