@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pl_patchcore.numerics import one_thread, product_slack
+from pl_patchcore.distinct_rows import DistinctRows
+from pl_patchcore.numerics import k_least, one_thread, product_slack
 from pl_patchcore.search_filter import Axes, Filter
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class ExactSearch:
     """
 
     def __init__(self, features: Tensor) -> None:
-        self.features = features
+        self._distinct = DistinctRows(features)
+        self.features = features = self._distinct.features
         self.chosen: Way | None = None
         self.survivors = 0.0
         self._unsure = 0  # queries of the last search that its filter could not thin out
@@ -106,14 +108,16 @@ class ExactSearch:
         Returns:
             Distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``.
         """
-        used: Way = self._choose(queries, k) if way == "auto" else way  # type: ignore[assignment]
-        result = self._search(queries, k, used)
+        distinct = min(k, len(self.features))
+        used: Way = self._choose(queries, distinct) if way == "auto" else way  # type: ignore[assignment]
+        distance, rows = self._distinct.bank_rows(*self._search(queries, distinct, used), k)
         if way == "auto" and used == self.chosen != "torch" and 2 * self._unsure > len(queries) >= _FEW:
             log.info("nearest neighbours: %s no longer rules out enough rows; measuring again.", used)
             self.chosen = None
-        return result
+        return distance.float(), rows
 
     def _search(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
+        """Distances float64 ``(Q, k)`` and numbers of distinct rows."""
         self.survivors, self._unsure = 0.0, 0
         blocks = queries.split(_AT_ONCE if way == "faiss" else max(1, _BLOCK // len(self.near)))
         parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
@@ -151,7 +155,7 @@ class ExactSearch:
         over |= (count > max(32 * k, len(self.features) // 16)) | (count < k)
         if not over.any():
             return self._decide(queries, centred, query, row, k)
-        distance = queries.new_empty(len(queries), k)
+        distance = queries.new_empty(len(queries), k, dtype=torch.float64)
         rows = torch.empty_like(distance, dtype=torch.int64)
         sure = ~over
         if sure.any():
@@ -201,7 +205,7 @@ class ExactSearch:
         for part in queries.double().split(max(1, (_BLOCK >> 1) // len(self.features))):
             every = [torch.cdist(part, f.double(), compute_mode=_DIRECT) for f in self.features.split(4096)]
             nearest, order = torch.cat(every, 1).sort(stable=True)  # ties to the lowest row
-            distance.append(nearest[:, :k].float())
+            distance.append(nearest[:, :k])
             rows.append(order[:, :k])
         return torch.cat(distance), torch.cat(rows)
 
@@ -212,13 +216,13 @@ class ExactSearch:
         self.survivors += len(query)
         if len(query) > 2 * k * len(queries):
             near = self.norm[row] - 2 * self._products(centred, query, row)
-            last = near[_first(near, query, len(queries), k)[:, -1]]
+            last = near[k_least(near, query, len(queries), k)[:, -1]]
             slack = product_slack(centred.shape[1], _length(centred)[:, 0], self.longest)
             kept = ~(near > (last + 2 * slack)[query])  # NaN where the query is too far for float32
             query, row = query[kept], row[kept]
         distance = self._distance(queries, query, row)
-        chosen = _first(distance, query, len(queries), k)
-        return distance[chosen].float(), row[chosen]
+        chosen = k_least(distance, query, len(queries), k)
+        return distance[chosen], row[chosen]
 
     def _distance(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
         size = max(1, (_NUMBERS if queries.device.type == "cpu" else _MANY_NUMBERS) // queries.shape[1])
@@ -271,11 +275,12 @@ class ExactSearch:
         seconds: dict[Way, float] = {}
         survivors = {}
         self._measuring = True
-        expected = self._search(sample[:_FEW], k, "torch")[0]
+        expected = self._search(sample[:_FEW], k, "torch")[0].float()
         for way in WAYS:
             if way in self._hopeless or (way == "int8" and not hasattr(torch, "_int_mm")):
                 continue
-            if not torch.equal(self._search(sample[:_FEW], k, way)[0], expected):  # which also builds the filter
+            found = self._search(sample[:_FEW], k, way)[0].float()  # which also builds the filter
+            if not torch.equal(found, expected):
                 log.warning("nearest neighbours: %s computes wrong products on this machine and is not used.", way)
                 continue
             seconds[way] = self._timed(sample[:_FEW], k, way) * len(sample) / _FEW
@@ -315,14 +320,6 @@ def _length(rows: Tensor) -> Tensor:
     """Squared lengths of rows, ``(Q, 1)``, without a copy of the rows."""
     length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return length.square()
-
-
-def _first(distance: Tensor, query: Tensor, queries: int, k: int) -> Tensor:
-    """Places of the ``k`` least distances of each query, ties in order: ``(Q, k)``; pairs are sorted by query."""
-    order = distance.sort(stable=True).indices
-    order = order[query[order].sort(stable=True).indices]  # by query, then distance, then place
-    count = torch.bincount(query, minlength=queries)
-    return order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=query.device)]
 
 
 @contextmanager

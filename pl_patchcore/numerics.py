@@ -65,3 +65,11 @@ def product_slack(dimension: int, square: Tensor, longest: float) -> Tensor:
         longest: The largest ``|b|``.
     """
     return product_margin(dimension) * longest * (square.sqrt() + longest)
+
+
+def k_least(distance: Tensor, query: Tensor, queries: int, k: int) -> Tensor:
+    """Places of the ``k`` least distances of each query, ties in order: ``(Q, k)``; pairs are sorted by query."""
+    order = distance.sort(stable=True).indices
+    order = order[query[order].sort(stable=True).indices]  # by query, then distance, then place
+    count = torch.bincount(query, minlength=queries)
+    return order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=query.device)]

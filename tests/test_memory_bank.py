@@ -99,6 +99,27 @@ def test_far_queries_are_thinned_out_too(search):
     assert found._exact._unsure == 0
 
 
+@pytest.mark.parametrize("search", WAYS)
+@pytest.mark.parametrize("k", [1, 3, 700])
+def test_masses_of_equal_rows_cost_no_more(search, k):
+    """A constant background: copies are searched once, and counted as often as they are there."""
+    bank, query = deep(3000, 200)
+    g = torch.Generator().manual_seed(0)
+    bank[torch.randperm(3000, generator=g)[:1000]] = bank[7].clone()
+    bank[torch.randperm(3000, generator=g)[:300]] = 0.0
+    bank[torch.randperm(3000, generator=g)[:300]] *= -0.0  # zeros of either sign are equal
+    query[:80] = bank[7]
+    query[80:100] = 0.0
+    found = MemoryBank(search)
+    found.fill(bank)
+    distance, rows = found(query, k)
+    expected, expected_rows = brute_force(bank, query, k)
+    np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(rows.numpy(), expected_rows)
+    assert len(found._exact.features) < 2100
+    assert k == 700 or found._exact._unsure < 20
+
+
 @given(
     dimension=st.sampled_from([1, 3, 64, 900]),
     far=st.sampled_from([1e-3, 1.0, 1e3, 1e6]),
@@ -228,6 +249,7 @@ def test_int8_product_is_there():
 @pytest.mark.parametrize("search", ["auto", *WAYS])
 def test_on_a_gpu(search):
     bank, query = deep(3000, 300)
+    bank[1000:1500] = bank[0].clone()
     found = MemoryBank(search)
     found.fill(bank.cuda())
     np.testing.assert_array_equal(found(query.cuda(), 3)[1].cpu().numpy(), brute_force(bank, query, 3)[1])
