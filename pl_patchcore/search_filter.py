@@ -48,7 +48,10 @@ class Axes:
     def __init__(self, near: Tensor) -> None:
         size, dimension = near.shape
         sample = near[:: max(1, size // 8192)]
-        energy, axes = torch.linalg.eigh((sample.T @ sample).cpu())  # any orthonormal axes will do, hence float32
+        try:
+            energy, axes = torch.linalg.eigh((sample.T @ sample).cpu())  # any orthonormal axes will do, hence float32
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # seen of few rows that are mostly 0
+            return
         left_out = 1 - energy.flip(0).cumsum(0) / energy.sum().clamp(min=1e-30)
         count = min(dimension, 64 * (int((left_out > _LEFT_OUT).sum()) // 64 + 1) - _DIGITS - 1)
         if count * (size + _TURN * dimension) > size * dimension:

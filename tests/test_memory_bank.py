@@ -120,6 +120,18 @@ def test_masses_of_equal_rows_cost_no_more(search, k):
     assert k == 700 or found._exact._unsure < 20
 
 
+@pytest.mark.parametrize("search", WAYS)
+def test_few_rows_that_are_mostly_zero(search):
+    """LAPACK may find no principal components of them."""
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        bank = torch.randn(5, 300, generator=g).relu() * (torch.rand(5, 300, generator=g) < 0.1)
+        query = torch.randn(40, 300, generator=g)
+        found = MemoryBank(search)
+        found.fill(bank)
+        np.testing.assert_array_equal(found(query, 2)[1].numpy(), brute_force(bank, query, 2)[1])
+
+
 @given(
     dimension=st.sampled_from([1, 3, 64, 900]),
     far=st.sampled_from([1e-3, 1.0, 1e3, 1e6]),
