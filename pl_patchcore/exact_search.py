@@ -45,6 +45,7 @@ _FEW = 64  # queries too few to measure with
 _HOPELESS = 3.0  # times as slow as the fastest on few queries: a way not worth measuring on more
 _AT_ONCE = 4096  # queries that faiss multiplies at once, the faster for each
 _MORE = 8  # times as many queries: another way may suit them better
+_PATIENCE = 3  # failures of a filter in a row: one image unlike all others is not worth seconds of measuring
 _DIRECT = "donot_use_mm_for_euclid_dist"
 
 
@@ -65,6 +66,7 @@ class ExactSearch:
         self.chosen: Way | None = None
         self.survivors = 0.0
         self._unsure = 0  # queries of the last search that its filter could not thin out
+        self._failed = 0  # searches in a row in which it could not thin out most
         self._measuring = False
         self._measured = 0  # queries of the call that was measured
         self._hopeless: set[Way] = set()  # too slow to be measured again
@@ -111,9 +113,11 @@ class ExactSearch:
         distinct = min(k, len(self.features))
         used: Way = self._choose(queries, distinct) if way == "auto" else way  # type: ignore[assignment]
         distance, rows = self._distinct.bank_rows(*self._search(queries, distinct, used), k)
-        if way == "auto" and used == self.chosen != "torch" and 2 * self._unsure > len(queries) >= _FEW:
-            log.info("nearest neighbours: %s no longer rules out enough rows; measuring again.", used)
-            self.chosen = None
+        if way == "auto" and used == self.chosen != "torch" and len(queries) >= _FEW:
+            self._failed = self._failed + 1 if 2 * self._unsure > len(queries) else 0
+            if self._failed == _PATIENCE:
+                log.info("nearest neighbours: %s no longer rules out enough rows; measuring again.", used)
+                self.chosen, self._failed = None, 0
         return distance.float(), rows
 
     def _search(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:

@@ -237,8 +237,13 @@ def test_auto_measures_again_where_a_filter_fails(monkeypatch):
     search(query, 1, "auto")
     assert search.chosen == "int8"
     away = 1e3 * torch.randn(300, 96, generator=torch.Generator().manual_seed(0))
-    rows = search(away, 1, "auto")[1]
-    np.testing.assert_array_equal(rows.numpy(), brute_force(bank, away, 1)[1])
+    for _ in range(5):  # an odd image now and then does not do
+        search(away, 1, "auto")
+        search(query, 1, "auto")
+    for _ in range(3):
+        assert search.chosen == "int8"
+        rows = search(away, 1, "auto")[1]
+        np.testing.assert_array_equal(rows.numpy(), brute_force(bank, away, 1)[1])
     assert search.chosen is None
 
 
