@@ -1,4 +1,4 @@
-"""Full float32 arithmetic where distances are decided; one thread where several would wait for each other."""
+"""Float32 as exact as it is: full precision, bounds of its rounding; threads; the least distances of each query."""
 
 from __future__ import annotations
 
