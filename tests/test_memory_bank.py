@@ -247,6 +247,16 @@ def test_auto_measures_again_where_a_filter_fails(monkeypatch):
     assert search.chosen is None
 
 
+def test_auto_leaves_out_principal_components_that_there_are_not(monkeypatch, caplog):
+    g = torch.Generator().manual_seed(0)
+    bank, query = torch.randn(2000, 96, generator=g), torch.randn(300, 96, generator=g)
+    search = measured(monkeypatch, bank, query, dict.fromkeys(WAYS, 1.0) | {"pca": 0.5})
+    with caplog.at_level(logging.INFO, "pl_patchcore"):
+        search(query, 1, "auto")
+    assert search.chosen != "pca"
+    assert "pca" not in caplog.text
+
+
 def test_small_banks_are_not_measured():
     found = MemoryBank()
     found.fill(made()[0])
