@@ -32,6 +32,17 @@ def brute_force(bank, query, k):
     return np.take_along_axis(distance, rows, 1), rows
 
 
+def searched(search, bank, query, k):
+    """The bank, after a search that gave what brute force gives."""
+    found = MemoryBank(search)
+    found.fill(bank)
+    distance, rows = found(query, k)
+    expected, expected_rows = brute_force(bank, query, k)
+    np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(rows.numpy(), expected_rows)
+    return found
+
+
 def deep(rows, queries, dimension=96, seed=0):
     """Features as networks give them: decaying variances, heavy tails, clusters; some queries from elsewhere."""
     g = torch.Generator().manual_seed(seed)
@@ -64,12 +75,7 @@ def test_matches_brute_force(search, k, monkeypatch):
 @pytest.mark.parametrize("k", [1, 9])
 def test_filters_thin_out_and_are_exact(search, k):
     bank, query = deep(3000, 300)
-    found = MemoryBank(search)
-    found.fill(bank)
-    distance, rows = found(query, k)
-    expected, expected_rows = brute_force(bank, query, k)
-    np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
-    np.testing.assert_array_equal(rows.numpy(), expected_rows)
+    found = searched(search, bank, query, k)
     assert found._exact.survivors < 100
     assert found._exact._unsure < 20
 
@@ -110,12 +116,7 @@ def test_masses_of_equal_rows_cost_no_more(search, k):
     bank[torch.randperm(3000, generator=g)[:300]] *= -0.0  # zeros of either sign are equal
     query[:80] = bank[7]
     query[80:100] = 0.0
-    found = MemoryBank(search)
-    found.fill(bank)
-    distance, rows = found(query, k)
-    expected, expected_rows = brute_force(bank, query, k)
-    np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
-    np.testing.assert_array_equal(rows.numpy(), expected_rows)
+    found = searched(search, bank, query, k)
     assert len(found._exact.features) < 2100
     assert k == 700 or found._exact._unsure < 20
 
