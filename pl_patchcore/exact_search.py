@@ -46,7 +46,8 @@ _HOPELESS = 3.0  # times as slow as the fastest on few queries: a way not worth 
 _AT_ONCE = 4096  # queries that faiss multiplies at once, the faster for each
 _MORE = 8  # times as many queries: another way may suit them better
 _PATIENCE = 3  # failures of a filter in a row: one image unlike all others is not worth seconds of measuring
-_DIRECT = "donot_use_mm_for_euclid_dist"
+_IN_FLOAT64 = 2.0**-29  # of the rounding in float32
+_TIED = 32  # queries decided at once where any number of rows may be left
 
 
 class ExactSearch:
@@ -123,14 +124,18 @@ class ExactSearch:
     def _search(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
         """Distances float64 ``(Q, k)`` and numbers of distinct rows."""
         self.survivors, self._unsure = 0.0, 0
-        blocks = queries.split(_AT_ONCE if way == "faiss" else max(1, _BLOCK // len(self.near)))
-        parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
+        found = self._in_blocks(queries, k, way)
         self.survivors /= max(1, len(queries))
         if not self._measuring:
             self._flat = None
-        return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
+        return found
 
     # The ways
+
+    def _in_blocks(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
+        blocks = queries.split(_AT_ONCE if way == "faiss" else max(1, _BLOCK // len(self.near)))
+        parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
+        return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
 
     def _by_filter(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
         centred = self._centre(queries)
@@ -151,7 +156,7 @@ class ExactSearch:
             distance = self._distance(queries, index.expand(-1, k).flatten(), row.flatten()).view(-1, k)
             upper = distance.amax(1, keepdim=True) * self.scale * (1 + 1e-9)
             threshold = self._filter(way).threshold(upper, own, off)
-        over = ((best >= threshold).sum(1) > max(4 * k, best.shape[1] // 2)) | ~(own[:, 0] < 1e30)
+        over = ((best >= threshold).sum(1) > max(4 * k, best.shape[1] * 7 // 8)) | ~(own[:, 0] < 1e30)
         query, part = ((best >= threshold) & ~over[:, None]).nonzero(as_tuple=True)
         pair, place = (grouped[query, part] >= threshold[query]).nonzero(as_tuple=True)
         query, row = query[pair], part[pair] * group + place
@@ -200,17 +205,25 @@ class ExactSearch:
         if asked < size:  # sure only where the last one proposed is farther than rounding could explain
             lost |= close[:, -1]
         if lost.any():
-            distance[lost], found[lost] = self._by_filter(queries[lost], k, "torch")
+            distance[lost], found[lost] = self._in_blocks(queries[lost], k, "torch")
         return distance, found
 
     def _by_all(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Every difference in float64: for rows that lie too close to each other, or too far, for any product."""
+        """A product in float64 proposes: for rows too close to each other, or too far, for one in float32."""
+        centred = (queries.double() - self.mean) * self.scale
+        scores = queries.new_empty(len(queries), len(self.features), dtype=torch.float64)
+        for part, place in zip(self.features.split(4096), scores.split(4096, 1), strict=True):
+            near = (part.double() - self.mean) * self.scale
+            place[:] = torch.addmm(-near.square().sum(1) / 2, centred, near.T)
+        slack = _IN_FLOAT64 * product_slack(queries.shape[1], _length(centred), self.longest)
+        passed = scores >= scores.topk(k, dim=1).values[:, -1:] - slack
         distance, rows = [], []
-        for part in queries.double().split(max(1, (_BLOCK >> 1) // len(self.features))):
-            every = [torch.cdist(part, f.double(), compute_mode=_DIRECT) for f in self.features.split(4096)]
-            nearest, order = torch.cat(every, 1).sort(stable=True)  # ties to the lowest row
-            distance.append(nearest[:, :k])
-            rows.append(order[:, :k])
+        for few, part in zip(queries.split(_TIED), passed.split(_TIED), strict=True):
+            query, row = part.nonzero(as_tuple=True)
+            every = self._distance(few, query, row)
+            chosen = k_least(every, query, len(few), k)
+            distance.append(every[chosen])
+            rows.append(row[chosen])
         return torch.cat(distance), torch.cat(rows)
 
     # Deciding among the survivors

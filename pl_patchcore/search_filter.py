@@ -11,7 +11,8 @@ off by at most the lengths of what rounding took from the two rows, which are co
 only if its rounded distance is at most the true distance of the best row proposed, plus both lengths.
 
 For int8 the components are rotated at random, which spreads heavy tails over all of them: one step size then suits
-them all, and int32 holds the product without error.
+them all, and int32 holds the product without error. Queries that reach farther than the bank, as defects do, take a
+second digit, and so a second product, of the same step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _TURN = 8  # a product with D x K in float64 takes as long as a rounded one with
 _INEXACT = 2.0**-18  # of a row's length: bounds centring, projection in float64, and rounding coordinates to float32
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
+_LARGEST = 127  # of int8
+_PART = 128  # queries that take a second product at once, so that memory for it is not new each time
 
 
 class Axes:
@@ -50,7 +53,9 @@ class Axes:
         sample = near[:: max(1, size // 8192)]
         try:
             energy, axes = torch.linalg.eigh((sample.T @ sample).cpu())  # any orthonormal axes will do, hence float32
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # seen of few rows that are mostly 0
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # seen of few rows that are mostly 0, ...
+            return
+        if not torch.isfinite(axes).all():  # ... and this too
             return
         left_out = 1 - energy.flip(0).cumsum(0) / energy.sum().clamp(min=1e-30)
         count = min(dimension, 64 * (int((left_out > _LEFT_OUT).sum()) // 64 + 1) - _DIGITS - 1)
@@ -84,9 +89,11 @@ class Filter:
 
     def __init__(self, way: str, axes: Axes, exact: Tensor, length: int) -> None:
         self.way, self.axes = way, axes
-        self.step = (float(exact.abs().max()) / 127 or 1.0) if way == "int8" else 1.0  # the unit of all that follows
-        rows, off = self._round(exact / self.step)
-        self.off = float(off.max())
+        step = float(exact.abs().max()) / _LARGEST if way == "int8" else 1.0
+        self.step = step or 1.0  # the unit of all that follows
+        exact = exact / self.step
+        rows, rest = self._round(exact)
+        self.off = float(self._moved(exact, rest).max())
         half = rows.double().square().sum(1) / 2
         self.longest = math.sqrt(2 * float(half.max()))
         pad = length - len(rows)
@@ -105,14 +112,18 @@ class Filter:
         self.rows = rows.T  # (K', M')
 
     def _round(self, exact: Tensor, times: Tensor | int = 1) -> tuple[Tensor, Tensor]:
-        """Coordinates divided by ``times`` and rounded, and how far that may have moved them, float64 ``(Q, 1)``."""
+        """Coordinates divided by ``times`` and rounded, and the rest, float64; both ``(Q, K')``."""
         if self.way == "int8":
-            rows = (exact / times).round().clamp(-127, 127).to(torch.int8)
+            rows = (exact / times).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
         else:
             rows = exact.to(torch.bfloat16 if self.way == "bf16" else torch.float32)
-        moved = torch.linalg.vector_norm(exact - rows.double() * times, dim=1, keepdim=True)
-        length = torch.linalg.vector_norm(exact, dim=1, keepdim=True) + self.axes.tail / self.step  # at least |x|
-        return rows, moved + _INEXACT * length
+        return rows, exact - rows.double() * times
+
+    def _moved(self, exact: Tensor, rest: Tensor) -> Tensor:
+        """How far rounding may have moved rows, float64 ``(Q, 1)``."""
+        moved, length = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (rest, exact))
+        result: Tensor = moved + _INEXACT * (length + self.axes.tail / self.step)  # at least the row's whole length
+        return result
 
     def scores(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores ``(Q, M')`` of centred queries ``(Q, D)``.
@@ -120,26 +131,37 @@ class Filter:
         With them the queries' squared lengths, and how far rounding moved them, both float64 ``(Q, 1)``.
         """
         exact = self.axes(centred) / self.step
-        times: Tensor | int = 1
-        if self.way == "int8":  # coarser steps for queries that reach farther than the bank
-            coarsest = max(1, _MOST // (127 * 127 * len(self.rows)))
-            times = (exact.abs().amax(1, keepdim=True) / 127).ceil().clamp(1, coarsest)
-        rows, off = self._round(exact, times)
-        own = (rows.double() * times).square().sum(1, keepdim=True)
-        if isinstance(times, Tensor):  # int8
-            rows = F.pad(rows, (0, len(self.rows) - rows.shape[1]))
-            if rows.device.type == "cuda":  # wants more than 16 rows
-                scores = torch._int_mm(F.pad(rows, (0, 0, 0, max(0, 17 - len(rows)))), self.rows)[: len(rows)]
-            else:
-                scores = torch._int_mm(rows, self.rows)
-            coarse = (times > 1).nonzero()[:, 0]
-            scores[coarse] *= times[coarse].int()
-            scores -= self.half
-        elif self.way == "bf16":
-            scores = F.pad(rows, (0, _DIGITS), value=-1.0) @ self.rows
+        if self.way == "int8":
+            scores, rest = self._whole_numbers(exact)
         else:
-            scores = torch.addmm(self.half, rows, self.rows)
-        return scores, own, off
+            rows, rest = self._round(exact)
+            if self.way == "bf16":
+                scores = F.pad(rows, (0, _DIGITS), value=-1.0) @ self.rows
+            else:
+                scores = torch.addmm(self.half, rows, self.rows)
+        return scores, (exact - rest).square().sum(1, keepdim=True), self._moved(exact, rest)
+
+    def _whole_numbers(self, exact: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in int32, and what rounding took from the queries' coordinates ``(Q, K')``."""
+        coarsest = _MOST // (_LARGEST * math.sqrt(exact.shape[1]) * self.longest + 1)
+        times = (exact.abs().amax(1, keepdim=True) / _LARGEST).ceil().clamp(1, max(1, min(coarsest, 2 * _LARGEST)))
+        rows, rest = self._round(exact, times)
+        scores = self._int_product(rows)
+        far = (times[:, 0] > 1).nonzero()[:, 0]
+        for start in range(0, len(far), _PART):
+            few = far[start : start + _PART]
+            low, rest[few] = self._round(rest[few])
+            second = self._int_product(low)
+            if len(few) == 1 + int(few[-1] - few[0]):  # next to each other: no copy
+                scores[few[0] : few[-1] + 1].mul_(times[few].int()).add_(second)
+            else:
+                scores[few] = second.addcmul_(scores[few], times[few].int())
+        return scores.sub_(self.half), rest
+
+    def _int_product(self, rows: Tensor) -> Tensor:
+        fill = max(0, 17 - len(rows)) if rows.device.type == "cuda" else 0  # it wants more than 16 rows
+        product: Tensor = torch._int_mm(F.pad(rows, (0, len(self.rows) - rows.shape[1], 0, fill)), self.rows)
+        return product[: len(rows)]
 
     def threshold(self, upper: Tensor, own: Tensor, off: Tensor) -> Tensor:
         """Least score that a row no farther than ``upper`` can have, in the type of the scores."""

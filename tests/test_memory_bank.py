@@ -105,6 +105,46 @@ def test_far_queries_are_thinned_out_too(search):
     assert found._exact._unsure == 0
 
 
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("far", [slice(None), slice(40, 250), slice(None, None, 3)], ids=["all", "next", "scattered"])
+def test_int8_takes_two_digits_of_far_queries(far, k):
+    """Steps so coarse that one digit reaches them would hide which row is nearest."""
+    bank, query = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)).split([3700, 300])
+    query = query.clone()
+    query[far] *= 100
+    found = searched("int8", bank, query, k)
+    assert found._exact.survivors < 40 + 2 * k
+    assert found._exact._unsure == 0
+
+
+@pytest.mark.parametrize("search", WAYS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_masses_of_nearly_equal_rows_are_thinned_out_in_float64(search, k, monkeypatch):
+    """A background that is constant but for rounding; in no way more at once than a block."""
+    bank, query = deep(3000, 200)
+    g = torch.Generator().manual_seed(0)
+    bank[torch.randperm(3000, generator=g)[:1500]] = bank[7] * (1 + 1e-6 * torch.randn(1500, 96, generator=g))
+    query[:150] = bank[7] * (1 + 1e-6 * torch.randn(150, 96, generator=g))
+    monkeypatch.setattr(exact_search, "_BLOCK", 100 * 3000)
+    decided, at_once = [], []
+    distance, by_filter = ExactSearch._distance, ExactSearch._by_filter
+
+    def counting_distance(self, queries, query, row):
+        decided.append(len(query))
+        return distance(self, queries, query, row)
+
+    def counting_filter(self, queries, k, way):
+        at_once.append(len(queries))
+        return by_filter(self, queries, k, way)
+
+    monkeypatch.setattr(ExactSearch, "_distance", counting_distance)
+    monkeypatch.setattr(ExactSearch, "_by_filter", counting_filter)
+    found = searched(search, bank, query, k)
+    assert found._exact._unsure >= 150
+    assert max(at_once) <= 100
+    assert sum(decided) < 60 * len(query)  # 150 queries x 1500 rows would be 1125 for each
+
+
 @pytest.mark.parametrize("search", WAYS)
 @pytest.mark.parametrize("k", [1, 3, 700])
 def test_masses_of_equal_rows_cost_no_more(search, k):
@@ -122,15 +162,17 @@ def test_masses_of_equal_rows_cost_no_more(search, k):
 
 
 @pytest.mark.parametrize("search", WAYS)
-def test_few_rows_that_are_mostly_zero(search):
-    """LAPACK may find no principal components of them."""
+@pytest.mark.parametrize("dimension", [96, 300])
+def test_few_rows_that_are_mostly_zero(search, dimension, monkeypatch):
+    """LAPACK may find no principal components of them, or NaN."""
+    monkeypatch.setattr(search_filter, "_TURN", 0)  # by principal components, if there are
     for seed in range(10):
         g = torch.Generator().manual_seed(seed)
-        bank = torch.randn(5, 300, generator=g).relu() * (torch.rand(5, 300, generator=g) < 0.1)
-        query = torch.randn(40, 300, generator=g)
+        bank = torch.randn(5, dimension, generator=g).relu() * (torch.rand(5, dimension, generator=g) < 0.1)
+        query = torch.randn(40, dimension, generator=g)
         found = MemoryBank(search)
         found.fill(bank)
-        np.testing.assert_array_equal(found(query, 2)[1].numpy(), brute_force(bank, query, 2)[1])
+        np.testing.assert_array_equal(found(query, 3)[1].numpy(), brute_force(bank, query, 3)[1])
 
 
 @given(
