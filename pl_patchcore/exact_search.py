@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pl_patchcore.distinct_rows import DistinctRows
-from pl_patchcore.numerics import k_least, one_thread, product_slack
+from pl_patchcore.numerics import k_least, one_thread, product_slack, shifted_product
 from pl_patchcore.search_filter import Axes, Filter
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ Way = Literal["torch", "pca", "bf16", "int8", "faiss"]
 WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 
 _BLOCK = 1 << 23  # scores held at once: 32 MiB
-_TILE = 1024  # rows of the bank in one float32 product on the CPU, which takes longer a row with more
 _GROUP = 128  # rows of the bank looked at together
 _NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU: 1 MiB, which a cache holds; ...
 _MANY_NUMBERS = 1 << 22  # ... on other devices, and float32 ones
@@ -45,6 +44,7 @@ _FEW = 64  # queries too few to measure with
 _HOPELESS = 3.0  # times as slow as the fastest on few queries: a way not worth measuring on more
 _AT_ONCE = 4096  # queries that faiss multiplies at once, the faster for each
 _MORE = 8  # times as many queries: another way may suit them better
+_ASLEEP = 1.1  # times what is measured that faiss takes between torch's work: its threads are its own, and sleep then
 _PATIENCE = 3  # failures of a filter in a row: one image unlike all others is not worth seconds of measuring
 _IN_FLOAT64 = 2.0**-29  # of the rounding in float32
 _TIED = 32  # queries decided at once where any number of rows may be left
@@ -104,9 +104,9 @@ class ExactSearch:
         Args:
             queries: float32 ``(Q, D)``, finite.
             k: Neighbours, from 1 to M.
-            way: One of `WAYS`, or ``auto``: the one that is fastest on this machine for these queries, measured at
-                the first call with at least 64 of them, and at one with 8 times as many; torch off the CPU and for
-                small banks.
+            way: One of `WAYS`, or ``auto``: the one that is fastest on this machine for these queries (faiss by a
+                tenth), measured at the first call with at least 64 of them, and at one with 8 times as many; torch
+                off the CPU and for small banks.
 
         Returns:
             Distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``.
@@ -141,7 +141,7 @@ class ExactSearch:
         centred = self._centre(queries)
         if way == "torch":
             own = _length(centred)  # (Q, 1)
-            scores = self._scores(centred)
+            scores = shifted_product(centred, self.near, self.half)
         else:
             scores, own, off = self._filter(way).scores(centred)
         group = _GROUP if 4 * k * _GROUP <= len(self.near) else 1
@@ -174,16 +174,6 @@ class ExactSearch:
         unsure = queries[over]
         distance[over], rows[over] = self._by_all(unsure, k) if way == "torch" else self._by_filter(unsure, k, "torch")
         return distance, rows
-
-    def _scores(self, centred: Tensor) -> Tensor:
-        """Half of (the query's squared length - the squared distance) of all pairs, ``(Q, M')``."""
-        if centred.device.type != "cpu":
-            return torch.addmm(self.half, centred, self.near.T)
-        scores = centred.new_empty(len(centred), len(self.near))
-        tiles = (each.split(_TILE, -1) for each in (scores, self.half, self.near.T))
-        for part, half, near in zip(*tiles, strict=True):
-            torch.addmm(half, centred, near, out=part)
-        return scores
 
     def _by_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         import faiss
@@ -320,7 +310,7 @@ class ExactSearch:
             for way in rivals * 2:
                 seconds[way] = min(seconds[way], self._timed(more, k, way) * count / len(more))
         self._measuring, self._flat = False, None
-        chosen = min(seconds, key=lambda way: seconds[way])
+        chosen = min(seconds, key=lambda way: seconds[way] * (_ASLEEP if way == "faiss" else 1))
         log.info(
             "nearest neighbours: %s chosen for %d rows of %d numbers; %d queries took %s (measured in %.2f s).",
             *(chosen, *self.features.shape, count),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pl_patchcore.numerics import product_slack
+from pl_patchcore.numerics import product_slack, shifted_product
 
 _LEFT_OUT = 0.04  # share of the variance that the principal components may leave out
 _TURN = 8  # a product with D x K in float64 takes as long as a rounded one with this many times D rows
@@ -138,7 +138,7 @@ class Filter:
             if self.way == "bf16":
                 scores = F.pad(rows, (0, _DIGITS), value=-1.0) @ self.rows
             else:
-                scores = torch.addmm(self.half, rows, self.rows)
+                scores = shifted_product(rows, self.rows.T, self.half)
         return scores, (exact - rest).square().sum(1, keepdim=True), self._moved(exact, rest)
 
     def _whole_numbers(self, exact: Tensor) -> tuple[Tensor, Tensor]:

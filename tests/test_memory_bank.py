@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pl_patchcore import MemoryBank, UserError, exact_search, search_filter
+from pl_patchcore import MemoryBank, UserError, exact_search, numerics, search_filter
 from pl_patchcore.approximate_search import check_factory
 from pl_patchcore.exact_search import WAYS, ExactSearch
 from pl_patchcore.numerics import product_slack
@@ -59,7 +59,6 @@ def deep(rows, queries, dimension=96, seed=0):
 @pytest.mark.parametrize("k", [1, 3, 50, 400])
 def test_matches_brute_force(search, k, monkeypatch):
     monkeypatch.setattr(exact_search, "_BLOCK", 512 * 37)  # several blocks
-    monkeypatch.setattr(exact_search, "_TILE", 200)  # the last one shorter
     monkeypatch.setattr(exact_search, "_NUMBERS", 24 * 101)
     bank, query = made()
     found = MemoryBank(search)
@@ -315,6 +314,24 @@ def test_int8_product_is_there():
     assert torch.equal(torch._int_mm(a, b.T), a.int() @ b.T.int())
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch comes without oneDNN here")
+def test_product_of_onednn_is_there():
+    assert numerics.has_onednn(), "torch has moved its product by oneDNN: torch.addmm is slower"
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 3, 200])
+@pytest.mark.parametrize(("others", "dimension"), [(1, 1), (2100, 7), (128, 900)])
+def test_shifted_product(rows, others, dimension, onednn, monkeypatch):
+    monkeypatch.setattr(numerics, "has_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(rows, dimension, generator=g), torch.randn(others, dimension, generator=g)
+    shift = torch.randn(others, generator=g)
+    shift[-1] = -torch.inf
+    found = numerics.shifted_product(a, b, shift)
+    torch.testing.assert_close(found.double(), a.double() @ b.double().T + shift.double(), rtol=0, atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("search", ["auto", *WAYS])
 def test_on_a_gpu(search):
@@ -350,6 +367,26 @@ def test_low_precision_settings_do_not_matter():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="settings of torch 2.9 and newer")
+@pytest.mark.parametrize("of", ["all", "mkldnn", "cuda"])
+def test_low_precision_settings_of_libraries_do_not_matter(of):
+    """Where they are set, torch refuses to tell the older setting."""
+    place = torch.backends if of == "all" else getattr(torch.backends, of).matmul
+    bank, query = made()
+    found = MemoryBank()
+    found.fill(bank)
+    exact, before = found(query)[0], place.fp32_precision
+    place.fp32_precision = "tf32"
+    try:
+        assert torch.equal(found(query)[0], exact)
+        with numerics.full_precision(torch.device("cpu")):
+            assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+            assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+        assert place.fp32_precision == "tf32"
+    finally:
+        place.fp32_precision = before
 
 
 def test_traced_equals_search():

@@ -30,7 +30,7 @@ from pl_patchcore.exact_search import WAYS, ExactSearch
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}
-IMAGES, TURNS, TURNS_OF_ALL = 36, 15, 3  # in most turns, only what is compared
+IMAGES, TURNS, TURNS_OF_ALL = 36, 11, 3  # in most turns, only what is compared
 FAR, TOO_FAR = 30, 1000  # times as far from the mean as the rows of the bank
 
 
