@@ -31,6 +31,7 @@ Way = Literal["torch", "pca", "bf16", "int8", "faiss"]
 WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 
 _BLOCK = 1 << 23  # scores held at once: 32 MiB
+_EVEN = 256  # of so many queries, or a multiple of it, products take the least time each
 _GROUP = 128  # rows of the bank looked at together
 _NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU: 1 MiB, which a cache holds; ...
 _MANY_NUMBERS = 1 << 22  # ... on other devices, and float32 ones
@@ -133,7 +134,10 @@ class ExactSearch:
     # The ways
 
     def _in_blocks(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
-        blocks = queries.split(_AT_ONCE if way == "faiss" else max(1, _BLOCK // len(self.near)))
+        most = _AT_ONCE if way == "faiss" else max(1, _BLOCK // len(self.near))
+        even = most // _EVEN * _EVEN or most
+        count = max(0, -((most - len(queries)) // even))  # until no more are left than fit at once
+        blocks = queries.split([even] * count + [len(queries) - even * count])
         parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
         return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
 

@@ -70,6 +70,27 @@ def test_matches_brute_force(search, k, monkeypatch):
     assert (distance[:5, 0] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("most", "queries", "expected"),
+    [(300, 700, [256, 256, 188]), (300, 540, [256, 284]), (300, 300, [300]), (100, 230, [100, 100, 30])],
+)
+def test_blocks_of_queries(most, queries, expected, monkeypatch):
+    """As many as fit, in numbers that products are fastest with."""
+    bank, query = made(queries=queries)
+    monkeypatch.setattr(exact_search, "_BLOCK", 384 * most)  # rows of the bank that differ, filled up
+    blocks, by_filter = [], ExactSearch._by_filter
+
+    def counting(self, queries, k, way):
+        blocks.append(len(queries))
+        return by_filter(self, queries, k, way)
+
+    monkeypatch.setattr(ExactSearch, "_by_filter", counting)
+    found = MemoryBank("torch")
+    found.fill(bank)
+    np.testing.assert_array_equal(found(query)[1].numpy(), brute_force(bank, query, 1)[1])
+    assert [size for size in blocks if size > 20] == expected  # a few queries lie on rows that are nearly equal
+
+
 @pytest.mark.parametrize("search", WAYS)
 @pytest.mark.parametrize("k", [1, 9])
 def test_filters_thin_out_and_are_exact(search, k):
@@ -271,6 +292,15 @@ def test_auto_takes_the_fastest_and_says_so(fastest, monkeypatch, caplog):
     np.testing.assert_array_equal(rows.numpy(), expected_rows)
     np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-6)
     assert torch.equal(few[1], rows[:3])
+
+
+def test_auto_takes_faiss_only_where_it_is_a_tenth_faster(monkeypatch):
+    """Between torch's work its threads fall asleep, which a measurement does not see."""
+    bank, query = deep(2000, 300)
+    for seconds, expected in ((0.95, "torch"), (0.85, "faiss")):
+        search = measured(monkeypatch, bank, query, dict.fromkeys(WAYS, 2.0) | {"torch": 1.0, "faiss": seconds})
+        search(query, 1, "auto")
+        assert search.chosen == expected
 
 
 def test_auto_measures_again_where_a_filter_fails(monkeypatch):
