@@ -43,6 +43,18 @@ def searched(search, bank, query, k):
     return found
 
 
+def lengths_of(monkeypatch, method, argument):
+    """List that will hold the length of one argument of each call of a method of ExactSearch."""
+    lengths, called = [], getattr(ExactSearch, method)
+
+    def counting(self, *arguments):
+        lengths.append(len(arguments[argument]))
+        return called(self, *arguments)
+
+    monkeypatch.setattr(ExactSearch, method, counting)
+    return lengths
+
+
 def deep(rows, queries, dimension=96, seed=0):
     """Features as networks give them: decaying variances, heavy tails, clusters; some queries from elsewhere."""
     g = torch.Generator().manual_seed(seed)
@@ -78,13 +90,7 @@ def test_blocks_of_queries(most, queries, expected, monkeypatch):
     """As many as fit, in numbers that products are fastest with."""
     bank, query = made(queries=queries)
     monkeypatch.setattr(exact_search, "_BLOCK", 384 * most)  # rows of the bank that differ, filled up
-    blocks, by_filter = [], ExactSearch._by_filter
-
-    def counting(self, queries, k, way):
-        blocks.append(len(queries))
-        return by_filter(self, queries, k, way)
-
-    monkeypatch.setattr(ExactSearch, "_by_filter", counting)
+    blocks = lengths_of(monkeypatch, "_by_filter", 0)
     found = MemoryBank("torch")
     found.fill(bank)
     np.testing.assert_array_equal(found(query)[1].numpy(), brute_force(bank, query, 1)[1])
@@ -146,19 +152,7 @@ def test_masses_of_nearly_equal_rows_are_thinned_out_in_float64(search, k, monke
     bank[torch.randperm(3000, generator=g)[:1500]] = bank[7] * (1 + 1e-6 * torch.randn(1500, 96, generator=g))
     query[:150] = bank[7] * (1 + 1e-6 * torch.randn(150, 96, generator=g))
     monkeypatch.setattr(exact_search, "_BLOCK", 100 * 3000)
-    decided, at_once = [], []
-    distance, by_filter = ExactSearch._distance, ExactSearch._by_filter
-
-    def counting_distance(self, queries, query, row):
-        decided.append(len(query))
-        return distance(self, queries, query, row)
-
-    def counting_filter(self, queries, k, way):
-        at_once.append(len(queries))
-        return by_filter(self, queries, k, way)
-
-    monkeypatch.setattr(ExactSearch, "_distance", counting_distance)
-    monkeypatch.setattr(ExactSearch, "_by_filter", counting_filter)
+    decided, at_once = lengths_of(monkeypatch, "_distance", 1), lengths_of(monkeypatch, "_by_filter", 0)
     found = searched(search, bank, query, k)
     assert found._exact._unsure >= 150
     assert max(at_once) <= 100
