@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 Way = Literal["torch", "pca", "bf16", "int8", "faiss"]
 WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 
-_BLOCK = 1 << 23  # scores held at once: 32 MiB
+_BLOCK = 1 << 23  # scores held at once on the CPU: 32 MiB
+_TIMES = 8  # times as many at once on other devices, where starting a kernel takes longest
 _EVEN = 256  # of so many queries, or a multiple of it, products take the least time each
 _GROUP = 128  # rows of the bank looked at together
 _NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU: 1 MiB, which a cache holds; ...
@@ -63,6 +64,7 @@ class ExactSearch:
     """
 
     def __init__(self, features: Tensor) -> None:
+        self._times = 1 if features.device.type == "cpu" else _TIMES
         self._distinct = DistinctRows(features)
         self.features = features = self._distinct.features
         self.chosen: Way | None = None
@@ -92,7 +94,8 @@ class ExactSearch:
 
     def _centre(self, rows: Tensor) -> Tensor:
         result = torch.empty_like(rows, dtype=torch.float32)
-        for part, place in zip(rows.split(_STEP), result.split(_STEP), strict=True):  # which a cache holds
+        step = self._times * _STEP
+        for part, place in zip(rows.split(step), result.split(step), strict=True):  # which a cache holds
             if self._plain:
                 torch.sub(part, self.mean, out=place).mul_(self.scale)
             else:
@@ -134,12 +137,11 @@ class ExactSearch:
     # The ways
 
     def _in_blocks(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
-        most = _AT_ONCE if way == "faiss" else max(1, _BLOCK // len(self.near))
+        most = _AT_ONCE if way == "faiss" else max(1, self._times * _BLOCK // len(self.near))
         even = most // _EVEN * _EVEN or most
         count = max(0, -((most - len(queries)) // even))  # until no more are left than fit at once
         blocks = queries.split([even] * count + [len(queries) - even * count])
-        parts = [self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks]
-        return torch.cat([d for d, _ in parts]), torch.cat([r for _, r in parts])
+        return _joined([self._by_faiss(b, k) if way == "faiss" else self._by_filter(b, k, way) for b in blocks])
 
     def _by_filter(self, queries: Tensor, k: int, way: Way) -> tuple[Tensor, Tensor]:
         centred = self._centre(queries)
@@ -176,7 +178,11 @@ class ExactSearch:
             distance[sure], rows[sure] = self._decide(queries[sure], centred[sure], new[query[kept]], row[kept], k)
         self._unsure += int(over.sum())
         unsure = queries[over]
-        distance[over], rows[over] = self._by_all(unsure, k) if way == "torch" else self._by_filter(unsure, k, "torch")
+        if way == "torch":
+            few = unsure.split(max(1, _BLOCK // len(self.near)))
+            distance[over], rows[over] = _joined([self._by_all(part, k) for part in few])
+        else:
+            distance[over], rows[over] = self._by_filter(unsure, k, "torch")
         return distance, rows
 
     def _by_faiss(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -211,14 +217,13 @@ class ExactSearch:
             place[:] = torch.addmm(-near.square().sum(1) / 2, centred, near.T)
         slack = _IN_FLOAT64 * product_slack(queries.shape[1], _length(centred), self.longest)
         passed = scores >= scores.topk(k, dim=1).values[:, -1:] - slack
-        distance, rows = [], []
+        parts = []
         for few, part in zip(queries.split(_TIED), passed.split(_TIED), strict=True):
             query, row = part.nonzero(as_tuple=True)
             every = self._distance(few, query, row)
             chosen = k_least(every, query, len(few), k)
-            distance.append(every[chosen])
-            rows.append(row[chosen])
-        return torch.cat(distance), torch.cat(rows)
+            parts.append((every[chosen], row[chosen]))
+        return _joined(parts)
 
     # Deciding among the survivors
 
@@ -327,6 +332,10 @@ class ExactSearch:
         start = time.perf_counter()
         self._search(queries, k, way)
         return time.perf_counter() - start
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([distance for distance, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
 def _length(rows: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ _WIDE = 2048  # ... and picks, at most
 _LIKE = 0.75  # rows of one product have this share of the longest history among them ...
 _FEW = 512  # ... if so many have
 _PAIRS = 1 << 12  # float64 differences computed at once
+_TIMES = 8  # times as many rows, picks and pairs at once off the CPU, where starting a kernel takes longest
 CROWD = 768  # candidates a round picks among; more cost more a pick than another round saves
 SETTLED = 3 * CROWD  # rows whose gaps a round computes
 _SAMPLE = 16  # one row in so many tells where the largest bounds begin
@@ -62,11 +63,13 @@ class FarthestFirst:
         self.size = size
         self.total = len(rows) if total is None else total  # of all processes
         self.most = SETTLED
+        self.times = _times(features.device)
         self.smallest = self.width = max(64, min(self.widest, self.total // 8))
         n, d = len(rows), features.shape[1]
         device = features.device
         self.mean = torch.zeros(d, dtype=torch.float64, device=device)
-        for part in features.split(_CHUNK):  # nothing kept between the copies: it would part the memory they leave
+        chunk = _CHUNK * self.times
+        for part in features.split(chunk):  # nothing kept between the copies: it would part the memory they leave
             self.mean += part.double().sum(0)
         self.mean *= scale / max(len(features), 1)
         self.bound = torch.full((n,), torch.inf, device=device)  # >= the gap
@@ -86,11 +89,12 @@ class FarthestFirst:
         self.products = DistanceBounds(self.features.shape[1], dtype)
         self.near = torch.empty(n, self.products.width, dtype=dtype, device=device)
         self.slack = torch.empty(n, device=device)
-        parts = (each.split(_CHUNK) for each in (torch.arange(n, device=device), self.near, self.slack))
+        chunk = _CHUNK * self.times
+        parts = (each.split(chunk) for each in (torch.arange(n, device=device), self.near, self.slack))
         for part, near, slack in zip(*parts, strict=True):
             slack[:] = self.products.left(self._exact(part).sub_(self.mean), out=near)[1]
         self.pick_near = torch.empty(self.size, self.products.width, dtype=dtype, device=device)
-        for part in torch.arange(self.count, device=device).split(_CHUNK) if self.count else ():
+        for part in torch.arange(self.count, device=device).split(chunk) if self.count else ():
             self.pick_near[part] = self.products.right(self._exact_picks(part).sub_(self.mean))
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
@@ -160,7 +164,7 @@ class FarthestFirst:
             for first, picks in pieces:
                 row, pick = self.products.within(near, slack, picks, limit)
                 self.pairs += len(row)
-                for r, p in zip(row.split(_PAIRS), pick.split(_PAIRS), strict=True):
+                for r, p in zip(*(each.split(_PAIRS * self.times) for each in (row, pick)), strict=True):
                     gap = self._exact(part[r]) - self._exact_picks(first + p)
                     self.key.scatter_reduce_(0, part[r], gap.square_().sum(1).float(), "amin")
         self.bound[alive] = self.key[alive]
@@ -179,10 +183,10 @@ class FarthestFirst:
         while first < len(left):
             longest = int(left[first])
             like = int((left[first:] >= _LIKE * longest).sum())
-            wide = max(_TILE, min(_PRODUCT // max(1, longest), _CHUNK))
-            part = rows[order[first : first + min(max(1 << (like - 1).bit_length(), _FEW), wide)]]
+            wide = self.times * max(_TILE, min(_PRODUCT // max(1, longest), _CHUNK))
+            part = rows[order[first : first + min(max(1 << (like - 1).bit_length(), self.times * _FEW), wide)]]
             first += len(part)
-            step = min(max(STEP, _PRODUCT // len(part) // STEP * STEP), _WIDE)
+            step = min(max(STEP, self.times * _PRODUCT // len(part) // STEP * STEP), self.times * _WIDE)
             longest = min(self.count, -(-longest // STEP) * STEP)  # whole steps, with some that were seen
             starts = range(self.count - longest, self.count, step)
             pieces = [(i, self.pick_near[i : min(i + step, self.count)]) for i in starts]
@@ -236,6 +240,10 @@ class FarthestFirst:
         return self.features.index_select(0, self.rows.index_select(0, positions)).double().mul_(self.scale)
 
 
+def _times(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else _TIMES
+
+
 def pick_among(exact: Tensor, key: Tensor, floor: float, ties: int, most: int) -> tuple[list[int], list[float], Tensor]:
     """Pick the row with the largest key, the first of equals, lower the keys, and so on while one is above ``floor``.
 
@@ -280,7 +288,8 @@ def distinct_rows(features: Tensor, start: int | None) -> Tensor:
     weights = torch.randint(-(2**62), 2**62, (math.ceil(words),), generator=torch.Generator().manual_seed(0))
     weights = (2 * weights + 1).to(features.device)
     hashed = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    for part, place in zip(features.split(_CHUNK), hashed.split(_CHUNK), strict=True):  # -0.0 + 0.0 is 0.0
+    chunk = _CHUNK * _times(features.device)
+    for part, place in zip(features.split(chunk), hashed.split(chunk), strict=True):  # -0.0 + 0.0 is 0.0
         torch.sum(F.pad(part + 0.0, (0, int(words % 1 > 0))).view(torch.int64).mul_(weights), 1, out=place)
     value, row = hashed.sort(stable=True)
     first = torch.ones_like(value, dtype=torch.bool)
@@ -288,7 +297,7 @@ def distinct_rows(features: Tensor, start: int | None) -> Tensor:
     group = row[first][first.cumsum(0) - 1]  # lowest row of the hash, in hash order
     twin = (~first).nonzero().flatten()
     same = torch.empty(len(twin), dtype=torch.bool, device=features.device)
-    for part, place in zip(twin.split(_CHUNK), same.split(_CHUNK), strict=True):
+    for part, place in zip(twin.split(chunk), same.split(chunk), strict=True):
         torch.all(features[row[part]] == features[group[part]], 1, out=place)
     drop = row[twin[same]]
     keep = torch.ones(len(features), dtype=torch.bool, device=features.device)

@@ -15,12 +15,13 @@ _TILE = 1024  # columns of a product by `torch.addmm` on the CPU, which takes lo
 def full_precision(device: torch.device) -> Iterator[None]:
     """Switch off autocast, TF32 and bf16 products inside the block, and gradients with them.
 
-    The error bounds of `distance_bounds.py` and `exact_search.py` hold for IEEE float32 products only.
+    The error bounds of `distance_bounds.py` and `exact_search.py` hold for IEEE float32 products only, and for bf16
+    ones that are summed in float32.
 
     Args:
         device: Device the block computes on.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _no_shortcuts():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _no_shortcuts(), _no_short_sums():
         yield
 
 
@@ -43,6 +44,20 @@ def _no_shortcuts_of_libraries() -> Iterator[None]:
         for each, before in changed:  # "none": what holds for all
             general = torch.backends.fp32_precision  # type: ignore[attr-defined]
             each.fp32_precision = "none" if before == general else before
+
+
+@contextmanager
+def _no_short_sums() -> Iterator[None]:
+    """Parts of bf16 products on a GPU summed in float32, inside the block."""
+    products = torch.backends.cuda.matmul
+    if not products.allow_bf16_reduced_precision_reduction:
+        yield
+        return
+    products.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        products.allow_bf16_reduced_precision_reduction = True
 
 
 @contextmanager

@@ -358,9 +358,12 @@ def test_shifted_product(rows, others, dimension, onednn, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("search", ["auto", *WAYS])
-def test_on_a_gpu(search):
+def test_on_a_gpu(search, monkeypatch):
+    monkeypatch.setattr(exact_search, "_SMALL", 0)  # auto measures
+    monkeypatch.setattr(exact_search, "_BLOCK", 100 * 3000 // exact_search._TIMES)  # several blocks
     bank, query = deep(3000, 300)
     bank[1000:1500] = bank[0].clone()
+    query[200:] *= 50  # farther than rounded products can tell
     found = MemoryBank(search)
     found.fill(bank.cuda())
     np.testing.assert_array_equal(found(query.cuda(), 3)[1].cpu().numpy(), brute_force(bank, query, 3)[1])
@@ -411,6 +414,18 @@ def test_low_precision_settings_of_libraries_do_not_matter(of):
         assert place.fp32_precision == "tf32"
     finally:
         place.fp32_precision = before
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_full_precision_sums_bf16_products_in_float32(allowed):
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = allowed
+    try:
+        with numerics.full_precision(torch.device("cpu")):
+            assert not products.allow_bf16_reduced_precision_reduction
+        assert products.allow_bf16_reduced_precision_reduction is allowed
+    finally:
+        products.allow_bf16_reduced_precision_reduction = True
 
 
 def test_traced_equals_search():

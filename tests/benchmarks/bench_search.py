@@ -54,8 +54,8 @@ def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
     return train, test
 
 
-def product(queries: torch.Tensor, bank: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    parts = queries.split(max(1, (1 << 23) // len(bank)))
+def product(queries: torch.Tensor, bank: torch.Tensor, norm: torch.Tensor, scores: int = 1 << 23) -> torch.Tensor:
+    parts = queries.split(max(1, scores // len(bank)))
     return torch.cat([torch.addmm(norm, part, bank.T, alpha=-2).min(1).indices for part in parts])
 
 
