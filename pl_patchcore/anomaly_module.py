@@ -379,6 +379,9 @@ class AnomalyModule(L.LightningModule, ABC):
             with torch.no_grad():
                 self.collect(images, index, self._is_aside(index))
         self.log("train/images", float(self._position), batch_size=max(1, len(images)), prog_bar=False)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # of float16, which steps for a gradient only
+            self.unused.grad = scaler.scale(torch.zeros_like(self.unused))
         optimizer = self.optimizers()
         optimizer.step()  # type: ignore[union-attr]
 

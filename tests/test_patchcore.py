@@ -1,6 +1,7 @@
 """The LightningModule in real Trainer runs: fitting, scoring, checkpoints."""
 
 import logging
+from pathlib import Path
 
 import fakes
 import lightning as L
@@ -9,6 +10,7 @@ import pytest
 import reference
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -442,11 +444,17 @@ def test_saved_backbone_needs_no_weights_file(trainer, tmp_path):
     assert torch.equal(loaded.eval()(images)[0], model.eval()(images)[0])
 
 
-def test_precision_keeps_bank_size_and_figures(fitted, tiny, trainer):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_precision_keeps_bank_size_and_figures(fitted, tiny, trainer, scaled):
+    """With a scaler of gradients too, which float16 has, on a GPU."""
     model, runner = fitted
     expected = runner.test(model, data_of(), verbose=False)[0]
-    half, half_runner = model_of(tiny), trainer(precision="bf16-mixed", enable_checkpointing=False)
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    precision.scaler = torch.amp.GradScaler("cpu") if scaled else None
+    half, half_runner = model_of(tiny), trainer(plugins=precision)
     half_runner.fit(half, data_of())
+    assert half_runner.global_step == runner.global_step
+    assert Path(half_runner.checkpoint_callback.best_model_path).is_file()
     assert half.memory_bank.features.shape == model.memory_bank.features.shape
     assert half.memory_bank.features.dtype == torch.float32
     found = half_runner.test(half, data_of(), verbose=False)[0]
