@@ -19,7 +19,8 @@ from PIL import Image
 
 SHARED = (Path(__file__).parents[1] / ".." / "shared").resolve()
 SCRIPT = """
-import json, os, sys, warnings
+import faulthandler, json, os, sys, warnings
+faulthandler.dump_traceback_later(180)  # where it is, if it hangs
 warnings.simplefilter("ignore")
 import lightning as L
 import torch
@@ -154,11 +155,20 @@ def finish(process: subprocess.Popen[str], seconds: int = 240) -> str:
     """Output of a process and of those it started, once all have ended."""
     try:
         return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        for each in STARTED:
+            end(each)
+        outputs = [each.communicate(timeout=60)[0] for each in STARTED if not each.stdout.closed]
+        return pytest.fail("\n\n".join([f"not done after {seconds} s:", *outputs]))
     finally:
         end(process)
 
 
 def end(process: subprocess.Popen[str]) -> None:
+    """Those that torchrun started are in sessions of their own, which it ends when it is told to."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(40)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -248,7 +258,9 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 @pytest.mark.parametrize("launcher", ["Lightning", "torchrun", "SLURM"])
 def test_two_machines_equal_one(tmp_path, launcher):
     """Two launches that meet at an address; SLURM is the environment that srun gives its tasks."""
-    (folder := tmp_path / "two").mkdir()
+    (maps := (folder := tmp_path / "two") / "maps").mkdir(parents=True)
+    for i in range(3000):  # of an earlier run, which both take away
+        (maps / f"{i:06d}-old.npy").touch()
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "MACHINES": "2"}
     torchrun = (*("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),)
     torchrun += ("--master-addr", meet["MASTER_ADDR"], "--master-port", meet["MASTER_PORT"])
@@ -274,6 +286,7 @@ def test_two_machines_equal_one(tmp_path, launcher):
     for name, row in figures["all"].items():
         assert others["all"][name] == pytest.approx(row, abs=1e-6, nan_ok=True), name
     assert len((folder / "predictions.csv").read_text().splitlines()) == 1 + 5 + 4 * 2
+    assert len(list(maps.iterdir())) == 5 + 4 * 2
 
 
 @pytest.mark.parametrize("machines", [1, 2])

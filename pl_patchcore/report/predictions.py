@@ -45,7 +45,7 @@ class PredictionWriter(Callback):
         if self.maps and trainer.local_rank == 0:
             self._path.unlink(missing_ok=True)  # it names the maps that go now
             for old in self._maps.glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
-                old.unlink()
+                old.unlink(missing_ok=True)  # machines may share the folder
         trainer.strategy.barrier()  # nobody writes a map before the old ones are gone
         self._file = self._partial.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
