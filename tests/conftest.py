@@ -46,9 +46,9 @@ def trainer(tmp_path):
 
 
 def free_port() -> str:
-    """A port below those that the system deals out, which others may take before processes meet there."""
+    """A port below those that systems deal out (32,768, or 16,000, and more), which others may take first."""
     while True:
-        port = 20_000 + secrets.randbelow(10_000)
+        port = 10_000 + secrets.randbelow(6_000)
         with contextlib.suppress(OSError), socket.socket() as tried:
             tried.bind(("127.0.0.1", port))
             return str(port)

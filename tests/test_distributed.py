@@ -269,7 +269,7 @@ def test_two_machines_equal_one(tmp_path, launcher):
     processes = []
     for machine in "01":
         if launcher == "torchrun":
-            how = {"launcher": (*torchrun, "--node-rank", machine), "MACHINES": "2"}
+            how = {"launcher": (*torchrun, "--node-rank", machine), "MACHINES": "2", "LOGLEVEL": "INFO"}
         else:
             how = meet | ({"NODE_RANK": machine} if launcher == "Lightning" else {})
             how |= slurm | {"SLURM_PROCID": machine, "SLURM_NODEID": machine} if launcher == "SLURM" else {}
