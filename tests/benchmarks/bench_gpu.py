@@ -24,7 +24,7 @@ from pl_patchcore.exact_search import WAYS, ExactSearch
 from pl_patchcore.numerics import full_precision
 
 TURNS = 5
-SCORES = 1 << 26  # of the yardstick's product held at once: the fastest of those tried, from 2^23 to 2^28
+SCORES = 1 << 26  # of the yardstick's product held at once: as many as search holds on a GPU
 ON_GPU = tuple(way for way in WAYS if way != "faiss")
 
 
