@@ -5,6 +5,8 @@ Tensors go on the device that the backend moves tensors of, and are counted. Eve
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 from typing import Any
 
@@ -36,6 +38,8 @@ class Processes:
         self.rank = 0 if alone else dist.get_rank()
         self.count = 1 if alone else dist.get_world_size()
         on_gpu = not alone and "nccl" in str(dist.get_backend())
+        if not (alone or on_gpu):
+            _destroy_at_exit()
         self.device = torch.device(device) if on_gpu else torch.device("cpu")
         self.collectives = self.bytes = 0
 
@@ -105,6 +109,21 @@ class Processes:
         self.collectives += 1
         self.bytes += tensor.numel() * tensor.element_size() if sent else 0
         return tensor.to(self.device).contiguous()
+
+
+@functools.cache
+def _destroy_at_exit() -> None:
+    """Let the connections end before Python does.
+
+    Gloo's threads may otherwise free a tensor when Python is gone already, and abort a process that has done its work;
+    torchrun then waits 5 minutes for it (pytorch/pytorch#179291). Lightning sees to this with NCCL only.
+    """
+    atexit.register(_destroy)
+
+
+def _destroy() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def on_first_process(record: logging.LogRecord) -> bool:

@@ -315,3 +315,19 @@ def test_a_killed_process_ends_all(tmp_path, where, rank, machines):
     assert time.monotonic() - killed < 60
     assert not list(folder.rglob("*.ckpt"))
     assert not list(folder.rglob("*.partial"))
+
+
+def test_connections_end_before_python_does(tmp_path):
+    """Else gloo's threads now and then abort a process that has done its work."""
+    script = """
+import atexit, sys
+from torch import distributed as dist
+from pl_patchcore.distributed import Processes
+atexit.register(lambda: print("left:", dist.is_initialized()))
+dist.init_process_group("gloo", f"file://{sys.argv[1]}", rank=0, world_size=1)
+Processes()
+print("open:", dist.is_initialized())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "meeting")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
+    assert output.split("\n")[:2] == ["open: True", "left: False"]
