@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pl_patchcore.distinct_rows import DistinctRows
-from pl_patchcore.numerics import k_least, one_thread, product_slack, shifted_product
+from pl_patchcore.numerics import k_least, one_thread, product_slack, shifted_product, times_at_once
 from pl_patchcore.search_filter import Axes, Filter
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ Way = Literal["torch", "pca", "bf16", "int8", "faiss"]
 WAYS: tuple[Way, ...] = ("torch", "pca", "bf16", "int8", "faiss")
 
 _BLOCK = 1 << 23  # scores held at once on the CPU: 32 MiB
-_TIMES = 8  # times as many at once on other devices, where starting a kernel takes longest
 _EVEN = 256  # of so many queries, or a multiple of it, products take the least time each
 _GROUP = 128  # rows of the bank looked at together
 _NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU: 1 MiB, which a cache holds; ...
@@ -64,7 +63,7 @@ class ExactSearch:
     """
 
     def __init__(self, features: Tensor) -> None:
-        self._times = 1 if features.device.type == "cpu" else _TIMES
+        self._times = times_at_once(features.device)
         self._distinct = DistinctRows(features)
         self.features = features = self._distinct.features
         self.chosen: Way | None = None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pl_patchcore.distance_bounds import STEP, TINY, DistanceBounds, product_type
-from pl_patchcore.numerics import product_margin
+from pl_patchcore.numerics import product_margin, times_at_once
 
 _CHUNK = 1 << 12  # rows copied at once
 POOL = 6144  # rows brought up to date in a round, and more ...
@@ -31,7 +31,6 @@ _WIDE = 2048  # ... and picks, at most
 _LIKE = 0.75  # rows of one product have this share of the longest history among them ...
 _FEW = 512  # ... if so many have
 _PAIRS = 1 << 12  # float64 differences computed at once
-_TIMES = 8  # times as many rows, picks and pairs at once off the CPU, where starting a kernel takes longest
 CROWD = 768  # candidates a round picks among; more cost more a pick than another round saves
 SETTLED = 3 * CROWD  # rows whose gaps a round computes
 _SAMPLE = 16  # one row in so many tells where the largest bounds begin
@@ -63,7 +62,7 @@ class FarthestFirst:
         self.size = size
         self.total = len(rows) if total is None else total  # of all processes
         self.most = SETTLED
-        self.times = _times(features.device)
+        self.times = times_at_once(features.device)
         self.smallest = self.width = max(64, min(self.widest, self.total // 8))
         n, d = len(rows), features.shape[1]
         device = features.device
@@ -240,10 +239,6 @@ class FarthestFirst:
         return self.features.index_select(0, self.rows.index_select(0, positions)).double().mul_(self.scale)
 
 
-def _times(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else _TIMES
-
-
 def pick_among(exact: Tensor, key: Tensor, floor: float, ties: int, most: int) -> tuple[list[int], list[float], Tensor]:
     """Pick the row with the largest key, the first of equals, lower the keys, and so on while one is above ``floor``.
 
@@ -288,7 +283,7 @@ def distinct_rows(features: Tensor, start: int | None) -> Tensor:
     weights = torch.randint(-(2**62), 2**62, (math.ceil(words),), generator=torch.Generator().manual_seed(0))
     weights = (2 * weights + 1).to(features.device)
     hashed = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    chunk = _CHUNK * _times(features.device)
+    chunk = _CHUNK * times_at_once(features.device)
     for part, place in zip(features.split(chunk), hashed.split(chunk), strict=True):  # -0.0 + 0.0 is 0.0
         torch.sum(F.pad(part + 0.0, (0, int(words % 1 > 0))).view(torch.int64).mul_(weights), 1, out=place)
     value, row = hashed.sort(stable=True)

@@ -64,7 +64,7 @@ def test_more_candidates_than_a_round_settles(rows, dimension, values, monkeypat
 @pytest.mark.slow
 def test_matches_reference_on_many_rows(times, monkeypatch):
     """In pieces as large as on a GPU, too."""
-    monkeypatch.setattr("pl_patchcore.farthest_first._times", lambda _: times)
+    monkeypatch.setattr("pl_patchcore.farthest_first.times_at_once", lambda _: times)
     rng = np.random.default_rng(0)
     features = (rng.normal(size=(60, 32))[rng.integers(60, size=12000)] + 0.3 * rng.normal(size=(12000, 32))).astype(
         "f4"

@@ -360,7 +360,7 @@ def test_shifted_product(rows, others, dimension, onednn, monkeypatch):
 @pytest.mark.parametrize("search", ["auto", *WAYS])
 def test_on_a_gpu(search, monkeypatch):
     monkeypatch.setattr(exact_search, "_SMALL", 0)  # auto measures
-    monkeypatch.setattr(exact_search, "_BLOCK", 100 * 3000 // exact_search._TIMES)  # several blocks
+    monkeypatch.setattr(exact_search, "_BLOCK", 100 * 3000 // numerics._TIMES)  # several blocks
     bank, query = deep(3000, 300)
     bank[1000:1500] = bank[0].clone()
     query[200:] *= 50  # farther than rounded products can tell
