@@ -4,10 +4,15 @@ import contextlib
 import secrets
 import socket
 
+import hypothesis
 import lightning as L
 import pytest
 import torch
 from torch import nn
+
+# A busy machine is no reason to fail: hypothesis otherwise times each example, and how long they take to draw.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 class TinyBackbone(nn.Module):

@@ -73,7 +73,7 @@ def test_matches_reference_on_many_rows(times, monkeypatch):
     assert greedy_coreset(torch.from_numpy(features), 600).tolist() == reference.greedy(features, 600)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrays.arrays(
         np.float32,

@@ -35,7 +35,7 @@ def select(points, size, at_once):
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 def test_radius_is_within_the_bound_and_four_times_the_optimum(data):
     n, size = data.draw(st.integers(6, 12)), data.draw(st.integers(1, 3))
     seed, d = data.draw(st.integers(0, 2**20)), data.draw(st.integers(1, 3))

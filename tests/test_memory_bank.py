@@ -219,7 +219,7 @@ _exotic = st.sampled_from(["plain", "constant", "duplicates", "lattice", "one fa
     turn=st.sampled_from([0, search_filter._TURN]),  # 0: by principal components always
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_exact_whatever_comes(search, kind, rows, queries, dimension, k, scale, offset, turn, seed):
     g = torch.Generator().manual_seed(seed)
     bank, query = torch.randn(rows, dimension, generator=g), torch.randn(queries, dimension, generator=g)

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch.multiprocessing as mp
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from matplotlib import pyplot
@@ -103,7 +103,6 @@ def test_matches_reference(shape: str, limit: float) -> None:
 
 
 @given(LEVELS, MASKS, st.floats(0.01, 1.0) | st.sampled_from([0.25, 0.5, 1.0]))
-@settings(deadline=None)
 def test_matches_reference_on_ties_and_limits(levels: np.ndarray, masks: np.ndarray, limit: float) -> None:
     assume((masks == 0).any() and (masks == 1).any())
     maps, truth = torch.from_numpy(levels).float(), torch.from_numpy(masks)
@@ -137,7 +136,6 @@ def test_neither_batches_nor_order_matter(shape: str) -> None:
 
 
 @given(LEVELS, MASKS)
-@settings(deadline=None)
 def test_only_the_order_of_scores_matters(levels: np.ndarray, masks: np.ndarray) -> None:
     maps, truth = torch.from_numpy(levels).float(), torch.from_numpy(masks)
     for make in (PixelAUROC, PRO):

@@ -83,7 +83,7 @@ def test_matches_reference_within_its_bound(shape: str, bins: int, monkeypatch: 
     ),
     st.sampled_from([1, 2**4, 2**9]),
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_scores_are_within_the_bound(pairs: list[tuple[float, bool]], bins: int) -> None:
     scores = torch.tensor([score for score, _ in pairs])
     chosen = torch.isfinite(scores)
@@ -156,7 +156,7 @@ def test_bins_with_one_value_add_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from([2**7, 2**12, BINS]), st.sampled_from(sorted(SHAPES)))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_state_depends_on_the_scores_alone(random: Any, bins: int, shape: str) -> None:
     """Any order, any batches, any merging of parts: the same histogram, bit for bit."""
     _, maps, _, masks, _ = images(shape)
@@ -337,7 +337,7 @@ def test_several_processes_equal_one(world: int, tmp_path: Path, monkeypatch: py
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_figures_do_not_depend_on_cells(data: Any) -> None:
     """The overall row is the same however images are grouped (as long as no bins are shared out)."""
     masks = torch.from_numpy(data.draw(MASKS))
