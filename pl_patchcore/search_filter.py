@@ -30,8 +30,16 @@ _TURN = 8  # a product with D x K in float64 takes as long as a rounded one with
 _INEXACT = 2.0**-18  # of a row's length: bounds centring, projection in float64, and rounding coordinates to float32
 _DIGITS = 3  # bf16 numbers that hold a float32 one
 _MOST = 1 << 29  # of a product in int32; rows that only fill up lie at -2^30
-_LARGEST = 127  # of int8
+_LARGEST = 127  # of int8 ...
+_LARGEST_16 = 79  # ... and where a sum of two products has 16 bits: (79 + 128) x 79 x 2 fits
 _PART = 128  # queries that take a second product at once, so that memory for it is not new each time
+
+
+def _largest(device: torch.device) -> int:
+    """Largest int8 number that products are exact with: oneDNN shifts one factor by 128, and without VNNI saturates."""
+    full = torch.full((24, 24), _LARGEST, dtype=torch.int8, device=device)
+    exact = bool((torch._int_mm(full, full.T) == len(full) * _LARGEST**2).all())
+    return _LARGEST if exact else _LARGEST_16
 
 
 class Axes:
@@ -89,8 +97,10 @@ class Filter:
 
     def __init__(self, way: str, axes: Axes, exact: Tensor, length: int) -> None:
         self.way, self.axes = way, axes
-        step = float(exact.abs().max()) / _LARGEST if way == "int8" else 1.0
-        self.step = step or 1.0  # the unit of all that follows
+        self.step = 1.0  # the unit of all that follows
+        if way == "int8":
+            self.largest = _largest(exact.device)
+            self.step = float(exact.abs().max()) / self.largest or 1.0
         exact = exact / self.step
         rows, rest = self._round(exact)
         self.off = float(self._moved(exact, rest).max())
@@ -114,7 +124,7 @@ class Filter:
     def _round(self, exact: Tensor, times: Tensor | int = 1) -> tuple[Tensor, Tensor]:
         """Coordinates divided by ``times`` and rounded, and the rest, float64; both ``(Q, K')``."""
         if self.way == "int8":
-            rows = (exact / times).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+            rows = (exact / times).round().clamp(-self.largest, self.largest).to(torch.int8)
         else:
             rows = exact.to(torch.bfloat16 if self.way == "bf16" else torch.float32)
         return rows, exact - rows.double() * times
@@ -143,8 +153,9 @@ class Filter:
 
     def _whole_numbers(self, exact: Tensor) -> tuple[Tensor, Tensor]:
         """Scores in int32, and what rounding took from the queries' coordinates ``(Q, K')``."""
-        coarsest = _MOST // (_LARGEST * math.sqrt(exact.shape[1]) * self.longest + 1)
-        times = (exact.abs().amax(1, keepdim=True) / _LARGEST).ceil().clamp(1, max(1, min(coarsest, 2 * _LARGEST)))
+        most = self.largest
+        coarsest = _MOST // (most * math.sqrt(exact.shape[1]) * self.longest + 1)
+        times = (exact.abs().amax(1, keepdim=True) / most).ceil().clamp(1, max(1, min(coarsest, 2 * most)))
         rows, rest = self._round(exact, times)
         scores = self._int_product(rows)
         far = (times[:, 0] > 1).nonzero()[:, 0]
