@@ -387,7 +387,7 @@ def test_shifted_product(rows, others, dimension, onednn, monkeypatch):
     found = numerics.shifted_product(a, b, shift)
     assert (found[:, -1] == -torch.inf).all()
     a, b, shift = (each.double() for each in (a, b[:-1], shift[:-1]))
-    bound = (dimension + 2) * 2.0**-24 * (a.abs() @ b.abs().T + shift.abs())  # of a sum in float32, in any order
+    bound = 2.0**-21 * (a.norm(dim=1, keepdim=True) * b.norm(dim=1) + shift.abs())  # TF32 takes 90 times that
     assert ((found[:, :-1] - (a @ b.T + shift)).abs() <= bound).all()
 
 
