@@ -176,7 +176,8 @@ def test_masses_of_equal_rows_cost_no_more(search, k):
     query[80:100] = 0.0
     found = searched(search, bank, query, k)
     assert len(found._exact.features) < 2100
-    assert k == 700 or found._exact._unsure < 50  # 100 or all 200 with the copies; int8 without VNNI has 22
+    coarse = search == "int8" and search_filter._largest(bank.device) < 127  # leaves 22 in doubt; with the copies, 200
+    assert k == 700 or found._exact._unsure < (50 if coarse else 20)
 
 
 @pytest.mark.parametrize("search", WAYS)
