@@ -21,7 +21,7 @@ from pl_patchcore.anomaly_map import AnomalyScorer, Distance
 from pl_patchcore.anomaly_module import AnomalyModule
 from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
-from pl_patchcore.collection import Collection, ExpectedImages
+from pl_patchcore.coreset.collection import Collection, ExpectedImages
 from pl_patchcore.coreset import CoresetMethod
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
@@ -30,7 +30,7 @@ from pl_patchcore.metrics import Mode
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from pl_patchcore.recipes import RECIPES
-from pl_patchcore.store_plan import StoreDtype, StoreKind
+from pl_patchcore.options import StoreDtype, StoreKind
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
