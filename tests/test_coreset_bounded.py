@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pl_patchcore import UserError
 from pl_patchcore.coreset import greedy_coreset
-from pl_patchcore.coreset_bounded import bounded_coreset, least_at_once, selections
+from pl_patchcore.coreset.bounded import bounded_coreset, least_chunk_size
 
 
 def radius(points, picks):
@@ -18,7 +18,7 @@ def radius(points, picks):
     )
 
 
-def select(points, size, at_once):
+def select(points, size, chunk_size):
     most = []
 
     def read(rows):
@@ -27,10 +27,10 @@ def select(points, size, at_once):
         return points[rows]
 
     done = []
-    picks, bound = bounded_coreset(read, len(points), size, at_once, done.append)
-    assert max(most) <= at_once
+    picks, bound = bounded_coreset(read, len(points), size, chunk_size, done.append)
+    assert max(most) <= chunk_size
     assert len(set(picks.tolist())) == size
-    assert sum(done) <= selections(len(points), size, at_once)
+    assert sum(done) <= size * (1 if chunk_size == len(points) else 1 - -len(points) // chunk_size)
     return picks, bound, len(most)
 
 
@@ -41,8 +41,8 @@ def test_radius_is_within_the_bound_and_four_times_the_optimum(data):
     seed, d = data.draw(st.integers(0, 2**20)), data.draw(st.integers(1, 3))
     g = torch.Generator().manual_seed(seed)
     points = torch.randint(12, (n, d), generator=g).float()  # duplicates and ties
-    at_once = data.draw(st.integers(least_at_once(n, size), n))
-    picks, bound, _ = select(points, size, at_once)
+    chunk_size = data.draw(st.integers(least_chunk_size(n, size), n))
+    picks, bound, _ = select(points, size, chunk_size)
     optimum = min(radius(points, torch.tensor(c)) for c in itertools.combinations(range(n), size))
     assert radius(points, picks) <= bound + 1e-6
     assert bound <= 4 * optimum + 1e-6
@@ -69,7 +69,7 @@ def sets():
 def test_radius_against_exact_selection(name, size):
     points = sets()[name]
     exact = radius(points, greedy_coreset(points, size))
-    picks, bound, reads = select(points, size, least_at_once(len(points), size))
+    picks, bound, reads = select(points, size, least_chunk_size(len(points), size))
     found = radius(points, picks)
     assert reads > 3
     assert found <= bound * (1 + 1e-6)
@@ -78,7 +78,7 @@ def test_radius_against_exact_selection(name, size):
     assert found <= 1.6 * exact
 
 
-def test_what_fits_at_once_is_selected_exactly():
+def test_what_fits_chunk_size_is_selected_exactly():
     points = sets()["normal"][:500]
     picks, bound, reads = select(points, 20, 500)
     assert reads == 1
@@ -96,24 +96,24 @@ def test_picks_are_a_nested_sequence_from_the_first_row():
 
 def test_equal_rows():
     points = torch.ones(40, 3)
-    picks, bound, _ = select(points, 5, least_at_once(40, 5))
+    picks, bound, _ = select(points, 5, least_chunk_size(40, 5))
     assert bound == 0
     assert picks.tolist() == [0, 1, 2, 3, 4]
 
 
 @hypothesis.given(st.integers(1, 3000), st.integers(1, 3000))
-def test_least_at_once(rows, size):
+def test_least_chunk_size(rows, size):
     size = min(size, rows)
-    least = least_at_once(rows, size)
+    least = least_chunk_size(rows, size)
 
-    def enough(at_once):
-        return at_once >= rows or -(-rows // at_once) * min(size, at_once) <= at_once
+    def enough(chunk_size):
+        return chunk_size >= rows or -(-rows // chunk_size) * min(size, chunk_size) <= chunk_size
 
     assert enough(least)
     assert least in (size, rows) or not enough(least - 1)
 
 
-def test_too_few_at_once_is_refused():
+def test_too_few_chunk_size_is_refused():
     points = torch.rand(1000, 2)
     with pytest.raises(
         UserError, match=r"selecting 10 of 1000 rows needs at least 100 of them in memory at once, got 99"

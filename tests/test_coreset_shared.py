@@ -10,21 +10,24 @@ from torch import Tensor
 from torch import distributed as dist
 
 from pl_patchcore import UserError
-from pl_patchcore.coreset import select_coreset
-from pl_patchcore.coreset_shared import select_shared_coreset
+from pl_patchcore.coreset import CoresetOptions, select_coreset
+from pl_patchcore.coreset.collection import Collection
+from pl_patchcore.coreset.shared import select_shared_coreset
 from pl_patchcore.distributed import Processes
+from pl_patchcore.options import StoreOptions
+
+COUNTS = (2, 3, 4)  # processes
+SHARDS = ("dealt", "blocks", "one has none")
 
 
 def cases() -> dict[str, tuple[Tensor, int, dict]]:
     draw = torch.Generator().manual_seed(3)
     normal = torch.randn(700, 6, generator=draw)
-    lattice = torch.randint(0, 3, (600, 4), generator=draw).float()
     return {
         "normal": (normal, 90, {}),
         "all": (normal[:50], 50, {}),
         "one row": (normal[:1], 1, {}),
         "two rows": (normal[:2], 2, {}),
-        "lattice": (lattice, 120, {}),
         "mass ties": (torch.randint(0, 3, (6000, 9), generator=torch.Generator().manual_seed(4)).float(), 300, {}),
         "constant": (torch.full((40, 3), 7.0), 9, {}),
         "duplicates": (normal[torch.randint(0, 40, (500,), generator=draw)], 60, {}),
@@ -42,58 +45,75 @@ def cases() -> dict[str, tuple[Tensor, int, dict]]:
     }
 
 
-def shards(rows: int, processes: int, how: str) -> list[Tensor]:
-    """Numbers of the rows that each process holds."""
+def shard(rows: int, rank: int, count: int, how: str) -> Tensor:
+    """Numbers of the rows that a process holds."""
     number = torch.arange(rows)
     if how == "dealt":
-        return [number[rank::processes] for rank in range(processes)]
+        return number[rank::count]
     if how == "blocks":
-        return list(number.tensor_split(processes))
-    return [number[:0]] + [number[rank :: processes - 1] for rank in range(processes - 1)]  # "one has none"
+        return number.tensor_split(count)[rank]
+    return number[rank - 1 :: count - 1] if rank else number[:0]
 
 
-def work(rank: int, processes: int, folder: str) -> None:
+def collected(processes: Processes, method: str) -> dict[str, Tensor]:
+    """What a collection of 10 images gives that has an earlier bank; of several processes, the first has no image."""
+    features = torch.randn(10, 2, 3, 24, generator=torch.Generator().manual_seed(1))
+    options = CoresetOptions(method, size=30, projection_dim=8, seed=4)
+    collection = Collection(options, StoreOptions(), torch.device("cpu"), held_out=True)
+    own = range(10)
+    if processes.count > 1:
+        own = range(processes.rank - 1, 10, processes.count - 1) if processes.rank else range(0)
+    for index in reversed(own):
+        collection.add(features[[index]], torch.tensor([index]), torch.tensor([index in (1, 6)]))
+    rows, radii = collection.select(torch.ones(2, 24), 7, processes)
+    assert collection.total == 48
+    assert {index for index, _ in collection.held_out_images()} == {1, 6}.intersection(own)
+    return {"rows": rows, "radii": torch.empty(0) if radii is None else radii, "sample": collection.sample()}
+
+
+def work(rank: int, folder: str) -> None:
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    for count in range(rank + 1, 5):
+        if count > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/{count}", rank=rank, world_size=count)
+            torch.save(answers_of(rank, count), f"{folder}/{count} {rank}.pt")
+            dist.destroy_process_group()
+
+
+def answers_of(rank: int, count: int) -> dict:
     answers = {}
-    for name, (features, size, options) in cases().items():
-        for how in ("dealt", "blocks", "one has none"):
-            own = shards(len(features), processes, how)[rank]
-            told = Processes()
-            rows, radii = select_shared_coreset(features[own], own, size, told, **options)
-            answers[f"{name}, {how}"] = (rows, torch.empty(0) if radii is None else radii, told.collectives)
-    features, size, _ = cases()["crowd"]
-    own = shards(len(features), processes, "dealt")[rank]
-    rows, radii = select_shared_coreset(features[own], own, size, Processes(), seconds=1e-9)
-    answers["time"] = (rows, radii, 0)
+    for place, (name, (features, size, options)) in enumerate(cases().items()):
+        own = shard(len(features), rank, count, SHARDS[(place + count) % 3])
+        told = Processes()
+        rows, radii = select_shared_coreset(features[own], own, size, told, **options)
+        answers[name] = (rows, torch.empty(0) if radii is None else radii, told.collectives)
+    for method in ("greedy", "none"):
+        answers[f"collection {method}"] = collected(Processes(), method)
     broken = torch.ones(4, 2)
     broken[0] = torch.nan if rank == 1 else 1.0
     with pytest.raises(UserError, match="NaN or infinity"):
-        select_shared_coreset(broken, torch.arange(4) * processes + rank, 2, Processes())
-    torch.save(answers, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        select_shared_coreset(broken, torch.arange(4) * count + rank, 2, Processes())
+    bounded = Collection(CoresetOptions(), StoreOptions(selection_memory=1.0), torch.device("cpu"))
+    with pytest.raises(UserError, match=f"store.selection_memory .* of one process, there are {count}"):
+        bounded.select(torch.empty(0, 0), 0, Processes())
+    return answers
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_equals_one_process(processes: int, tmp_path: Path) -> None:
-    mp.spawn(work, (processes, str(tmp_path)), nprocs=processes)
-    answers = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+def test_several_processes_equal_one(tmp_path: Path) -> None:
+    mp.spawn(work, (str(tmp_path),), nprocs=max(COUNTS))
+    answers = {n: [torch.load(tmp_path / f"{n} {rank}.pt", weights_only=True) for rank in range(n)] for n in COUNTS}
+    every = [answer for count in COUNTS for answer in answers[count]]
     for name, (features, size, options) in cases().items():
         rows, radii = select_coreset(features, size, **options)
-        for how in ("dealt", "blocks", "one has none"):
-            for answer in answers:
-                found, found_radii, _ = answer[f"{name}, {how}"]
-                assert found.tolist() == rows.tolist(), (name, how)
-                assert torch.equal(found_radii, torch.empty(0) if radii is None else radii), (name, how)
-    assert max(answer[f"crowd, {how}"][2] for answer in answers for how in ("dealt", "blocks")) < 300
-    early, radii, _ = answers[0]["time"]
-    assert all(torch.equal(early, answer["time"][0]) for answer in answers)
-    features, size, _ = cases()["crowd"]
-    full = select_coreset(features, size)
-    assert 1 <= len(early) < size
-    assert early.tolist() == full.rows[: len(early)].tolist()
-    assert torch.equal(radii, full.radii[: len(radii)])
+        for found, found_radii, collectives in (answer[name] for answer in every):
+            assert torch.equal(found, rows), name
+            assert torch.equal(found_radii, torch.empty(0) if radii is None else radii), name
+            assert collectives < 200, name
+    for method in ("greedy", "none"):
+        expected = collected(Processes(), method)
+        for found in (answer[f"collection {method}"] for answer in every):
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_alone() -> None:

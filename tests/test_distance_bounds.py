@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from pl_patchcore import distance_bounds
-from pl_patchcore.coreset import greedy_selection
-from pl_patchcore.distance_bounds import STEP, DistanceBounds, product_type
-from pl_patchcore.farthest_first import FarthestFirst
+from pl_patchcore.coreset import distance_bounds, greedy_selection
+from pl_patchcore.coreset.distance_bounds import DistanceBounds, product_type
+from pl_patchcore.coreset.farthest_first import FarthestFirst
 
 TYPES = [torch.float32, torch.bfloat16]
 KINDS = {
@@ -19,7 +18,7 @@ KINDS = {
 
 @pytest.fixture
 def in_bf16(monkeypatch):
-    monkeypatch.setattr("pl_patchcore.farthest_first.product_type", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("pl_patchcore.coreset.farthest_first.product_type", lambda *_: torch.bfloat16)
 
 
 def sides(kind, count, others, dimension):
@@ -59,34 +58,17 @@ def test_bounds_are_close(dtype, loose):
     assert len(row) == len(set(zip(row.tolist(), pick.tolist(), strict=True)))
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_least_of_numbers_as_integers(dtype):
-    numbers = torch.randn(200, 7, generator=torch.Generator().manual_seed(0)).add_(1.5).to(dtype)
-    numbers[0], numbers[1, 3], numbers[2, 2] = -1, 0.0, -0.0
-    assert (numbers < 0).any(1).sum() > 20
-    found = distance_bounds._ordered(numbers).amin(1).view(dtype)
-    assert torch.equal(found.clamp(min=0), numbers.amin(1).clamp(min=0))
-    assert torch.equal(found <= 0, numbers.amin(1) <= 0)  # -0.0 stands for any negative one
-
-
-def test_few_lengths():
-    lengths = [STEP * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]
-    for rows in range(1, lengths[-1] + 1):
-        assert distance_bounds._few_lengths(rows) == next(length for length in lengths if length >= rows)
-
-
-def test_small_work_is_not_measured(monkeypatch):
-    monkeypatch.setattr(distance_bounds, "_measured_type", lambda *_: pytest.fail("measured"))
-    assert product_type(128, 20_000 * 200, torch.device("cpu")) is torch.float32
-    assert product_type(128, 10**9, torch.device("cuda")) is torch.float32
-
-
 @pytest.mark.parametrize(
-    ("seconds", "sums", "expected"),
-    [((4, 1), True, torch.bfloat16), ((4, 3.9), True, torch.float32), ((4, 1), False, torch.float32)],
+    ("dimension", "seconds", "sums", "expected"),
+    [
+        (13, (4, 1), True, torch.bfloat16),
+        (14, (4, 3.9), True, torch.float32),
+        (15, (4, 1), False, torch.float32),
+    ],
     ids=["fast", "no faster", "wrong sums"],
 )
-def test_bf16_only_where_it_is_right_and_faster(monkeypatch, seconds, sums, expected):
+def test_bf16_only_where_it_is_right_and_faster(monkeypatch, dimension, seconds, sums, expected):
+    """Measured once a dimension, and for large work only."""
     clock, least = [0.0], DistanceBounds.least
 
     def timed(self, left, slack, right):
@@ -95,7 +77,10 @@ def test_bf16_only_where_it_is_right_and_faster(monkeypatch, seconds, sums, expe
 
     monkeypatch.setattr(DistanceBounds, "least", timed)
     monkeypatch.setattr(distance_bounds.time, "perf_counter", lambda: clock[0])
-    assert distance_bounds._measured_type.__wrapped__(16, 1) is expected
+    assert product_type(dimension, 20_000 * 200, torch.device("cpu")) is torch.float32
+    assert product_type(dimension, 10**9, torch.device("cuda")) is torch.float32
+    assert clock == [0.0]
+    assert product_type(dimension, 10**9, torch.device("cpu")) is expected
 
 
 @pytest.mark.usefixtures("in_bf16")
@@ -103,13 +88,13 @@ def test_bf16_only_where_it_is_right_and_faster(monkeypatch, seconds, sums, expe
 def test_same_picks_in_both_types(spread, monkeypatch):
     """Clusters: the tighter they are, the less bf16 tells; where it tells too little, float32 takes over."""
     g = torch.Generator().manual_seed(0)
-    features = torch.randn(3, 24, generator=g).repeat(1500, 1) + spread * torch.randn(4500, 24, generator=g)
-    used, write = [], FarthestFirst._write_down
-    monkeypatch.setattr(FarthestFirst, "_write_down", lambda self, dtype: (used.append(dtype), write(self, dtype)))
-    found = greedy_selection(features, 800)
+    features = torch.randn(3, 24, generator=g).repeat(700, 1) + spread * torch.randn(2100, 24, generator=g)
+    used, write = [], FarthestFirst.write_centred
+    monkeypatch.setattr(FarthestFirst, "write_centred", lambda self, dtype: (used.append(dtype), write(self, dtype)))
+    found = greedy_selection(features, 500)
     assert used[0] is torch.bfloat16
     assert (used[-1] is torch.float32) == (spread < 0.1)
-    monkeypatch.setattr("pl_patchcore.farthest_first.product_type", lambda *_: torch.float32)
-    expected = greedy_selection(features, 800)
+    monkeypatch.setattr("pl_patchcore.coreset.farthest_first.product_type", lambda *_: torch.float32)
+    expected = greedy_selection(features, 500)
     assert torch.equal(found.rows, expected.rows)
     assert torch.equal(found.radii, expected.radii)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,14 +20,7 @@ from tqdm import tqdm
 
 from pl_patchcore.coreset import CoresetOptions, Selection, coreset_rows, random_projection, select_coreset
 from pl_patchcore.coreset.bounded import bounded_coreset
-from pl_patchcore.coreset.plan import (
-    StorePlan,
-    available_memory,
-    device_memory,
-    lies_in_memory,
-    rows_in,
-    store_folder,
-)
+from pl_patchcore.coreset.plan import StorePlan, available_memory, device_memory, lies_in_memory, rows_in
 from pl_patchcore.coreset.shared import rows_of_all, select_shared_coreset
 from pl_patchcore.coreset.store import FeatureStore
 from pl_patchcore.distributed import Processes, on_first_process, places
@@ -120,7 +115,9 @@ class Collection:
                 store.add(patches[chosen.to(patches.device)], index[chosen])
 
     def _reserve(self, h: int, w: int, d: int) -> None:
-        coreset, store, folder = self.coreset, self.options, store_folder(self.options.folder)
+        coreset, store, folder = self.coreset, self.options, self.options.folder or tempfile.gettempdir()
+        if not Path(folder).is_dir():
+            raise UserError(f"store.folder {folder}: no such folder; make it, or leave store.folder out.")
         self._grid, self.dimension = (h, w), d
         kind, rows, held_out = store.kind, None, None
         check = self.check or (lambda *_: None)
@@ -137,7 +134,7 @@ class Collection:
                 available_memory() / self.neighbours - self.promised, shutil.disk_usage(folder).free,
                 lies_in_memory(folder), device_memory(self.device),
             ).chosen()  # fmt: skip
-            self.planned, kind = plan.needs().memory, plan.store.kind
+            self.planned, kind = plan.peak, plan.store.kind
             log.info("collecting %s.", plan)
         on_disk, dtype = folder if kind == "disk" else None, getattr(torch, store.dtype)
         bounded = store.selection_memory is not None

@@ -79,7 +79,7 @@ class DistanceBounds:
         return (square * (1 + self.rounding) + slack + TINY) * (1 + self.spread)
 
     def within(self, left: Tensor, slack: Tensor, right: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs whose squared distance may be at most ``limit`` ``(n,)``: places in ``left`` and ``right``, ``(p,)``."""
+        """Pairs whose squared distance may be ``limit`` ``(n,)`` or less: places in ``left`` and ``right``, ``(p,)``."""
         below = left.clone()
         below[:, -1] = -1
         most = (limit / (1 - self.spread) + slack + TINY) * (1 + self.rounding)
@@ -119,7 +119,7 @@ def _few_lengths(rows: int) -> int:
 
 
 def product_type(dimension: int, pairs: int, device: torch.device) -> torch.dtype:
-    """Type in which products of ``pairs`` pairs of rows take least time: bf16 where a measurement of a few ms says so."""
+    """Type whose products of so many pairs of rows take least time: bf16 where a measurement of a few ms says so."""
     if device.type != "cpu" or 2 * dimension * pairs < _MEASURED_FLOPS:
         return torch.float32
     return _measured_type(dimension, torch.get_num_threads())

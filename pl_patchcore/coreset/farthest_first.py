@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pl_patchcore.coreset.distance_bounds import STEP, TINY, DistanceBounds, product_type
 from pl_patchcore.errors import UserError
@@ -30,6 +29,9 @@ SETTLED_ROWS = 2304  # rows whose exact gaps a round computes, at most
 CANDIDATES = 768  # rows that a round picks among, at most: with more, each pick takes longer
 BF16_PAIRS = 8  # exact distances per settled row, on average, from which float32 bounds are used in place of bf16
 PICKED = -1.0  # gap of a picked row: below every real one
+
+
+_Pieces: TypeAlias = list[tuple[int, Tensor]]
 
 
 class Selection(NamedTuple):
@@ -165,18 +167,14 @@ class FarthestFirst:
         if self.bounds.dtype != torch.float32 and self.pairs > BF16_PAIRS * max(self.settled, 1024):
             self.write_centred(torch.float32)  # bf16 cannot tell rows apart that are so close to each other
 
-    def unseen(
-        self, positions: Tensor, seen: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[tuple[int, Tensor]]]]:
-        """Rows in parts that lack about as many picks, with the picks they lack, in pieces: a product each.
+    def unseen(self, positions: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, _Pieces]]:
+        """Parts of rows that lack about as many picks: positions, centred rows, slack, and the picks they lack.
 
-        Yields:
-            Positions, centred rows, slack; and of each piece the number of its first pick, and the centred picks.
+        The picks come in pieces, of a product each: the place of the first one, and the centred picks.
         """
         pairs = 256 * self.chunk_size  # of a product: 2^20 on the CPU
-        lacking, first = self.count - seen[positions], 0
-        lacking, order = lacking.sort(descending=True)
-        lacking = lacking.cpu()
+        seen, order = seen[positions].sort()
+        lacking, first = (self.count - seen).cpu(), 0
         while first < len(lacking):
             longest = int(lacking[first])
             alike = int((lacking[first:] >= 0.75 * longest).sum())
@@ -290,22 +288,18 @@ def pick_among(exact: Tensor, gap: Tensor, rest: float, ties: int, most: int) ->
 def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
     """Lowest row of each set of equal rows, and ``start``: int64, ascending.
 
-    Thousands of equal rows (a constant background) would tie in every round. A wrapping integer hash finds them, and
-    rows of the same hash are compared, so that a collision only costs time.
+    Thousands of equal rows (a constant background) would tie in every round. Equal rows have equal random projections;
+    where these are equal, the rows are compared.
     """
-    words = features.shape[1] * features.element_size() / 8  # 64 bits each; an odd number of float32 ends in half a one
-    weights = torch.randint(
-        -(2**62), 2**62, (math.ceil(words),), generator=torch.Generator().manual_seed(0), dtype=torch.int64
-    )
-    weights = (2 * weights + 1).to(features.device)
-    size = chunk_size(features.device)
-    hashed = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    for rows, place in zip(features.split(size), hashed.split(size), strict=True):  # -0.0 + 0.0 is 0.0
-        torch.sum(F.pad(rows + 0.0, (0, int(words % 1 > 0))).view(torch.int64).mul_(weights), 1, out=place)
-    value, row = hashed.sort(stable=True)
+    generator, size = torch.Generator().manual_seed(0), chunk_size(features.device)
+    weights = torch.randn(features.shape[1], generator=generator, dtype=torch.float64).to(features.device)
+    value = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    for rows, place in zip(features.split(size), value.split(size), strict=True):
+        torch.sum(rows.double().mul_(weights), 1, out=place)
+    value, row = value.sort(stable=True)
     first = torch.ones_like(value, dtype=torch.bool)
     first[1:] = value[1:] != value[:-1]
-    lowest = row[first][first.cumsum(0) - 1]  # lowest row of the same hash, in the order of hashes
+    lowest = row[first][first.cumsum(0) - 1]  # lowest row of the same projection, in the order of projections
     keep = torch.ones_like(first)
     for twin in (~first).nonzero().flatten().split(size):
         keep[row[twin]] = (features[row[twin]] != features[lowest[twin]]).any(1)

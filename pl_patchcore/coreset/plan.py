@@ -7,11 +7,9 @@ Returns where the features go. Next: `store.py`, which reserves the space.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -28,86 +26,53 @@ _REMEDIES = (
 )
 
 
-class Needs(NamedTuple):
-    """Bytes of a fit: patch features, projections; on disk; of main memory at the worst; of the device that selects."""
-
-    features: int
-    projections: int
-    disk: int
-    memory: int
-    working: int
-
-
-@dataclass(frozen=True)
+@dataclass
 class StorePlan:
-    """What a fit holds, and what there is; `chosen` decides, `__str__` tells.
+    """Bytes of a fit; `chosen` decides where its features go, `__str__` tells."""
 
-    Args:
-        rows: Patch features, N, or an upper bound.
-        held_out: Patch features held out for calibration, in float32.
-        dimension: Numbers in a patch feature, D.
-        projected: Numbers in its projection, d; D where features are not projected, 0 where selection reads none.
-        bank: Rows of the memory bank, M.
-        store: Where the features go.
-        folder: Folder of the file.
-        available: Bytes of main memory available, infinite where unknown.
-        disk: Bytes free in ``folder``.
-        in_memory: Whether ``folder`` itself lies in main memory (tmpfs).
-        device: Bytes available on the accelerator that selects; None: the CPU selects.
-    """
-
-    rows: int
-    held_out: int
-    dimension: int
-    projected: int
-    bank: int
+    rows: int  # patch features, N, or an upper bound
+    held_out: int  # patch features held out for calibration, in float32
+    dimension: int  # numbers in a patch feature, D
+    projected: int  # numbers in its projection, d; D where features are not projected, 0 where selection reads none
+    bank: int  # rows of the memory bank, M
     store: StoreOptions
-    folder: str
-    available: float
-    disk: float
-    in_memory: bool = False
-    device: float | None = None
+    folder: str  # of the file
+    available: float  # bytes of main memory, infinite where unknown
+    disk: float  # bytes free in the folder
+    in_memory: bool = False  # whether the folder itself lies in main memory (tmpfs)
+    device: float | None = None  # bytes available on the accelerator that selects; None: the CPU selects
 
-    @property
-    def chunk_size(self) -> int:
-        """Rows that selection works on at once."""
-        if self.store.selection_memory is None or not self.projected:
-            return self.rows
-        return min(self.rows, rows_in(self.store.selection_memory, self.projected))
-
-    def needs(self) -> Needs:
-        """Bytes that the fit takes."""
-        store, chunk, d = self.store, self.chunk_size, self.projected
-        features = self.dimension * (self.rows * getattr(torch, store.dtype).itemsize + self.held_out * 4)
-        projections = 4 * self.rows * d if d < self.dimension else 0  # else the selection reads the features
-        disk = 0
+    def __post_init__(self) -> None:
+        store, d = self.store, self.projected
+        chunk = self.chunk_size = self.rows  # rows that selection works on at once
+        if store.selection_memory is not None and d:
+            chunk = self.chunk_size = min(chunk, rows_in(store.selection_memory, d))
+        self.features = self.dimension * (self.rows * getattr(torch, store.dtype).itemsize + self.held_out * 4)
+        self.projections = 4 * self.rows * d if d < self.dimension else 0  # else the selection reads the features
+        self.on_disk = 0
         if store.kind == "disk":
-            disk = features + (projections if store.selection_memory is not None else 0)
-        selection = 0
+            self.on_disk = self.features + (self.projections if store.selection_memory is not None else 0)
+        selection = 0  # what selection takes beside what is kept
         if d:
-            copied = chunk < self.rows or not projections or self.device is not None
+            copied = chunk < self.rows or not self.projections or self.device is not None
             row = 4 * d * (3 if copied else 2) + _ROW_STATE
             selection = chunk * row + min(self.bank, chunk) * (4 * d + 16) + _BLOCKS
-        bank = 4 * self.bank * self.dimension
-        working = max(selection, 2 * bank)  # the bank has a copy for search
-        memory = features + projections - (0 if self.in_memory else disk)
-        memory += working if self.device is None else max(bank, 4 * chunk * d)
-        return Needs(features, projections, disk, memory, working)
+        self.bank_bytes = 4 * self.bank * self.dimension
+        self.working = max(selection, 2 * self.bank_bytes)  # the bank has a copy for search
+        kept = self.features + self.projections - (0 if self.in_memory else self.on_disk)
+        self.peak = kept + (self.working if self.device is None else max(self.bank_bytes, 4 * chunk * d))
 
     def lacking(self) -> str:
         """What there is too little of, in words; empty if nothing."""
-        needs = self.needs()
-        if needs.memory > self.available:
-            return f"{_size(needs.memory)} of main memory needed, {_size(self.available)} available"
-        if needs.disk > self.disk and not self.in_memory:
-            return f"{_size(needs.disk)} of disk needed in {self.folder}, {_size(self.disk)} free"
-        if self.device is not None and needs.working > self.device:
-            return f"{_size(needs.working)} of accelerator memory needed, {_size(self.device)} available"
+        if self.peak > self.available:
+            return f"{_size(self.peak)} of main memory needed, {_size(self.available)} available"
+        if self.on_disk > self.disk and not self.in_memory:
+            return f"{_size(self.on_disk)} of disk needed in {self.folder}, {_size(self.disk)} free"
+        if self.device is not None and self.working > self.device:
+            return f"{_size(self.working)} of accelerator memory needed, {_size(self.device)} available"
         if self.projected and self.chunk_size < (least := least_chunk_size(self.rows, self.bank)):
-            return (
-                f"store.selection_memory {self.store.selection_memory:g} GiB holds {self.chunk_size:,} projected "
-                f"features at once, two rounds need {least:,}"
-            )
+            memory, chunk = self.store.selection_memory, self.chunk_size
+            return f"store.selection_memory {memory} GiB holds {chunk:,} projected features, two rounds need {least:,}"
         return ""
 
     def chosen(self) -> StorePlan:
@@ -119,23 +84,22 @@ class StorePlan:
         plan = self
         if self.store.kind == "auto":
             ram, disk = (replace(self, store=replace(self.store, kind=kind)) for kind in ("ram", "disk"))
-            small = ram.needs().memory <= self.available / 2
-            plan = ram if small or (disk.lacking() and not ram.lacking()) else disk
+            plan = ram if ram.peak <= self.available / 2 or (disk.lacking() and not ram.lacking()) else disk
         if not (lacking := plan.lacking()):
             return plan
         if plan.in_memory and plan.store.kind == "disk":
-            lacking += f", and {plan.folder} lies in main memory"
+            lacking += f"; {plan.folder} lies in main memory"
         raise UserError(f"this fit cannot run: {lacking} ({plan}). What helps: {_REMEDIES}.")
 
     def __str__(self) -> str:
-        needs, on_disk = self.needs(), self.store.kind == "disk"
-        text = f"{self.rows:,} patch features of {self.dimension} numbers ({self.store.dtype}), {_size(needs.features)} "
-        text += f"on disk in {self.folder}, " if on_disk else "in RAM, "
-        if needs.projections:
-            place = "disk" if needs.disk > needs.features else "RAM"
-            text += f"their projections {_size(needs.projections)} in {place}, "
-        bank = 4 * self.bank * self.dimension
-        return f"{text}memory bank {self.bank:,} rows, {_size(bank)}, at most {_size(needs.memory)} of RAM"
+        place = f"on disk in {self.folder}" if self.store.kind == "disk" else "in RAM"
+        text = f"{self.rows:,} patch features of {self.dimension} numbers ({self.store.dtype}), "
+        text += f"{_size(self.features)} {place}, "
+        if self.projections:
+            place = "disk" if self.on_disk > self.features else "RAM"
+            text += f"their projections {_size(self.projections)} in {place}, "
+        bank = _size(self.bank_bytes)
+        return f"{text}memory bank {self.bank:,} rows, {bank}, at most {_size(self.peak)} of RAM"
 
 
 def rows_in(gib: float, numbers: int) -> int:
@@ -148,17 +112,6 @@ def rows_in(gib: float, numbers: int) -> int:
 
 def _size(number: float) -> str:
     return f"{number / GIB:.2f} GiB" if number < 100 * GIB else f"{number / GIB:,.0f} GiB"
-
-
-def store_folder(folder: str | None) -> str:
-    """Folder of the store's file: ``folder``, or the system's for temporary files.
-
-    Raises:
-        UserError: If there is no such folder.
-    """
-    if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"store.folder {folder}: no such folder; make it, or leave store.folder out.")
-    return folder or tempfile.gettempdir()
 
 
 def lies_in_memory(folder: str) -> bool:

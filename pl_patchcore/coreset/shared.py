@@ -6,7 +6,7 @@ largest gap that each has left outside them, and a sample of their largest bound
 some hundred times, and answers with the picks, the candidates' new gaps, and the largest bounds of all, which tell
 where to cut the next pool. That is two collectives a round and about a hundred rounds, and no process holds more than
 its shard, the candidates and the picks. Process 0 alone decides, so that machines whose arithmetic differs in a last
-bit still agree. Numbers travel as float64, which holds each of them exactly. Next: `memory_bank.py`.
+bit still agree. All travels as float64, which holds each number exactly. Next: `memory_bank.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pl_patchcore.coreset import CoresetMethod, Selection, mean_gaps
-from pl_patchcore.coreset.farthest_first import (
-    CANDIDATES,
-    PICKED,
-    POOL_GROWTH,
-    SETTLED_ROWS,
-    FarthestFirst,
-    distinct_rows,
-    pick_among,
-    scale_of,
-)
+from pl_patchcore.coreset import CoresetMethod, Selection, farthest_first, mean_gaps
+from pl_patchcore.coreset.farthest_first import PICKED, FarthestFirst, distinct_rows, pick_among, scale_of
 from pl_patchcore.distributed import Processes
 from pl_patchcore.numerics import full_precision
 
@@ -50,7 +41,7 @@ def select_shared_coreset(
         features: (Projected) patch features of this process, ``(n, d)``; ``(0, d)`` where it has none.
         numbers: Number of each row among the rows of all processes, int64 ``(n,)``, ascending; all together they are
             0 to N - 1.
-        size: Rows to keep, ``1 <= size <= N``, in all; ignored by ``none``.
+        size: Rows to keep, in all.
         processes: The processes.
         method: As `select_coreset`.
         seed: As `select_coreset`.
@@ -62,7 +53,7 @@ def select_shared_coreset(
     Raises:
         UserError: On every process, if any process's features are not finite.
     """
-    total, device = _sum(len(numbers), processes), features.device
+    total, device = sum(processes.objects(len(numbers))), features.device
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     if method in ("random", "none"):
         return Selection(order[:size] if method == "random" else torch.arange(total))
@@ -80,9 +71,7 @@ def select_shared_coreset(
     return Selection(picks.cpu(), radii)
 
 
-def rows_of_all(
-    read: Callable[[Tensor], Tensor], numbers: Tensor, wanted: Tensor, processes: Processes
-) -> Tensor:
+def rows_of_all(read: Callable[[Tensor], Tensor], numbers: Tensor, wanted: Tensor, processes: Processes) -> Tensor:
     """Rows by their numbers, whichever process holds them, on every process; each calls it.
 
     Args:
@@ -91,22 +80,13 @@ def rows_of_all(
         wanted: Numbers, int64 ``(m,)``, the same on all processes.
         processes: The processes.
     """
-    place, mine = places_of(numbers, wanted.to(numbers.device))
-    rows = read(place)
+    wanted = wanted.to(numbers.device)
+    place = torch.searchsorted(numbers.contiguous(), wanted)
+    mine = torch.cat([numbers, numbers.new_tensor([-1])])[place] == wanted
+    rows = read(place[mine])
     found = rows.new_zeros(len(wanted), rows.shape[1])
     found[mine] = rows
     return processes.merge(found)
-
-
-def places_of(numbers: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Places in ``numbers``, ascending, of those of ``wanted`` that are there; and which these are, bool."""
-    place = torch.searchsorted(numbers, wanted)
-    mine = torch.cat([numbers, numbers.new_tensor([-1])])[place] == wanted
-    return place[mine], mine
-
-
-def _sum(value: int, processes: Processes) -> int:
-    return sum(int(n) for n in processes.gather(torch.tensor([value], dtype=torch.int64)))
 
 
 class _SharedFarthestFirst(FarthestFirst):
@@ -117,11 +97,11 @@ class _SharedFarthestFirst(FarthestFirst):
     def __init__(
         self, features: Tensor, rows: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes
     ) -> None:
-        distinct = _sum(len(rows), processes)
+        distinct = sum(processes.objects(len(rows)))
         super().__init__(features, rows, scale, min(size, distinct), distinct)
         self.numbers, self.processes = numbers[rows], processes
-        self.settled_rows = -(-SETTLED_ROWS // processes.count)
-        self.shard_candidates = -(-CANDIDATES // processes.count) + 16  # some more, for shards differ
+        self.settled_rows = -(-farthest_first.SETTLED_ROWS // processes.count)
+        self.shard_candidates = -(-farthest_first.CANDIDATES // processes.count) + 16  # some more, for shards differ
         self.pick_rows = features.new_empty(self.size, features.shape[1])
         self.step = max(1, self.least_pool // _SAMPLED_BOUNDS)  # one bound of so many is told
         self.largest = torch.full((self.told_bounds,), math.inf, dtype=torch.float64, device=features.device)
@@ -129,7 +109,7 @@ class _SharedFarthestFirst(FarthestFirst):
     @property
     def told_bounds(self) -> int:
         """How many of the largest bounds are told, so that the next pool can have all the rows that it may have."""
-        return POOL_GROWTH * self.pool_rows // self.step + 1
+        return farthest_first.POOL_GROWTH * self.pool_rows // self.step + 1
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         """As `FarthestFirst`; ``gaps`` are of this process's rows."""
@@ -139,7 +119,7 @@ class _SharedFarthestFirst(FarthestFirst):
         first = torch.tensor([start], dtype=torch.int64, device=self.numbers.device)
         row = rows_of_all(lambda place: self.exact(self.rows[place]), self.numbers, first, self.processes)
         self.add(first, row, [math.inf])
-        own, _ = places_of(self.numbers, first)
+        own = self.numbers == start
         self.gap[own] = self.bound[own] = PICKED
         self.refresh(torch.arange(len(self.rows), device=self.rows.device))
 

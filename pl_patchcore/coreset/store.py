@@ -1,10 +1,9 @@
 """The epoch's patch features -> one store of rows ``(N, D)``, in main memory or in a file.
 
-Two things are kept of each patch: its feature, of which only the rows picked are read again (for `memory_bank.py`),
-and its random projection, which the selection reads. Features are projected as they come, one product an image, so
-that neither the batches nor the place of the store change a bit of the result. Space is reserved before work is spent
-(`plan.py` says how much it takes); where the number of images is not known, it grows. Rows are read in the order of the
-data set, whatever order they came in.
+It keeps each patch's feature, of which only the rows picked are read again (for `memory_bank.py`), and its random
+projection, which the selection reads. Features are projected as they come, one product an image, so that neither
+batches nor place change a bit of the result. Space is reserved before work is spent; where the number of images is not
+known, it grows. Rows are read in the order of the data set, whatever order they came in.
 
 The file has no name, or the system removes it with the last handle, so that a fit that is killed leaves nothing. It is
 read and written by offset, not memory-mapped: a map was measured to be no faster, and its pages count as the process's.
@@ -72,11 +71,12 @@ class FeatureStore:
         self.patches = 1  # of an image
         self._features = _rows(dimension, dtype, folder)
         self._projected: _MemoryRows | _FileRows | None = None
+        if projection is not None:
+            self._projected = _rows(projection.shape[1], torch.float32, folder if projected_on_disk else None)
         try:
-            self._features.reserve(rows or GROWTH)
-            if projection is not None:
-                self._projected = _rows(projection.shape[1], torch.float32, folder if projected_on_disk else None)
-                self._projected.reserve(rows or GROWTH)
+            for kept in (self._features, self._projected):
+                if kept is not None:
+                    kept.reserve(rows or GROWTH)
         except UserError:
             self.close()
             raise
@@ -120,30 +120,28 @@ class FeatureStore:
         Returns:
             float32 ``(n, d)``, on the CPU; of all rows, it may be the store's own memory.
         """
-        kept = self._features if self._projected is None else self._projected
-        if rows is not None:
-            return kept.read(self._arrival(rows.cpu())).float()
-        if kept.whole is not None and all(a < b for a, b in itertools.pairwise(self._images)):
+        kept = self._projected or self._features
+        if rows is None and kept.whole is not None and all(a < b for a, b in itertools.pairwise(self._images)):
             return kept.whole.float()
-        result = torch.empty(len(self), kept.width, dtype=torch.float32)
-        for part in torch.arange(len(self)).split(GROWTH):
-            result[part] = kept.read(self._arrival(part)).float()
-        return result
+        return self._read(kept, torch.arange(len(self)) if rows is None else rows)
 
     def take(self, rows: Tensor) -> Tensor:
         """Copy rows of the data set's order: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU."""
-        return self._features.read(self._arrival(rows.cpu())).float()
+        return self._read(self._features, rows)
+
+    def _read(self, kept: _MemoryRows | _FileRows, rows: Tensor) -> Tensor:
+        result = torch.empty(len(rows), kept.width, dtype=torch.float32)
+        order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)
+        for wanted, place in zip(rows.cpu().split(GROWTH), result.split(GROWTH), strict=True):
+            image, patch = wanted // self.patches, wanted % self.patches
+            place.copy_(kept.read(order[image] * self.patches + patch))
+        return result
 
     def close(self) -> None:
         """Free memory and disk."""
         self._features.close()
         if self._projected is not None:
             self._projected.close()
-
-    def _arrival(self, rows: Tensor) -> Tensor:
-        """Where rows of the data set's order lie, int64."""
-        order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)
-        return order[rows // self.patches] * self.patches + rows % self.patches
 
 
 def _rows(width: int, dtype: torch.dtype, folder: str | None) -> _MemoryRows | _FileRows:
@@ -186,7 +184,7 @@ class _MemoryRows:
             return self._chunks[0][wanted]
         result, start = torch.empty(len(wanted), self.width, dtype=self.dtype), 0
         for chunk in self._chunks:
-            here = ((wanted >= start) & (wanted < start + len(chunk))).nonzero().flatten()
+            here = (wanted >= start) & (wanted < start + len(chunk))
             result[here] = chunk[wanted[here] - start]
             start += len(chunk)
         return result
@@ -230,38 +228,31 @@ class _FileRows:
     def append(self, rows: Tensor) -> None:
         while self._reserved < self.length + len(rows):
             self.reserve(GROWTH)
-        for part in rows.split(GROWTH):
-            left = memoryview(part.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()).cast("B")
-            offset = self.length * self._row
-            try:
-                while left:
-                    done = os.pwrite(self._file.fileno(), left, offset)
-                    left, offset = left[done:], offset + done
-            except OSError as error:
-                raise self._full(error, self._reserved - self.length) from error
-            self.length += len(part)
+        array: Any = rows.to("cpu", self.dtype).contiguous().view(torch.uint8).flatten().numpy()
+        left, offset = memoryview(array), self.length * self._row
+        try:
+            while left:
+                done = os.pwrite(self._file.fileno(), left, offset)
+                left, offset = left[done:], offset + done
+        except OSError as error:
+            raise self._full(error, self._reserved - self.length) from error
+        self.length += len(rows)
 
     def read(self, wanted: Tensor) -> Tensor:
-        result = torch.empty(len(wanted), self.width, dtype=self.dtype)
-        sorted_rows, order = wanted.sort()
-        for part in torch.arange(len(wanted)).split(GROWTH):  # each read in ascending order, then put in its places
-            rows = sorted_rows[part]
-            into = torch.empty(len(part), self.width, dtype=self.dtype)
-            array: Any = into.view(torch.uint8).numpy()  # NumPy has no bfloat16
-            buffer = memoryview(array).cast("B")
-            breaks = (rows.diff() != 1).nonzero().flatten() + 1  # neighbours are read at once
-            starts = [0, *breaks.tolist()]
-            for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
-                self._read_into(buffer[first * self._row : last * self._row], int(rows[first]) * self._row)
-            result[order[part]] = into
+        rows, order = wanted.sort()
+        result = torch.empty(len(rows), self.width, dtype=self.dtype)
+        into = torch.empty_like(result)
+        array: Any = into.view(torch.uint8).flatten().numpy()  # NumPy has no bfloat16
+        breaks = (rows.diff() != 1).nonzero().flatten() + 1  # neighbours are read at once
+        for first, last in itertools.pairwise(sorted({0, *breaks.tolist(), len(rows)})):
+            left, offset = memoryview(array[first * self._row : last * self._row]), int(rows[first]) * self._row
+            while left:
+                done = os.preadv(self._file.fileno(), [left], offset)
+                if not done:
+                    raise OSError(errno.EIO, f"the feature store in {self._folder} ends too early")
+                left, offset = left[done:], offset + done
+        result[order] = into
         return result
-
-    def _read_into(self, buffer: memoryview, offset: int) -> None:
-        while buffer:
-            done = os.preadv(self._file.fileno(), [buffer], offset)
-            if not done:
-                raise OSError(errno.EIO, f"the feature store in {self._folder} ends too early")
-            buffer, offset = buffer[done:], offset + done
 
     def close(self) -> None:
         self._file.close()
