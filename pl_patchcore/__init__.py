@@ -38,11 +38,11 @@ from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.preprocessing import Preprocessing
-from pl_patchcore.recipes import RECIPES
+from pl_patchcore.configs import recipe_names
 
 __version__ = "0.1.0"
 __all__ = [
-    "RECIPES",
+    "recipe_names",
     "AnomalyDataModule",
     "FolderDataModule",
     "MSTCDataModule",

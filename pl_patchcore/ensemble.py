@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from pl_patchcore.anomaly_module import AnomalyModule
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
-from pl_patchcore.patchcore import PatchCore
+from pl_patchcore.patchcore import FlatPatchCore as PatchCore
 
 Combine = Literal["nominal", "test_range"]
 

@@ -7,6 +7,7 @@ is in `anomaly_module.py`. Source: Roth et al., "Towards Total Recall in Industr
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import warnings
@@ -29,14 +30,15 @@ from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.metrics import Mode
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from pl_patchcore.recipes import RECIPES
+from pl_patchcore.options import EnsembleOptions, ImageOptions, PatchOptions, RefusesUnknown, StoreOptions, options_of
+from pl_patchcore.configs import recipe
 from pl_patchcore.store_plan import StoreDtype, StoreKind
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 
-class PatchCore(AnomalyModule):
+class FlatPatchCore(AnomalyModule):
     """Anomaly detection by the distance of patch features to a memory bank of nominal ones.
 
     The defaults are the recipe ``paper``; `from_recipe` gives it and ``official``, the authors' code.
@@ -202,9 +204,7 @@ class PatchCore(AnomalyModule):
         Raises:
             UserError: If the recipe is unknown.
         """
-        if name not in RECIPES:
-            raise UserError(f"recipe {name!r} is unknown; choose one of {', '.join(RECIPES)}.")
-        return cls(**(RECIPES[name] | overrides))
+        return cls(**(recipe(name) | overrides))
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **overrides: Any) -> PatchCore:
@@ -423,3 +423,129 @@ class PatchCore(AnomalyModule):
         images = min(images, -(-total // world))
         aside = len(self._aside or ())
         return ExpectedImages(min(images, total - aside), min(images, aside), min(images * world, total - aside))
+
+
+class EnsembleOr(RefusesUnknown):
+    """Stand-in: makes the old ensemble where members are given."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__new__(cls, *args, **kwargs)
+        if options_of(EnsembleOptions, kwargs.get("ensemble", EnsembleOptions())).members is None:
+            return made
+        from pl_patchcore.ensemble import PatchCoreEnsemble
+
+        flat = flat_settings(kwargs)
+        members, combine = flat.pop("members"), flat.pop("combine")
+        members = [{k: v for k, v in flat_settings(m).items() if k not in (
+            "interpolation", "mean", "std", "store", "store_dir", "store_dtype", "selection_memory", "members",
+            "combine") and not (k in ("patch_stride", "layer_dim", "feature_dim") and "patches" not in m)} for m in members]
+
+        class Ensemble(PatchCoreEnsemble):
+            def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                super().on_save_checkpoint(checkpoint)
+                checkpoint["hyper_parameters"] = nested_settings(kwargs)
+
+        return Ensemble(members, combine, **flat)
+
+
+class PatchCore(EnsembleOr, FlatPatchCore):
+    """Stand-in with the new constructor until the model is rebuilt.
+
+    Args:
+        backbone: Name of a torchvision classification model, or a module of your own (a copy is used).
+        layers: Layers by dotted name, such as ``layer2`` or ``features.6``; the first gives the patch grid.
+        weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or null.
+        patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
+        resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
+        crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
+        resize_mode: ``squash`` both sides to ``resize``, or resize the ``shorter_side``.
+        coreset_method: How the coreset is selected.
+        coreset_ratio: Share of the patch features kept, in (0, 1].
+        coreset_size: Number of patch features kept, in place of ``coreset_ratio``.
+        projection_dim: Dimension of the random projection the selection works in.
+        num_neighbors: Nearest neighbours whose distances are averaged.
+        distance: ``euclidean``, or ``squared`` as in the authors' code.
+        reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
+        sigma: Standard deviation of the Gaussian that smooths anomaly maps, pixels; 0 for none.
+        search: Nearest-neighbour search.
+        bank_dtype: Type the memory bank is kept and saved in.
+        calibration_share: Share of the training images, in [0, 1), kept out of the memory bank.
+        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds.
+        metrics_mode: ``exact``, ``streaming`` or ``auto``.
+        save_backbone: Put the backbone's weights into checkpoints.
+        seed: Seed of all random choices.
+        patches: How a layer becomes patch features.
+        images: How an image's pixels are resized and normalised.
+        store: Where the patch features of the training images wait for the selection.
+        ensemble: Several models on the same images.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "wide_resnet50_2",
+        layers: Sequence[str] = ("layer2", "layer3"),
+        weights: str | None = PAPER_WEIGHTS,
+        patch_size: int = 3,
+        resize: int | tuple[int, int] | None = 256,
+        crop: int | tuple[int, int] | None = 224,
+        resize_mode: Literal["squash", "shorter_side"] = "squash",
+        coreset_method: CoresetMethod = "greedy",
+        coreset_ratio: float = 0.1,
+        coreset_size: int | None = None,
+        projection_dim: int = 128,
+        num_neighbors: int = 1,
+        distance: Distance = "euclidean",
+        reweighting_neighbors: int = 9,
+        sigma: float = 4.0,
+        search: Search = "auto",
+        bank_dtype: BankDtype = "float32",
+        calibration_share: float = 0.0,
+        false_alarm_rate: float = 0.01,
+        metrics_mode: Mode = "auto",
+        save_backbone: bool = False,
+        seed: int = 0,
+        patches: PatchOptions = PatchOptions(),
+        images: ImageOptions = ImageOptions(),
+        store: StoreOptions = StoreOptions(),
+        ensemble: EnsembleOptions = EnsembleOptions(),
+    ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        flat = flat_settings(given)
+        flat.pop("members"), flat.pop("combine")
+        FlatPatchCore.__init__(self, **flat)
+        for name in ("patches", "images", "ensemble"):
+            self.hparams.pop(name, None)
+        self.hparams.update(flat)
+        if isinstance(backbone, nn.Module):
+            del self.hparams["backbone"]
+        self.nested = nested_settings(given)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] = self.nested | {"weights": self.hparams["weights"]}
+
+
+def flat_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Old names of the nested options."""
+    given = dict(given)
+    patches = options_of(PatchOptions, given.pop("patches", PatchOptions()))
+    images = options_of(ImageOptions, given.pop("images", ImageOptions()))
+    store = options_of(StoreOptions, given.pop("store", StoreOptions()))
+    ensemble = options_of(EnsembleOptions, given.pop("ensemble", EnsembleOptions()))
+    given |= {"patch_stride": patches.stride, "layer_dim": patches.layer_dim, "feature_dim": patches.feature_dim}
+    given |= {"interpolation": images.interpolation, "mean": images.mean, "std": images.std}
+    given |= {"store": store.kind, "store_dir": store.folder, "store_dtype": store.dtype}
+    given["selection_memory"] = store.selection_memory
+    given |= {"members": ensemble.members, "combine": ensemble.combine}
+    return given
+
+
+def nested_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Plain values, to save."""
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+    return {k: plain(v) for k, v in given.items() if not isinstance(v, nn.Module)}
