@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pl_patchcore.recipes import RECIPES
+from pl_patchcore.configs import recipe
 
 Figures = tuple[float | None, float | None, float | None]  # image AUROC, pixel AUROC, PRO
 
@@ -41,6 +41,10 @@ def _table(text: str) -> dict[str, Figures]:
     return {name: (float(a), float(b), float(c)) for name, a, b, c in rows}
 
 
+def _settings(name: str, *compared: str) -> dict[str, Any]:
+    return {argument: value for argument, value in recipe(name).items() if argument in compared}
+
+
 _WRN50 = _table(
     "bottle 100.0 98.5 97.1, cable 99.7 98.4 93.8, capsule 97.9 99.0 97.1, carpet 98.6 99.1 96.9, grid 97.9 98.8 97.0, "
     "hazelnut 100.0 98.7 92.9, leather 100.0 99.3 99.2, metal_nut 99.9 98.3 92.8, pill 96.7 97.8 94.4, "
@@ -54,40 +58,36 @@ _ENSEMBLE = _table(
     "wood 99.7 96.0 93.0, zipper 99.7 99.2 98.5"
 )
 
-_PAPER = {name: RECIPES["paper"][name] for name in ("backbone", "layers", "weights", "patch_size", "distance")}
-_MVTEC = _PAPER | {"resize": 256, "crop": 224, "members": None}
-_OFFICIAL = {name: RECIPES["official"][name] for name in ("backbone", "layers", "weights", "layer_dim", "feature_dim")}
+_PAPER = {
+    "backbone": "wide_resnet50_2",
+    "layers": ["layer2", "layer3"],
+    "weights": "IMAGENET1K_V1",
+    "patch_size": 3,
+    "distance": "euclidean",
+    "ensemble": {"members": None},
+}
+_MVTEC = _PAPER | {"resize": 256, "crop": 224}
+_MTD = _PAPER | {"coreset_ratio": 0.1}
+_MSTC = {"backbone": "wide_resnet50_2", "coreset_ratio": 0.1}
+_OFFICIAL = _MVTEC | {"coreset_ratio": 0.1} | _settings("official_wr50_224_10", "patches", "distance")
+_OFFICIAL_ENSEMBLE = _settings("official_ensemble_320_1", "resize", "crop", "coreset_ratio", "patches", "ensemble")
 
 PUBLISHED = (
     Published("the paper, 25 %", "MVTecDataModule", _MVTEC | {"coreset_ratio": 0.25}, (99.1, 98.1, 93.4)),
     Published("the paper, 10 %", "MVTecDataModule", _MVTEC | {"coreset_ratio": 0.1}, (99.0, 98.1, 93.5)),
     Published("the paper, 1 %", "MVTecDataModule", _MVTEC | {"coreset_ratio": 0.01}, (99.0, 98.0, 93.1)),
     Published(
-        "the authors' code, WideResNet-50, 224 pixels, 10 %",
-        "MVTecDataModule",
-        _OFFICIAL | {"resize": 256, "crop": 224, "coreset_ratio": 0.1, "distance": "squared", "members": None},
-        (99.2, 98.1, 94.4),
-        _WRN50,
+        "the authors' code, WideResNet-50, 224 pixels, 10 %", "MVTecDataModule", _OFFICIAL, (99.2, 98.1, 94.4), _WRN50
     ),
     Published(
         "the authors' code, ensemble, 320 pixels, 1 %",
         "MVTecDataModule",
-        {
-            "resize": 366,
-            "crop": 320,
-            "coreset_ratio": 0.01,
-            "feature_dim": 384,
-            "members": [
-                {"backbone": "wide_resnet101_2", "layers": ["layer2", "layer3"]},
-                {"backbone": "resnext101_32x8d", "layers": ["layer2", "layer3"]},
-                {"backbone": "densenet201", "layers": ["features.denseblock2", "features.denseblock3"]},
-            ],
-        },
+        _OFFICIAL_ENSEMBLE,
         (99.6, 98.2, 94.9),
         _ENSEMBLE,
     ),
-    Published("the paper", "MTDDataModule", _PAPER | {"coreset_ratio": 0.1}, (97.9, None, None)),
-    Published("the paper", "MSTCDataModule", {"backbone": "wide_resnet50_2", "coreset_ratio": 0.1}, (None, 91.8, None)),
+    Published("the paper", "MTDDataModule", _MTD, (97.9, None, None)),
+    Published("the paper", "MSTCDataModule", _MSTC, (None, 91.8, None)),
 )
 
 
@@ -99,12 +99,16 @@ def published_for(data: str, settings: Mapping[str, Any]) -> Published | None:
         settings: Settings of the model, all of them.
 
     Example:
-        >>> published_for("MVTecDataModule", RECIPES["paper"] | {"members": None, "coreset_ratio": 0.01}).average
-        (99.0, 98.0, 93.1)
+        >>> settings = {"backbone": "wide_resnet50_2", "coreset_method": "greedy", "coreset_ratio": 0.1}
+        >>> published_for("MSTCDataModule", settings).average
+        (None, 91.8, None)
     """
     if settings.get("coreset_method") not in ("greedy", "approximate"):
         return None
-    for run in PUBLISHED:
-        if run.data == data and all(settings.get(name) == value for name, value in run.settings.items()):
-            return run
-    return None
+    return next((run for run in PUBLISHED if run.data == data and _holds(settings, run.settings)), None)
+
+
+def _holds(settings: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Mapping):
+        return isinstance(settings, Mapping) and all(_holds(settings.get(name), wanted[name]) for name in wanted)
+    return bool(settings == wanted)
