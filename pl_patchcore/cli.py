@@ -79,10 +79,10 @@ class Trainer(L.Trainer):
             ckpt_path: Checkpoint of the fitted model; the updated one is written to the run's folder.
 
         Raises:
-            UserError: If no checkpoint is given, or it is of an ensemble.
+            UserError: If no checkpoint is given.
         """
         if ckpt_path is None or not isinstance(model, PatchCore):
-            raise UserError("update needs ckpt_path of a single fitted model; an ensemble must be fitted again.")
+            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
         checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

@@ -7,10 +7,11 @@ as a dict. Every group checks itself. `patchcore.py` and `cli.py` read them.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -130,6 +131,7 @@ class EnsembleOptions:
         object.__setattr__(self, "members", [dict(member) for member in self.members])
 
 
+P = ParamSpec("P")
 Options = TypeVar("Options", PatchOptions, ImageOptions, StoreOptions, EnsembleOptions)
 GROUPS: dict[str, type[PatchOptions | ImageOptions | StoreOptions | EnsembleOptions]] = {
     kind.group: kind for kind in (PatchOptions, ImageOptions, StoreOptions, EnsembleOptions)
@@ -223,7 +225,7 @@ def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) 
     for name, value in saved.items():
         if name not in known:
             raise UserError(f"{path}: PatchCore has no argument {name!r}, as the file does; fit again.")
-        if not _is_plain(value) or (isinstance(value, dict) and name not in GROUPS):
+        if not _is_plain(value):
             raise UserError(f"{path}: {name!r} is no plain value; fit again.")
     return dict(saved)
 
@@ -248,16 +250,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (alike or difflib.get_close_matches(name, names, 1, 0) or [""])[0]
 
 
-class RefusesUnknown:
-    """Base of a class whose constructor answers moved, removed and misspelt arguments by `refuse_unknown`.
+def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a constructor to keep the arguments of the outermost class in ``self.arguments``, by name.
 
-    A base of its own, since jsonargparse reads a class's arguments from a ``__new__`` that the class itself defines,
-    and from ``__init__`` where ``__new__`` is inherited.
+    Those that the class does not have are refused by `refuse_unknown`.
     """
+    signature = inspect.signature(init)
+    kwargs_name = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Check the names, then make the object."""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
-            refuse_unknown(kwargs, [parameter.name for parameter in parameters], cls.__name__)
-        return super().__new__(cls)
+    @functools.wraps(init)
+    def keeping(*args: P.args, **kwargs: P.kwargs) -> None:
+        module: Any = args[0]
+        if "arguments" not in module.__dict__:  # of a subclass that is being built, if there is one
+            if kwargs_name is None:
+                refuse_unknown(kwargs, list(signature.parameters)[1:], type(module).__name__)
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            arguments = dict(list(given.arguments.items())[1:])
+            if kwargs_name is not None:
+                arguments |= arguments.pop(kwargs_name)
+            module.__dict__["arguments"] = arguments
+        init(*args, **kwargs)
+
+    return keeping

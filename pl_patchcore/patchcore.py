@@ -12,6 +12,7 @@ trainable during ``fit`` only (as part of another module it must not be: DDP wou
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
@@ -54,7 +55,7 @@ from pl_patchcore.lightning_parts import (
 from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.metrics import Mode, TestFigures
 from pl_patchcore.model import PatchCoreModel
-from pl_patchcore.options import EnsembleOptions, ImageOptions, PatchOptions, StoreOptions, keeps_arguments, options_of, refuse_unknown
+from pl_patchcore.options import EnsembleOptions, ImageOptions, PatchOptions, StoreOptions, keeps_arguments, options_of, plain_settings, refuse_unknown
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Preprocessing
 
@@ -172,10 +173,7 @@ class PatchCore(L.LightningModule):
         else:
             if of_ensemble.combine == "test_range" and calibration_share:
                 raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
-            members = []
-            for member in of_ensemble.members:
-                refuse_unknown(member, list(settings), "a member of ensemble.members")
-                members.append(_model_of(settings | dict(member), seed, self.transform))
+            members = [_model_of(settings | member, seed, self.transform) for member in of_ensemble.members]
             self.model = EnsembleModel(members, of_ensemble.combine)
         if self.store.selection_memory is not None and any(m.coreset.method != "greedy" for m in self.model.members):
             raise UserError("store.selection_memory goes with coreset_method greedy; leave it out to select exactly.")
@@ -232,7 +230,8 @@ class PatchCore(L.LightningModule):
             UserError: If the file is missing, cut short, of another model, or holds no memory bank.
         """
         saved = read_checkpoint(checkpoint_path)
-        arguments = plain(saved.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        known = inspect.signature(cls.__init__).parameters
+        arguments = plain_settings(saved.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), known, str(checkpoint_path))
         for name in saved["patchcore"]["left_out"]:
             if name not in overrides:
                 raise UserError(
