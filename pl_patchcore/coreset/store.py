@@ -1,14 +1,13 @@
 """The epoch's patch features -> one store of rows ``(N, D)``, in main memory or in a file.
 
 Two things are kept of each patch: its feature, of which only the rows picked are read again (for `memory_bank.py`),
-and its random projection, which is what the selection looks at (`coreset.py`). Features are projected as they come,
-one product an image, so that neither the batches nor the place of the store change a bit of the result. Space is
-reserved before work is spent (`store_plan.py` says before that what it takes); where the number of images is not
-known, it grows by chunks. Rows are read in the order of the data set, whatever order they came in.
+and its random projection, which the selection reads. Features are projected as they come, one product an image, so
+that neither the batches nor the place of the store change a bit of the result. Space is reserved before work is spent
+(`plan.py` says how much it takes); where the number of images is not known, it grows. Rows are read in the order of the
+data set, whatever order they came in.
 
-The file has no name, or is removed by the system with the last handle, so that a fit that is killed leaves nothing.
-It is written and read by offset, not memory-mapped: measured, a map is no faster at the picks, and its pages count
-as the process's own.
+The file has no name, or the system removes it with the last handle, so that a fit that is killed leaves nothing. It is
+read and written by offset, not memory-mapped: a map was measured to be no faster, and its pages count as the process's.
 """
 
 from __future__ import annotations
@@ -23,12 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pl_patchcore.coreset.plan import GIB, available_memory
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
-from pl_patchcore.store_plan import GIB, available_memory
 
-_GROW = 1 << 16  # rows added at a time where the number of images is not known
-_FEWER = "a larger patch_stride, layers with fewer channels, smaller images or fewer images"
+GROWTH = 1 << 16  # rows that are reserved at a time where the number of images is not known, and copied at a time
+_REMEDIES = (
+    "store.dtype: bfloat16 (half the bytes), or take a larger patches.stride, layers with fewer channels, smaller "
+    "images or fewer images"
+)
 
 
 class FeatureStore:
@@ -36,11 +38,11 @@ class FeatureStore:
 
     Args:
         dimension: Numbers in a patch feature, D.
-        rows: Rows expected; space for them is reserved at once. More may come. None grows by chunks.
+        rows: Rows expected; space for them is reserved at once. More may come. None: the store grows.
         projection: float32 ``(D, d)``, see `random_projection`; None: the selection reads the features themselves.
         folder: Folder of the file; None keeps the features in main memory.
-        projected_on_disk: Keep the projections in a file too, where ``folder`` is given.
         dtype: What features are rounded to; projections are float32, of the features before rounding.
+        projected_on_disk: Keep the projections in a file too, where ``folder`` is given.
 
     Raises:
         UserError: If there is no room, in main memory or in ``folder``, for the rows expected.
@@ -57,25 +59,24 @@ class FeatureStore:
         self,
         dimension: int,
         rows: int | None = None,
-        *,
         projection: Tensor | None = None,
         folder: str | None = None,
-        projected_on_disk: bool = False,
+        *,
         dtype: torch.dtype = torch.float32,
+        projected_on_disk: bool = False,
     ) -> None:
-        self.dimension = dimension
+        self.dimension, self.dtype = dimension, dtype
         self._matrix = projection
-        # index of each image, in order of arrival; numbers, since a small tensor kept of each batch would split the
-        # allocator's free blocks, and each batch then take new memory
+        # index of each image, as it came; no tensors, of which one a batch would split the allocator's free memory
         self._images: list[int] = []
         self.patches = 1  # of an image
         self._features = _rows(dimension, dtype, folder)
-        self._projected: _Memory | _File | None = None
+        self._projected: _MemoryRows | _FileRows | None = None
         try:
-            self._features.reserve(rows or _GROW)
+            self._features.reserve(rows or GROWTH)
             if projection is not None:
                 self._projected = _rows(projection.shape[1], torch.float32, folder if projected_on_disk else None)
-                self._projected.reserve(rows or _GROW)
+                self._projected.reserve(rows or GROWTH)
         except UserError:
             self.close()
             raise
@@ -98,6 +99,9 @@ class FeatureStore:
         Raises:
             UserError: If memory or disk is full, or a number does not fit float16.
         """
+        limit = torch.finfo(torch.float16).max
+        if self.dtype == torch.float16 and patches.numel() and (largest := float(patches.abs().max())) > limit:
+            raise UserError(f"a patch feature holds {largest:g}, beyond float16's 65504; set store.dtype: bfloat16.")
         self.patches = patches.shape[1] * patches.shape[2]
         self._images += images.tolist()
         self._features.append(patches.reshape(-1, self.dimension))
@@ -118,18 +122,13 @@ class FeatureStore:
         """
         kept = self._features if self._projected is None else self._projected
         if rows is not None:
-            return kept.read(self._arrival(rows)).float()
-        if (own := kept.whole()) and all(a < b for a, b in itertools.pairwise(self._images)):
-            return own[0].float()
-        result = torch.empty(len(self), kept.width)
-        for part in torch.arange(len(self)).split(_GROW):
+            return kept.read(self._arrival(rows.cpu())).float()
+        if kept.whole is not None and all(a < b for a, b in itertools.pairwise(self._images)):
+            return kept.whole.float()
+        result = torch.empty(len(self), kept.width, dtype=torch.float32)
+        for part in torch.arange(len(self)).split(GROWTH):
             result[part] = kept.read(self._arrival(part)).float()
         return result
-
-    def forget_projected(self) -> None:
-        """Free the projections, once selection is done."""
-        if self._projected is not None:
-            self._projected.close()
 
     def take(self, rows: Tensor) -> Tensor:
         """Copy rows of the data set's order: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU."""
@@ -138,27 +137,26 @@ class FeatureStore:
     def close(self) -> None:
         """Free memory and disk."""
         self._features.close()
-        self.forget_projected()
+        if self._projected is not None:
+            self._projected.close()
 
     def _arrival(self, rows: Tensor) -> Tensor:
         """Where rows of the data set's order lie, int64."""
-        if not len(rows):
-            return rows
-        order = torch.tensor(self._images).argsort(stable=True)
+        order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)
         return order[rows // self.patches] * self.patches + rows % self.patches
 
 
-def _rows(width: int, dtype: torch.dtype, folder: str | None) -> _Memory | _File:
-    return _Memory(width, dtype) if folder is None else _File(width, dtype, folder)
+def _rows(width: int, dtype: torch.dtype, folder: str | None) -> _MemoryRows | _FileRows:
+    return _MemoryRows(width, dtype) if folder is None else _FileRows(width, dtype, folder)
 
 
-class _Memory:
+class _MemoryRows:
     """Rows in main memory, in chunks that are never concatenated."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self.width, self.dtype, self.length = width, dtype, 0
         self._chunks: list[Tensor] = []
-        self._used = 0  # rows used of the last chunk
+        self._used = 0  # rows of the last chunk
 
     def reserve(self, rows: int) -> None:
         need = rows * self.width * self.dtype.itemsize
@@ -168,48 +166,48 @@ class _Memory:
             self._chunks.append(torch.empty(rows, self.width, dtype=self.dtype))
         except (RuntimeError, MemoryError) as error:
             raise UserError(
-                f"no memory for {rows} more patch features of {self.width} numbers ({need / GIB:.1f} GiB); set store: "
-                f"disk, store_dtype: bfloat16 (half the bytes), or take {_FEWER}."
+                f"no memory for {rows} more patch features of {self.width} numbers ({need / GIB:.1f} GiB); "
+                f"set store.kind: disk, {_REMEDIES}."
             ) from error
         self._used = 0
 
     def append(self, rows: Tensor) -> None:
-        _check_range(rows, self.dtype)
+        self.length += len(rows)
         while len(rows):
             if self._used == len(self._chunks[-1]):
-                self.reserve(_GROW)
+                self.reserve(GROWTH)
             part = rows[: len(self._chunks[-1]) - self._used]
             self._chunks[-1][self._used : self._used + len(part)] = part
             self._used += len(part)
-            self.length += len(part)
             rows = rows[len(part) :]
 
     def read(self, wanted: Tensor) -> Tensor:
         if len(self._chunks) == 1:
             return self._chunks[0][wanted]
-        result = torch.empty(len(wanted), self.width, dtype=self.dtype)
-        for part in torch.arange(len(wanted)).split(_GROW):
-            start = 0
-            for chunk in self._chunks:
-                here = part[(wanted[part] >= start) & (wanted[part] < start + len(chunk))]
-                result[here] = chunk[wanted[here] - start]
-                start += len(chunk)
+        result, start = torch.empty(len(wanted), self.width, dtype=self.dtype), 0
+        for chunk in self._chunks:
+            here = ((wanted >= start) & (wanted < start + len(chunk))).nonzero().flatten()
+            result[here] = chunk[wanted[here] - start]
+            start += len(chunk)
         return result
 
-    def whole(self) -> list[Tensor]:
-        """All rows as one tensor, in a list; an empty list where they are not one."""
-        return [self._chunks[0][: self.length]] if len(self._chunks) == 1 else []
+    @property
+    def whole(self) -> Tensor | None:
+        """All rows, where they lie in one chunk."""
+        return self._chunks[0][: self.length] if len(self._chunks) == 1 else None
 
     def close(self) -> None:
         self._chunks, self._used, self.length = [], 0, 0
 
 
-class _File:
+class _FileRows:
     """Rows in a temporary file, at multiples of their size."""
+
+    whole = None
 
     def __init__(self, width: int, dtype: torch.dtype, folder: str) -> None:
         self.width, self.dtype, self.length = width, dtype, 0
-        self._folder, self._row = folder, width * dtype.itemsize
+        self._folder, self._row = folder, width * dtype.itemsize  # bytes
         self._reserved = 0
         try:  # unnamed where the system can (O_TMPFILE), unlinked at once where not
             self._file = tempfile.TemporaryFile(  # noqa: SIM115 - it outlives this call
@@ -217,7 +215,7 @@ class _File:
             )
         except OSError as error:
             raise UserError(
-                f"store_dir {folder}: cannot hold a file ({error.strerror}); give a folder that can be written to."
+                f"store.folder {folder}: cannot hold a file ({error.strerror}); give a folder that can be written to."
             ) from error
 
     def reserve(self, rows: int) -> None:
@@ -230,11 +228,10 @@ class _File:
         self._reserved += rows
 
     def append(self, rows: Tensor) -> None:
-        _check_range(rows, self.dtype)
         while self._reserved < self.length + len(rows):
-            self.reserve(_GROW)
-        for part in rows.split(_GROW):
-            left = _bytes(part.to("cpu", self.dtype).contiguous())
+            self.reserve(GROWTH)
+        for part in rows.split(GROWTH):
+            left = memoryview(part.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()).cast("B")
             offset = self.length * self._row
             try:
                 while left:
@@ -247,10 +244,11 @@ class _File:
     def read(self, wanted: Tensor) -> Tensor:
         result = torch.empty(len(wanted), self.width, dtype=self.dtype)
         sorted_rows, order = wanted.sort()
-        for part in torch.arange(len(wanted)).split(_GROW):  # each read in ascending order, then put in its places
+        for part in torch.arange(len(wanted)).split(GROWTH):  # each read in ascending order, then put in its places
             rows = sorted_rows[part]
             into = torch.empty(len(part), self.width, dtype=self.dtype)
-            buffer = _bytes(into)
+            array: Any = into.view(torch.uint8).numpy()  # NumPy has no bfloat16
+            buffer = memoryview(array).cast("B")
             breaks = (rows.diff() != 1).nonzero().flatten() + 1  # neighbours are read at once
             starts = [0, *breaks.tolist()]
             for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
@@ -265,9 +263,6 @@ class _File:
                 raise OSError(errno.EIO, f"the feature store in {self._folder} ends too early")
             buffer, offset = buffer[done:], offset + done
 
-    def whole(self) -> list[Tensor]:
-        return []
-
     def close(self) -> None:
         self._file.close()
 
@@ -275,17 +270,6 @@ class _File:
         free = shutil.disk_usage(self._folder).free
         return UserError(
             f"no room for the feature store in {self._folder}: {rows * self._row / GIB:.2f} GiB more needed, "
-            f"{free / GIB:.2f} GiB free ({error.strerror}); free some, set store_dir to a folder on a larger disk, "
-            f"store_dtype: bfloat16 (half the bytes), or take {_FEWER}."
+            f"{free / GIB:.2f} GiB free ({error.strerror}); free some, set store.folder to a folder on a larger disk, "
+            f"{_REMEDIES}."
         )
-
-
-def _bytes(rows: Tensor) -> memoryview:
-    """A contiguous tensor's memory, of any dtype (NumPy has no bfloat16)."""
-    array: Any = rows.view(torch.uint8).numpy()
-    return memoryview(array).cast("B")
-
-
-def _check_range(rows: Tensor, dtype: torch.dtype) -> None:
-    if dtype == torch.float16 and len(rows) and (most := float(rows.abs().max())) > torch.finfo(dtype).max:
-        raise UserError(f"a patch feature holds {most:g}, beyond float16's 65504; set store_dtype: bfloat16.")

@@ -1,29 +1,76 @@
 """Patch features -> the rows kept as memory bank.
 
-Reads projected features ``(N, d)``, returns row indices ``(M,)`` in order of selection; the first ``M'`` of them
-are the coreset of size ``M'``, and greedy selection tells how far each of these leaves any row. Next:
-`memory_bank.py`.
+The greedy loop itself (Roth et al. 2022, Algorithm 1; Gonzalez 1985) is in `farthest_first.py`. It is exact: the same
+rows in the same order as a loop that computes every squared distance by float64 differences, rounds it to float32, and
+gives ties to the lowest row; `distance_bounds.py` lets it skip most of them.
 
-Greedy selection (Roth et al. 2022, Algorithm 1; Gonzalez 1985) is exact: the same rows in the same order as a
-loop that computes every squared distance by float64 differences, rounds it to float32, and gives ties to the
-lowest row. `farthest_first.py` computes it, hundreds of picks at a time.
+Reads projected features ``(N, d)``, returns row indices ``(M,)`` in order of selection. The first M' of them are the
+coreset of size M', and greedy selection tells how far each of these leaves any row. `bounded.py` selects where memory
+is too small, `shared.py` where several processes hold the rows. `collection.py` collects the rows, in `store.py`, as
+`plan.py` says. Next: `memory_bank.py`.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pl_patchcore.coreset.farthest_first import FarthestFirst, Selection, distinct_rows, scale_of
 from pl_patchcore.errors import UserError
-from pl_patchcore.farthest_first import FarthestFirst, distinct_rows
 from pl_patchcore.numerics import full_precision
 
+__all__ = [
+    "CoresetMethod", "CoresetOptions", "Selection", "coreset_rows", "greedy_coreset", "greedy_selection",
+    "random_projection", "select_coreset",
+]  # fmt: skip
+
 CoresetMethod = Literal["greedy", "approximate", "random", "none"]
+
+
+@dataclass(frozen=True)
+class CoresetOptions:
+    """Which rows are kept: `PatchCore`'s arguments ``coreset_method``, ``coreset_ratio`` and so on.
+
+    Args:
+        method: See `select_coreset`.
+        ratio: Share of the rows kept, in (0, 1].
+        size: Number of rows kept, in place of ``ratio``.
+        projection_dim: Dimension after random projection; features of no more dimensions are not projected.
+        seed: Seed of projection and selection.
+
+    Raises:
+        UserError: For a value that is out of range.
+    """
+
+    method: CoresetMethod = "greedy"
+    ratio: float = 0.1
+    size: int | None = None
+    projection_dim: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        if not 0 < self.ratio <= 1:
+            raise UserError(f"coreset_ratio must be in (0, 1], got {self.ratio}; 0.1 keeps one patch in ten.")
+        if self.size is not None and self.size < 1:
+            raise UserError(f"coreset_size must be at least 1, got {self.size}; leave it out to use coreset_ratio.")
+        if self.projection_dim < 1:
+            raise UserError(f"projection_dim must be at least 1, got {self.projection_dim}.")
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the selection reads (projected) features."""
+        return self.method in ("greedy", "approximate")
+
+
+def check_method(method: str) -> None:
+    """Refuse an unknown coreset method."""
+    if method not in get_args(CoresetMethod):
+        raise UserError(f"coreset_method must be greedy, approximate, random or none, got {method!r}.")
 
 
 def coreset_rows(rows: int, ratio: float, size: int | None) -> int:
@@ -50,22 +97,8 @@ def random_projection(dimension: int, target: int, seed: int) -> Tensor | None:
     if dimension <= target:
         return None
     generator = torch.Generator().manual_seed(seed)
-    matrix: Tensor = torch.randn(dimension, target, generator=generator) / target**0.5
+    matrix: Tensor = torch.randn(dimension, target, generator=generator, dtype=torch.float32) / target**0.5
     return matrix
-
-
-class Selection(NamedTuple):
-    """Rows selected, and how well they cover all rows.
-
-    Args:
-        rows: Row indices in order of selection, ``(M,)``, int64.
-        radii: Coverage radii, ``(M + 1,)``, float32: the first m rows leave no row farther than ``radii[m]`` from
-            the nearest of them; they never increase, and ``radii[0]`` is infinite. None where the order of
-            selection doesn't tell.
-    """
-
-    rows: Tensor
-    radii: Tensor | None = None
 
 
 def select_coreset(
@@ -74,7 +107,6 @@ def select_coreset(
     method: CoresetMethod = "greedy",
     *,
     seed: int = 0,
-    seconds: float | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Selection:
     """Select ``size`` rows of ``features`` by one of the methods.
@@ -85,28 +117,30 @@ def select_coreset(
         method: ``greedy``: farthest point first, from row 0. ``approximate``: the authors' start, gaps are first
             taken as the mean distance to 10 random rows. ``random``: a uniform draw. ``none``: all rows.
         seed: Seed of the random choices.
-        seconds: Time after which greedy selection stops with the rows it has, at least one.
         progress: Called with the number of rows selected since the last call.
 
     Returns:
         Rows in order of selection, on the device of ``features``; radii for ``greedy``.
 
     Raises:
-        UserError: As `greedy_coreset`, or for an unknown method.
+        UserError: As `greedy_selection`, or for an unknown method.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if method == "greedy":
-        return greedy_selection(features, size, seconds=seconds, progress=progress)
-    if method == "approximate":
-        anchors = torch.randperm(len(features), generator=generator)[:10].to(features.device)
-        distances = [torch.linalg.vector_norm(features.double() - features[a].double(), dim=1) for a in anchors]
-        gaps = torch.stack(distances).mean(0).square()
-        return greedy_selection(features, size, gaps=gaps, seconds=seconds, progress=progress)
-    if method == "random":
-        return Selection(torch.randperm(len(features), generator=generator)[:size].to(features.device))
+    check_method(method)
     if method == "none":
         return Selection(torch.arange(len(features), device=features.device))
-    raise UserError(f"coreset_method must be greedy, approximate, random or none, got {method!r}.")
+    gaps, generator = None, torch.Generator().manual_seed(seed)
+    if method != "greedy":
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        if method == "random":
+            return Selection(order[:size])
+        gaps = mean_gaps(features, features[order[:10]])
+    return greedy_selection(features, size, gaps=gaps, progress=progress)
+
+
+def mean_gaps(features: Tensor, anchors: Tensor) -> Tensor:
+    """Square of the mean distance of each row to the anchors, float64 ``(N,)``."""
+    distances = [torch.linalg.vector_norm(features.double() - anchor.double(), dim=1) for anchor in anchors]
+    return torch.stack(distances).mean(0).square()
 
 
 def greedy_coreset(
@@ -132,7 +166,6 @@ def greedy_selection(
     *,
     start: int = 0,
     gaps: Tensor | None = None,
-    seconds: float | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Selection:
     """Select rows that cover ``features``, farthest point first, and tell how well they do.
@@ -145,12 +178,11 @@ def greedy_selection(
         features: (Projected) patch features, ``(N, d)``, float32 or float64, any finite scale.
         size: Rows to keep, ``1 <= size <= N``.
         start: Row picked first.
-        gaps: Squared distances ``(N,)`` to start from in place of a first row; there are no radii then.
-        seconds: Time after which selection stops with the rows it has, at least one. None takes its time.
+        gaps: Squared distances ``(N,)`` to begin with in place of a first row; there are no radii then.
         progress: Called with the number of rows selected since the last call.
 
     Returns:
-        Rows in order of selection, on the input's device, ``size`` of them unless time was up.
+        ``size`` rows in order of selection, on the input's device, and their radii, on the CPU.
 
     Raises:
         UserError: If ``features`` is not 2-D or not finite, or ``size`` or ``start`` is out of range.
@@ -166,34 +198,10 @@ def greedy_selection(
         raise UserError(f"size must be from 1 to the number of rows, {len(features)}, got {size}.")
     if not 0 <= start < len(features):
         raise UserError(f"start must be a row from 0 to {len(features) - 1}, got {start}.")
-    largest = torch.stack(torch.aminmax(features)).abs().max()  # NaN if any is
-    if not torch.isfinite(largest):
-        raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
-    deadline = math.inf if seconds is None else time.monotonic() + seconds
     with full_precision(features.device):
+        scale = scale_of(float(torch.stack(torch.aminmax(features)).abs().max()))
         rows = distinct_rows(features, start)
-        scale = float(torch.ldexp(torch.ones((), dtype=torch.float64), -torch.frexp(largest.double().cpu())[1]))
-        search = FarthestFirst(features, rows, scale, min(size + 1, len(rows)))  # one more, for its gap
+        search = FarthestFirst(features, rows, scale, min(size + 1, len(rows)))  # one more, for the last radius
         search.begin(start, gaps)
-        finished = search.run(deadline, size, progress)
-    picks = rows[search.picks[: search.count]]
-    return selection_of(picks, len(features), size, finished, None if gaps is not None else search.gaps, scale)
-
-
-def selection_of(
-    picks: Tensor, total: int, size: int, finished: bool, gaps: list[Tensor] | None, scale: float
-) -> Selection:
-    """What a search of one pick more than ``size`` found; ``gaps`` of its picks, None where they tell no radii."""
-    if finished and len(picks) < size:  # every gap is 0: the lowest rows not yet picked
-        left = torch.ones(total, dtype=torch.bool, device=picks.device)
-        left[picks] = False
-        picks = torch.cat([picks, left.nonzero().flatten()[: size - len(picks)]])
-    elif len(picks) <= size and not finished:
-        picks = picks[:-1]  # the last one's gap tells of those before it
-    picks = picks[:size]
-    if gaps is None:
-        return Selection(picks)
-    gap = torch.cat(gaps)
-    radii = torch.zeros(len(picks) + 1)
-    radii[: len(gap)] = (gap.double().sqrt() / scale).float()[: len(radii)]
-    return Selection(picks, radii)
+        search.run(size, progress)
+    return search.selection(size, len(features))

@@ -1,0 +1,281 @@
+"""Training images' patch features -> the rows of the memory bank: collected batch by batch, then selected.
+
+Reads patch features ``(B, h, w, D)``, keeps them in `store.py` where `plan.py` says, and returns the rows that
+`select_coreset` keeps, or `bounded.py` where memory is too small, or `shared.py` where several processes have each
+collected a shard. Next: `memory_bank.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pl_patchcore.coreset import CoresetOptions, Selection, coreset_rows, random_projection, select_coreset
+from pl_patchcore.coreset.bounded import bounded_coreset
+from pl_patchcore.coreset.plan import (
+    StorePlan,
+    available_memory,
+    device_memory,
+    lies_in_memory,
+    rows_in,
+    store_folder,
+)
+from pl_patchcore.coreset.shared import rows_of_all, select_shared_coreset
+from pl_patchcore.coreset.store import FeatureStore
+from pl_patchcore.distributed import Processes, on_first_process, places
+from pl_patchcore.errors import UserError
+from pl_patchcore.numerics import full_precision
+from pl_patchcore.options import StoreOptions
+
+log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
+
+SAMPLE_ROWS = 1000  # patch features that stand for all in `Collection.sample`
+
+
+class ExpectedImages(NamedTuple):
+    """Most images that can come: for the memory bank and held out, of this process; for the bank, of all processes."""
+
+    own: int
+    held_out: int
+    everywhere: int
+
+
+class Selected(NamedTuple):
+    """Rows of the memory bank, float32 ``(M, D)`` on the CPU, and their coverage radii, as `Selection` has them."""
+
+    rows: Tensor
+    radii: Tensor | None
+
+
+class Collection:
+    """Patch features of this process's training images, and what is selected from those of all processes.
+
+    Args:
+        coreset: Which rows to keep.
+        store: Where patch features are kept until then.
+        device: Device that selection computes on.
+        held_out: Whether images will be held out for calibration.
+        expected: How many images to expect; fewer may come. None: not known.
+        check: Refuses a memory bank of so many numbers a row and so many rows (None: not known).
+        neighbours: Processes that share this machine's memory.
+        promised: Bytes of it that others will still take.
+
+    Attributes:
+        dimension: Numbers in a patch feature, D.
+        total: Patch features for the memory bank, of all processes; known once `select` was called.
+        planned: Bytes of main memory that the fit takes until `close`, as planned with the first batch.
+
+    Raises:
+        UserError: If the options contradict each other.
+    """
+
+    def __init__(
+        self,
+        coreset: CoresetOptions,
+        store: StoreOptions,
+        device: torch.device,
+        *,
+        held_out: bool = False,
+        expected: ExpectedImages | None = None,
+        check: Callable[[int, int | None], None] | None = None,
+        neighbours: int = 1,
+        promised: float = 0.0,
+    ) -> None:
+        store.check_method(coreset.method)
+        self.coreset, self.options, self.device, self.holds_out = coreset, store, device, held_out
+        self.expected, self.check, self.neighbours, self.promised = expected, check, neighbours, promised
+        self.dimension, self.total, self.planned = 0, 0, 0.0
+        self._grid = (0, 0)  # patches of an image, down and across
+        self._store: FeatureStore | None = None
+        self._held_out: FeatureStore | None = None
+        self._earlier = torch.empty(0, 0, dtype=torch.float32)  # an earlier memory bank, projected, (K, d)
+        self._picks: Tensor | None = None
+        self._processes = Processes(alone=True)
+        self._numbers: Tensor | None = None  # of this process's rows among those of all, where there are several
+
+    def add(self, patches: Tensor, index: Tensor, held_out: Tensor | None = None) -> None:
+        """Store the patch features of a batch. The first one plans for the whole data set, and reserves the space.
+
+        Args:
+            patches: ``(B, h, w, D)``, any floating dtype and device; h, w and D the same in all calls.
+            index: Index of each image in the data set, int64 ``(B,)``.
+            held_out: Which images are held out for calibration, bool ``(B,)``; None: none.
+
+        Raises:
+            UserError: For what cannot fit, with the settings that help.
+        """
+        if self._store is None:
+            self._reserve(*patches.shape[1:])
+        if held_out is None:
+            held_out = torch.zeros(len(patches), dtype=torch.bool)
+        for store, chosen in ((self._store, ~held_out), (self._held_out, held_out)):
+            if store is not None and chosen.any():
+                store.add(patches[chosen.to(patches.device)], index[chosen])
+
+    def _reserve(self, h: int, w: int, d: int) -> None:
+        coreset, store, folder = self.coreset, self.options, store_folder(self.options.folder)
+        self._grid, self.dimension = (h, w), d
+        kind, rows, held_out = store.kind, None, None
+        check = self.check or (lambda *_: None)
+        if self.expected is None:
+            check(d, None)
+            place = f"on disk in {folder}" if kind == "disk" else "in RAM"
+            log.info("collecting patch features of %d numbers of an unknown number of images, %s.", d, place)
+        else:
+            rows, held_out, everywhere = (images * h * w for images in self.expected)
+            bank = everywhere if coreset.method == "none" else coreset_rows(everywhere, coreset.ratio, coreset.size)
+            check(d, bank)
+            plan = StorePlan(
+                rows, held_out, d, min(d, coreset.projection_dim) if coreset.reads_features else 0, bank, store, folder,
+                available_memory() / self.neighbours - self.promised, shutil.disk_usage(folder).free,
+                lies_in_memory(folder), device_memory(self.device),
+            ).chosen()  # fmt: skip
+            self.planned, kind = plan.needs().memory, plan.store.kind
+            log.info("collecting %s.", plan)
+        on_disk, dtype = folder if kind == "disk" else None, getattr(torch, store.dtype)
+        bounded = store.selection_memory is not None
+        self._store = FeatureStore(d, rows, self._projection(), on_disk, dtype=dtype, projected_on_disk=bounded)
+        if self.holds_out:
+            try:  # float32: held-out images are to be scored as new ones will be
+                self._held_out = FeatureStore(d, held_out, folder=on_disk)
+            except UserError:
+                self.close()
+                raise
+
+    def _projection(self) -> Tensor | None:
+        if not self.coreset.reads_features:
+            return None
+        return random_projection(self.dimension, self.coreset.projection_dim, self.coreset.seed)
+
+    def close(self) -> None:
+        """Free everything."""
+        for store in (self._store, self._held_out):
+            if store is not None:
+                store.close()
+        self._store = self._held_out = self._picks = None
+
+    def select(self, earlier: Tensor, seen: int, processes: Processes, *, shown: bool = False) -> Selected:
+        """Select the coreset among the rows of an earlier memory bank and those collected. All processes call it.
+
+        Args:
+            earlier: The earlier bank, ``(K, D)``, the same on all processes; empty where there is none.
+            seen: Patch features that the earlier bank was selected from, 0 where there is none.
+            processes: The processes.
+            shown: Whether to show progress.
+
+        Returns:
+            The bank's rows and radii, the same on every process.
+
+        Raises:
+            UserError: On every process, if there is nothing for a memory bank.
+        """
+        self._join(processes)
+        coreset, matrix = self.coreset, self._projection()
+        earlier = earlier.float().cpu() if len(earlier) else torch.empty(0, self.dimension, dtype=torch.float32)
+        with full_precision(earlier.device):
+            self._earlier = earlier if matrix is None else earlier @ matrix
+        number = len(earlier) + self.total
+        size = min(number, coreset_rows(seen + self.total, coreset.ratio, coreset.size))
+        chunk_size, memory = number, self.options.selection_memory
+        if memory is not None:
+            chunk_size = min(number, rows_in(memory, min(self.dimension, coreset.projection_dim)))
+        rounds = 1 if chunk_size == number else 1 - -number // chunk_size
+        with tqdm(total=rounds * size, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
+            if chunk_size < number:
+                picks, radius = bounded_coreset(self._projected, number, size, chunk_size, bar.update)
+                selection = Selection(picks)
+                log.info(
+                    "selected %d rows at once: no patch feature is farther than %.4g (projected).", chunk_size, radius
+                )
+            else:
+                selection = self._select_exactly(len(earlier), size, bar.update)
+        return Selected(_rows_of_both(selection.rows.cpu(), earlier, self._rows), selection.radii)
+
+    def _join(self, processes: Processes) -> None:
+        """Find out what all processes have collected, and what numbers this one's rows have among theirs."""
+        if processes.count > 1 and self.options.selection_memory is not None:
+            raise UserError(
+                f"store.selection_memory selects within chunks of one process, there are {processes.count}; leave it "
+                "out (each holds only its share of the patch features), or set trainer.devices to 1."
+            )
+        dimension, h, w = (int(n) for n in processes.largest(self.dimension, *self._grid))
+        if self._store is None and dimension:  # no image came to this process
+            self.dimension, self._grid = dimension, (h, w)
+            self._store = FeatureStore(dimension, 1, self._projection())
+        place, images = places(self._stored.images if dimension else [], processes)
+        if not images:
+            raise UserError("no training image is left for the memory bank; lower calibration_share.")
+        self.total, self._processes = images * h * w, processes
+        if processes.count > 1:
+            self._numbers = (place[:, None] * (h * w) + torch.arange(h * w)).flatten()
+
+    def _select_exactly(self, earlier: int, size: int, progress: Callable[[int], object]) -> Selection:
+        coreset, processes = self.coreset, self._processes
+        if processes.rank:
+            self._earlier = self._earlier[:0]  # process 0 brings the earlier bank
+        features = torch.empty(len(self._earlier) + len(self._stored), 0, dtype=torch.float32)
+        if coreset.reads_features:
+            features = self._projected()
+        if self._numbers is None:
+            selection = select_coreset(features, size, coreset.method, seed=coreset.seed, progress=progress)
+            self._picks = selection.rows if coreset.reads_features else None
+            return selection
+        numbers = torch.cat([torch.arange(len(self._earlier)), self._numbers + earlier])
+        selection = select_shared_coreset(
+            features, numbers, size, processes, coreset.method, seed=coreset.seed, progress=progress
+        )
+        log.info(
+            "selected by %d processes together, with %d collectives of %.3g MB from each.",
+            *(processes.count, processes.collectives, processes.bytes / 1e6),
+        )
+        return selection
+
+    @property
+    def _stored(self) -> FeatureStore:
+        assert self._store is not None
+        return self._store
+
+    def _projected(self, numbers: Tensor | None = None) -> Tensor:
+        """Projected features by number, those of the earlier bank first; None: all. On the device."""
+        read = self._stored.projected
+        if numbers is not None:
+            return _rows_of_both(numbers, self._earlier, read).to(self.device)
+        return (torch.cat([self._earlier, read()]) if len(self._earlier) else read()).to(self.device)
+
+    def _rows(self, numbers: Tensor) -> Tensor:
+        """Patch features by number, whichever process holds them: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU."""
+        take = self._stored.take
+        return take(numbers) if self._numbers is None else rows_of_all(take, self._numbers, numbers, self._processes)
+
+    @property
+    def selected(self) -> tuple[Tensor, Tensor] | None:
+        """Projected features and the picks among them, where one process selected exactly; until `close`."""
+        return None if self._picks is None else (self._projected(), self._picks)
+
+    def sample(self) -> Tensor:
+        """At most 1000 patch features, spread over the training images of all processes, float32 ``(S, D)``."""
+        places = torch.linspace(0, self.total - 1, min(SAMPLE_ROWS, self.total), dtype=torch.float32)
+        return self._rows(places.long().clamp(max=self.total - 1))
+
+    def held_out_images(self) -> Iterator[tuple[int, Tensor]]:
+        """Index and patch features ``(1, h, w, D)`` of each held-out image of this process, one at a time."""
+        store = self._held_out
+        if store is not None and len(store):
+            for index, rows in zip(store.images, torch.arange(len(store)).split(store.patches), strict=True):
+                yield index, store.take(rows).view(1, *self._grid, -1)
+
+
+def _rows_of_both(numbers: Tensor, earlier: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows by number: those of ``earlier`` come first, ``read`` gives the others."""
+    if not len(earlier):
+        return read(numbers)
+    old, result = numbers < len(earlier), torch.empty(len(numbers), earlier.shape[1], dtype=torch.float32)
+    result[old], result[~old] = earlier[numbers[old]], read(numbers[~old] - len(earlier))
+    return result
