@@ -189,16 +189,13 @@ class Fitting:
     def _fill(self, member: PatchCoreModel, place: int, shown: bool) -> None:
         start, bank, collection = time.perf_counter(), member.memory_bank, self.collections[place]
         device = bank.features.device
-        collection.join(self.processes)
-        earlier = self.earlier[place].view(-1, collection.dimension)
-        seen = self.seen[place] + collection.total
-        rows, radii = collection.select(earlier, seen, shown=shown)
+        rows, radii = collection.select(self.earlier[place], self.seen[place], self.processes, shown=shown)
         bank.fill(rows.to(device), None if radii is None else radii.to(device))
-        bank.seen = torch.full_like(bank.seen, seen)
+        bank.seen = torch.full_like(bank.seen, self.seen[place] + collection.total)
         bank.recall(collection.sample().to(device))
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
-            *(bank.size, len(earlier) + collection.total, collection.dimension, time.perf_counter() - start),
+            *(bank.size, len(self.earlier[place]) + collection.total, collection.dimension, time.perf_counter() - start),
         )
 
     def _tell_coverage(self, member: PatchCoreModel, collection: Collection) -> float:

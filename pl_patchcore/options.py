@@ -11,10 +11,13 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, get_args
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+StoreKind = Literal["auto", "ram", "disk"]
+StoreDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -72,32 +75,46 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Where the patch features of the training images wait for the selection.
+    """Where the patch features of the training images are kept until the memory bank is selected.
 
     Args:
-        kind: ``ram``, ``disk`` (a temporary file), or ``auto``: the disk where the fit would take more than half of
-            the main memory available. The memory bank is the same.
+        kind: ``ram``, ``disk`` (a temporary file), or ``auto``: the disk where the fit would take more than half of the
+            main memory available. The memory bank is the same.
         folder: Folder of the file; null: the system's folder for temporary files.
         dtype: ``float32``, or ``float16`` or ``bfloat16`` to halve the space: the memory bank's features are rounded
-            so (which are selected does not change).
-        selection_memory: GiB that the greedy selection may take; where that is too little to hold all projected
-            features, it selects within chunks, then among the selected: farther from the best coverage, at most 4
-            times in place of 2. Null: select exactly.
+            so (the same ones are selected).
+        selection_memory: GiB that greedy selection may take. Where that is too little to hold all projected features,
+            it selects within chunks, then among the selected ones: at most 4 times as far from the patch features as
+            the best coreset, where exact selection is at most 2 times as far. Null: select exactly.
+
+    Raises:
+        UserError: For a value that is out of range.
     """
 
     group: ClassVar[str] = "store"
-    kind: Literal["auto", "ram", "disk"] = "auto"
+    kind: StoreKind = "auto"
     folder: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: StoreDtype = "float32"
     selection_memory: float | None = None
 
     def __post_init__(self) -> None:
-        _one_of("store.kind", self.kind, ("auto", "ram", "disk"))
-        _one_of("store.dtype", self.dtype, ("float32", "float16", "bfloat16"))
-        if self.selection_memory is not None and not self.selection_memory > 0:
+        _one_of("store.kind", self.kind, get_args(StoreKind))
+        _one_of("store.dtype", self.dtype, get_args(StoreDtype))
+        memory = self.selection_memory
+        if memory is not None and not (isinstance(memory, int | float) and memory > 0):
+            raise UserError(f"store.selection_memory must be GiB above 0, got {memory!r}; leave it out for no limit.")
+        if self.folder is not None and not isinstance(self.folder, str):
+            raise UserError(f"store.folder must be the path of a folder, as text, got {self.folder!r}.")
+
+    def check_method(self, coreset_method: str) -> None:
+        """Refuse a limit of memory for a coreset method that knows none.
+
+        Raises:
+            UserError: If there is one.
+        """
+        if self.selection_memory is not None and coreset_method != "greedy":
             raise UserError(
-                f"store.selection_memory must be GiB above 0, got {self.selection_memory}; leave it out to select "
-                "exactly."
+                f"store.selection_memory goes with coreset_method greedy, got {coreset_method}; leave one of them out."
             )
 
 

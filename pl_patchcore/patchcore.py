@@ -175,8 +175,8 @@ class PatchCore(L.LightningModule):
                 raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
             members = [_model_of(settings | member, seed, self.transform) for member in of_ensemble.members]
             self.model = EnsembleModel(members, of_ensemble.combine)
-        if self.store.selection_memory is not None and any(m.coreset.method != "greedy" for m in self.model.members):
-            raise UserError("store.selection_memory goes with coreset_method greedy; leave it out to select exactly.")
+        for member in self.model.members:
+            self.store.check_method(member.coreset.method)
         self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
         self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
         self.left_out: list[str] = []  # arguments that a checkpoint cannot hold, such as a module
