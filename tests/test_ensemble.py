@@ -115,8 +115,8 @@ def test_test_range_is_the_authors_combination(images, tmp_path):
     ("members", "options", "message"),
     [
         ([], {}, "members names no model"),
-        ([{"layer": ["layer1"]}], {}, "member of ensemble.members has no argument 'layer'; did you mean 'layers'"),
-        ([{"resize": 3}], {}, "member of ensemble.members has no argument 'resize'"),
+        ([{"layer": ["layer1"]}], {}, "a member of an ensemble has no argument 'layer'; did you mean 'layers'"),
+        ([{"resize": 3}], {}, "a member of an ensemble has no argument 'resize'"),
         (MEMBERS, {"combine": "mean"}, "combine must be nominal or test_range, got 'mean'"),
         (MEMBERS, {"combine": "test_range", "calibration_share": 0.1}, "cannot be calibrated"),
     ],
