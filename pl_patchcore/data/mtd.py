@@ -18,6 +18,7 @@ import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.download import fetch_archive
+from pl_patchcore.data.files import list_images
 from pl_patchcore.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -88,13 +89,7 @@ class MTDDataModule(AnomalyDataModule):
         return train, test
 
     def _images(self, kind: str) -> list[Path]:
-        folder = self.root / f"MT_{kind}" / "Imgs"
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {_HELP}.")
-        images = sorted(folder.glob("*.jpg"))
-        if not images:
-            raise UserError(f"{folder}: holds no .jpg image; {_HELP}.")
-        return images
+        return [p for p in list_images(self.root / f"MT_{kind}" / "Imgs", remedy=_HELP) if p.suffix == ".jpg"]
 
     def _training_names(self, nominal: list[Record]) -> set[str]:
         names = [record.path.name for record in nominal]
