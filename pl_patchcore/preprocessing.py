@@ -153,7 +153,8 @@ class Preprocessing:
     def denormalise(self, image: Tensor) -> Tensor:
         """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures."""
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=image.device)[..., None, None]
-        return (image * std + mean).clamp(0, 1)
+        rgb: Tensor = (image * std + mean).clamp(0, 1)
+        return rgb
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, as stored in checkpoints."""

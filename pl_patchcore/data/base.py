@@ -187,7 +187,7 @@ def _no_batch(batch: Any) -> UserError:
     several = [
         isinstance(part, Mapping)
         or (isinstance(part, tuple | list) and part and isinstance(part[0], Tensor | Mapping))
-        or (isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == 3)
+        or (isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == 3 and len(parts) > 1)
         for part in parts
     ]
     if parts and all(several):
@@ -374,14 +374,15 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
-        data, trainer, sampler = self.predict_set, self.trainer, None
+        data, trainer = self.predict_set, self.trainer
+        sampler: DistributedSampler[Sample] | None = None
         if trainer is not None and 0 < len(data) < trainer.world_size:
             # gives each process an image, though there are too few, which Lightning's own sampler refuses;
             # images given to more than one process count once (`PatchCore`)
             sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
         return self._loader(data, sampler)
 
-    def _loader(self, data: ImageDataset, sampler: DistributedSampler[int] | None = None) -> DataLoader[Sample]:
+    def _loader(self, data: ImageDataset, sampler: DistributedSampler[Sample] | None = None) -> DataLoader[Sample]:
         return DataLoader(
             data,
             sampler=sampler,

@@ -82,7 +82,9 @@ class FrameRecord(Record):
         if mask.shape != size:
             raise self.mismatch(mask.shape, size)
         if mask.any() and self.label == 0:
-            raise UserError(f"{path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both files.")
+            raise UserError(
+                f"{path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both files."
+            )
         return mask if mask.any() or self.label == 0 else np.full(size, UNKNOWN, np.uint8)
 
 
@@ -209,6 +211,7 @@ class _Video:
         stream = self.container.streams.video[0]
         stream.thread_count = 1  # loader processes are many already, and a fork waits for threads it has not
         self.frames = self.container.decode(stream)  # in the order of display
+        self.frame: av.VideoFrame | None = None  # the one of that number
         self.to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
 
 
@@ -222,11 +225,13 @@ def _decode(path: Path, number: int) -> Image.Image:
         # a video opened before a fork shares its place in the file with the other processes
         if video is None or (video.path, video.process) != (path, os.getpid()) or video.number > number:
             if video is not None:
+                _opened.video = None  # not to be used again, whatever becomes of the next one
                 video.container.close()
             video = _opened.video = _Video(path)
         while video.number < number:
             video.frame = next(video.frames)
             video.number += 1
+        assert video.frame is not None
         return Image.fromarray(video.to_rgb.reformat(video.frame, format="rgb24", threads=1).to_ndarray())
     except StopIteration:
         raise UserError(f"{path}: ends before frame {number} is decoded; replace or re-encode the file.") from None

@@ -18,7 +18,6 @@ import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.download import fetch_archive
-from pl_patchcore.data.files import list_images
 from pl_patchcore.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,11 @@ class MTDDataModule(AnomalyDataModule):
         return train, test
 
     def _images(self, kind: str) -> list[Path]:
-        return [p for p in list_images(self.root / f"MT_{kind}" / "Imgs", remedy=_HELP) if p.suffix == ".jpg"]
+        folder = self.root / f"MT_{kind}" / "Imgs"
+        images = sorted(folder.glob("*.jpg"))
+        if not images:
+            raise UserError(f"{folder}: {'holds no .jpg image' if folder.is_dir() else 'no such folder'}; {_HELP}.")
+        return images
 
     def _training_names(self, nominal: list[Record]) -> set[str]:
         names = [record.path.name for record in nominal]
