@@ -192,7 +192,7 @@ def test_synthetic_defects_are_where_the_mask_is(texture, monkeypatch):
     from pl_patchcore.data import synthetic
 
     data = SyntheticDataModule(texture, train_images=1, test_nominal=1, test_per_defect=3)
-    damaged = [(r, *r.make()) for r in data.records[1] if r.label]
+    damaged = [(r, *r.read()) for r in data.records[1] if r.label]
     monkeypatch.setattr(synthetic, "_VISIBLE", 0.0)
     coverages = []
     real = synthetic._damage
@@ -205,7 +205,7 @@ def test_synthetic_defects_are_where_the_mask_is(texture, monkeypatch):
     monkeypatch.setattr(synthetic, "_damage", harmless)
     assert {r.defect for r, _, _ in damaged} == {"scratch", "stain", "foreign", "blur"}
     for record, _, _ in damaged:
-        _, mask = record.make()
+        _, mask = record.read()
         image, drawn, alpha = coverages[-1]
         assert np.array_equal(mask == 1, alpha >= 0.5)
         assert mask.any()
@@ -236,7 +236,7 @@ def test_synthetic_export(tmp_path):
         + [f"ground_truth/{d}/000_mask.png" for d in ("scratch", "stain", "foreign", "blur")]
     )
     record = data.records[1][1]
-    image, mask = record.make()
+    image, mask = record.read()
     assert np.array_equal(np.asarray(Image.open(folder / "test" / "scratch" / "000.png")), np.asarray(image))
     assert np.array_equal(np.asarray(Image.open(folder / "ground_truth" / "scratch" / "000_mask.png")) > 0, mask == 1)
     assert [p.name for p in tmp_path.iterdir()] == ["gravel"]
@@ -250,7 +250,7 @@ def test_synthetic_export(tmp_path):
         ({"texture": "wood"}, "one of brick, gravel, grass"),
         ({"image_size": 300}, "from 64 to 256"),
         ({"train_images": 0}, "train_images must be at least 1"),
-        ({"test_per_defect": -1}, "0 or more"),
+        ({"test_per_defect": -1}, "at least 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_workers": -1}, "num_workers must be 0 or more"),
     ],
