@@ -81,6 +81,12 @@ class Preprocessing:
                 f"crop {self.crop} is larger than the resized image ({self.resize}); lower crop or raise resize."
             )
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the input; None where they depend on the image."""
+        size = self.resize if self.crop is None and self.resize_mode == "squash" else self.crop
+        return (size, size) if isinstance(size, int) else size
+
     def apply(self, image: Image.Image, mask: np.ndarray | None = None) -> dict[str, Tensor]:
         """Take an image, and its mask, through the same geometry.
 
