@@ -8,24 +8,29 @@ preprocessing), in plain values.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import lightning as L
 import numpy as np
 import torch
 
+from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import plain_settings
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
+M = TypeVar("M", bound=L.LightningModule)
 Source = str | PathLike[str] | IO[bytes]
 
 
@@ -73,6 +78,36 @@ def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
 def holds_backbone(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint brings the backbone's weights (``save_backbone``)."""
     return any("patch_features." in key for key in checkpoint["state_dict"])
+
+
+def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, Any], name: str) -> M:
+    """Make the module of a checkpoint with its hyper-parameters, which are plain values, and those given.
+
+    Args:
+        kind: Class of the module.
+        checkpoint: As `read_checkpoint` returns it.
+        overrides: Arguments that take the place of those in the file.
+        name: Name of the file, for errors.
+
+    Raises:
+        UserError: If an argument is unknown, or one is missing that a file cannot hold.
+    """
+    saved = checkpoint.get("hyper_parameters", {})
+    arguments = plain_settings(saved, inspect.signature(kind.__init__).parameters, name)
+    for argument in checkpoint["patchcore"]["left_out"]:
+        if argument not in overrides:
+            raise UserError(
+                f"{name} was fitted with {argument} as an object that a file cannot hold; pass it: "
+                f"load_from_checkpoint(path, {argument}=...)."
+            )
+    brings_weights = holds_backbone(checkpoint) and "weights" in arguments and "weights" not in overrides
+    with warnings.catch_warnings():
+        if brings_weights:
+            warnings.simplefilter("ignore", UntrainedBackboneWarning)
+        module = kind(**(arguments | ({"weights": None} if brings_weights else {}) | dict(overrides)))
+    if brings_weights:
+        module.hparams["weights"] = arguments["weights"]
+    return module
 
 
 def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:

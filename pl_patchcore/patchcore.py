@@ -12,11 +12,9 @@ trainable during ``fit`` only (as part of another module it must not be: DDP wou
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -24,20 +22,21 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
-from pl_patchcore.anomaly_map import AnomalyScorer, Distance
-from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
+from pl_patchcore.anomaly_map import Distance
+from pl_patchcore.backbone import PAPER_WEIGHTS
+from pl_patchcore.build import build_model
 from pl_patchcore.checkpoint import (
     FORMAT,
     Source,
     check_identity,
     cut_bank,
-    holds_backbone,
+    made_of,
     plain,
     read_checkpoint,
     require_fitted,
 )
 from pl_patchcore.configs import recipe
-from pl_patchcore.coreset import CoresetMethod, CoresetOptions
+from pl_patchcore.coreset import CoresetMethod
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.distributed import OwnImages, Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
@@ -54,8 +53,15 @@ from pl_patchcore.lightning_parts import (
 )
 from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
 from pl_patchcore.metrics import Mode, TestFigures
-from pl_patchcore.model import PatchCoreModel
-from pl_patchcore.options import EnsembleOptions, ImageOptions, PatchOptions, StoreOptions, keeps_arguments, options_of, plain_settings, refuse_unknown
+from pl_patchcore.options import (
+    MEMBER_ARGUMENTS,
+    EnsembleOptions,
+    ImageOptions,
+    PatchOptions,
+    StoreOptions,
+    keeps_arguments,
+    options_of,
+)
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Preprocessing
 
@@ -150,31 +156,19 @@ class PatchCore(L.LightningModule):
         store: StoreOptions = StoreOptions(),  # noqa: B008 - frozen
         ensemble: EnsembleOptions = EnsembleOptions(),  # noqa: B008 - frozen
     ) -> None:
+        settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
         super().__init__()
         if not 0 <= calibration_share < 1:
             raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
         if not 0 < false_alarm_rate < 1:
             raise UserError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
         of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
-        of_ensemble = options_of(EnsembleOptions, ensemble)
         self.transform = Preprocessing(
             resize, crop, resize_mode, of_images.interpolation, of_images.mean, of_images.std
         )
-        settings: dict[str, Any] = {
-            "backbone": backbone, "layers": layers, "weights": weights, "patch_size": patch_size,
-            "coreset_method": coreset_method, "coreset_ratio": coreset_ratio, "coreset_size": coreset_size,
-            "projection_dim": projection_dim, "num_neighbors": num_neighbors, "distance": distance,
-            "reweighting_neighbors": reweighting_neighbors, "sigma": sigma, "search": search,
-            "bank_dtype": bank_dtype, "patches": patches,
-        }  # fmt: skip
-        self.model: PatchCoreModel | EnsembleModel
-        if of_ensemble.members is None:
-            self.model = _model_of(settings, seed, self.transform)
-        else:
-            if of_ensemble.combine == "test_range" and calibration_share:
-                raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
-            members = [_model_of(settings | member, seed, self.transform) for member in of_ensemble.members]
-            self.model = EnsembleModel(members, of_ensemble.combine)
+        self.model = build_model(settings, options_of(EnsembleOptions, ensemble), seed, self.transform.size)
+        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range" and calibration_share:
+            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
         for member in self.model.members:
             self.store.check_method(member.coreset.method)
         self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
@@ -230,25 +224,11 @@ class PatchCore(L.LightningModule):
             UserError: If the file is missing, cut short, of another model, or holds no memory bank.
         """
         saved = read_checkpoint(checkpoint_path)
-        known = inspect.signature(cls.__init__).parameters
-        arguments = plain_settings(saved.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), known, str(checkpoint_path))
-        for name in saved["patchcore"]["left_out"]:
-            if name not in overrides:
-                raise UserError(
-                    f"{checkpoint_path} was fitted with {name} as an object that a file cannot hold; pass it: "
-                    f"load_from_checkpoint(path, {name}=...)."
-                )
-        brings_weights = holds_backbone(saved) and "weights" in arguments and "weights" not in overrides
-        with warnings.catch_warnings():
-            if brings_weights:
-                warnings.simplefilter("ignore", UntrainedBackboneWarning)
-                arguments["weights"], told = None, arguments["weights"]
-            module = cls(**(arguments | overrides))
-        if brings_weights:
-            module.hparams["weights"] = told
+        module = made_of(cls, saved, overrides, str(checkpoint_path))
         module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"], strict=strict)
-        module.model.members[0].patch_features.identify()
+        for member in module.model.members:
+            member.patch_features.identify()
         return module if map_location is None else module.to(map_location)
 
     # Scoring
@@ -628,18 +608,3 @@ class PatchCore(L.LightningModule):
         if method not in ("greedy", "approximate"):
             raise UserError(f"coreset_size cannot cut down a bank selected by {method}, which has no order; fit again.")
         cut_bank(checkpoint["state_dict"], "model.", size)
-
-
-def _model_of(settings: Mapping[str, Any], seed: int, transform: Preprocessing) -> PatchCoreModel:
-    """A model of arguments of `PatchCore`."""
-    s = dict(settings)
-    patches = options_of(PatchOptions, s["patches"])
-    coreset = CoresetOptions(s["coreset_method"], s["coreset_ratio"], s["coreset_size"], s["projection_dim"], seed)
-    scorer = AnomalyScorer(s["num_neighbors"], s["distance"], s["reweighting_neighbors"], s["sigma"])
-    bank = MemoryBank(s["search"], s["bank_dtype"])
-    weights = None if s["weights"] is None else str(s["weights"])
-    features = PatchFeatures(
-        s["backbone"], s["layers"], weights, s["patch_size"], patches.stride, patches.layer_dim, patches.feature_dim,
-        seed, transform.size,
-    )  # fmt: skip
-    return PatchCoreModel(features, bank, scorer, coreset)
