@@ -113,9 +113,8 @@ def fetch_archive(
                 raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {advice}, or {remedy}.")
             _unpack(archive, folder, strip, progress, f"delete {archive} and run again, or {remedy}")
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
-        ) from error
+        message = f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
+        raise UserError(message) from error
     return folder
 
 
@@ -324,9 +323,7 @@ def _placed(archive: Path, members: list[_Member], strip: bool) -> list[tuple[tu
     if strip:
         tops = sorted({parts[0] for parts, _ in placed})
         if len(tops) != 1 or any(len(parts) == 1 and member.kind == "file" for parts, member in placed):
-            raise UserError(
-                f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; unpack it without strip."
-            )
+            raise UserError(f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; set strip=False.")
         placed = [(parts[1:], member) for parts, member in placed]
     if not any(member.kind == "file" for _, member in placed):
         raise UserError(f"{archive}: holds no file; give the archive of the data set.")
