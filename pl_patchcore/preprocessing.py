@@ -77,9 +77,7 @@ class Preprocessing:
             raise UserError(f"mean and std take three numbers, std positive; got {self.mean} and {self.std}.")
         # shorter_side makes the other side at least as long, so this bound holds for it too
         if self.resize is not None and self.crop is not None and np.any(np.greater(self.crop, self.resize)):
-            raise UserError(
-                f"crop {self.crop} is larger than the resized image ({self.resize}); lower crop or raise resize."
-            )
+            raise UserError(f"crop {self.crop} is larger than the resized image ({self.resize}); change one of them.")
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -131,9 +129,6 @@ class Preprocessing:
 
         Returns:
             ``(top, left, bottom, right)`` in pixels of the original, fractional.
-
-        Raises:
-            UserError: If the original is smaller than the crop.
         """
         return self._geometry(size)[2]
 

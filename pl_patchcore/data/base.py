@@ -76,11 +76,7 @@ class Record:
         return self.read()[0]
 
     def check(self) -> None:
-        """Check the files without decoding them (see `check_image`).
-
-        Raises:
-            UserError: If the image or mask cannot be read, or their sizes differ.
-        """
+        """Refuse, as `read` does, what shows without decoding the files (see `check_image`)."""
         size = check_image(self.path)
         if self.mask_path is not None and self.label == 1 and (found := check_image(self.mask_path)) != size:
             raise self.mismatch(found, size)
@@ -127,11 +123,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Stack samples into a batch; images of different shapes are refused by name.
-
-    Raises:
-        UserError: If the images differ in shape after preprocessing.
-    """
+    """Stack samples into a batch; images of different shapes are refused by name."""
     first = samples[0]
     for sample in samples:
         if sample["image"].shape != first["image"].shape:
@@ -250,11 +242,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self._checked = False
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
-        """List the training records (nominal only) and the test records, in a fixed order.
-
-        Raises:
-            UserError: If the data set is missing or its layout is wrong.
-        """
+        """List the training records (nominal only) and the test records, in a fixed order."""
         raise TypeError(f"{type(self).__name__} must define load_records().")
 
     def categories(self) -> list[str]:
@@ -291,11 +279,7 @@ class AnomalyDataModule(L.LightningDataModule):
         return self._lists
 
     def require(self, stage: str) -> None:
-        """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty.
-
-        Raises:
-            UserError: If it is.
-        """
+        """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty."""
         train, test, predict = self._listed()
         if not {"fit": train, "predict": predict}.get(stage, test):
             name = "training" if stage == "fit" else stage
@@ -340,9 +324,7 @@ class AnomalyDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
         if stage == "validate" and self.validation == "none":
-            raise UserError(
-                "this data module has no validation set; set data.validation=test to validate on the test set."
-            )
+            raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
         module = self.trainer.lightning_module if self.trainer is not None else None
         transform = self.transform or getattr(module, "transform", None)
         if not isinstance(transform, Preprocessing):

@@ -25,7 +25,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -61,7 +61,6 @@ def fetch_archive(
     sha256: str | None = None,
     name: str | None = None,
     strip: bool = False,
-    only: Sequence[str] = (),
     by_hand: str = "",
     timeout: float = 30.0,
     progress: bool = True,
@@ -78,14 +77,13 @@ def fetch_archive(
         sha256: Checksum of the archive, 64 hexadecimal digits; None skips the check and logs what the sum is.
         name: File name of the archive beside ``folder``; None takes the last part of ``url``.
         strip: Leave out the one folder at the top of the archive that holds all others.
-        only: Files or folders to unpack, as they are named below ``folder``; empty unpacks all.
         by_hand: How a person gets the archive, for error messages: "register at ... and fetch ...".
         timeout: Seconds that connecting, or waiting for more bytes, may take.
         progress: Show bars with bytes, rate and time left.
 
     Raises:
-        UserError: If ``folder`` exists, the archive cannot be had, has another checksum, is broken or hostile, lacks
-            what ``only`` names, the disk is full, or another process is fetching it.
+        UserError: If ``folder`` exists, the archive cannot be had, has another checksum, is broken or hostile, the
+            disk is full, or another process is fetching it.
     """
     folder = Path(folder).absolute()
     name = unquote(PurePosixPath(urlsplit(url).path).name) if name is None else name
@@ -113,11 +111,10 @@ def fetch_archive(
                     archive.unlink()
                 advice = "delete it and run again to download it" if by_person else "it was removed: run again"
                 raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {advice}, or {remedy}.")
-            _unpack(archive, folder, strip, only, progress, f"delete {archive} and run again, or {remedy}")
+            _unpack(archive, folder, strip, progress, f"delete {archive} and run again, or {remedy}")
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
-        ) from error
+        message = f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
+        raise UserError(message) from error
     return folder
 
 
@@ -254,7 +251,7 @@ class _Member(NamedTuple):
     open: Callable[[], IO[bytes]]
 
 
-def _unpack(archive: Path, folder: Path, strip: bool, only: Sequence[str], progress: bool, remedy: str) -> None:
+def _unpack(archive: Path, folder: Path, strip: bool, progress: bool, remedy: str) -> None:
     """Write the members of ``archive`` beside ``folder``, then give them its name."""
     staging = folder.with_name(f"{folder.name}.unpacking")
     shutil.rmtree(staging, ignore_errors=True)
@@ -262,7 +259,7 @@ def _unpack(archive: Path, folder: Path, strip: bool, only: Sequence[str], progr
         zipped = archive.name.endswith(".zip")
         with zipfile.ZipFile(archive) if zipped else tarfile.open(archive) as packed:
             members = _zip_members(packed) if isinstance(packed, zipfile.ZipFile) else _tar_members(packed)
-            placed = _placed(archive, members, strip, only)
+            placed = _placed(archive, members, strip)
             total = sum(member.size for _, member in placed)
             _check_space(folder, total)
             staging.mkdir()
@@ -312,10 +309,8 @@ def _tar_members(tar: tarfile.TarFile) -> list[_Member]:
     return members
 
 
-def _placed(
-    archive: Path, members: list[_Member], strip: bool, only: Sequence[str]
-) -> list[tuple[tuple[str, ...], _Member]]:
-    """Check every member, and say where below the folder the wanted ones go."""
+def _placed(archive: Path, members: list[_Member], strip: bool) -> list[tuple[tuple[str, ...], _Member]]:
+    """Check every member, and say where below the folder it goes."""
     placed = []
     for member in members:
         path = PureWindowsPath(member.name)  # takes / and \ as separators, and knows drives
@@ -328,17 +323,8 @@ def _placed(
     if strip:
         tops = sorted({parts[0] for parts, _ in placed})
         if len(tops) != 1 or any(len(parts) == 1 and member.kind == "file" for parts, member in placed):
-            raise UserError(
-                f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; unpack it without strip."
-            )
+            raise UserError(f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; set strip=False.")
         placed = [(parts[1:], member) for parts, member in placed]
     if not any(member.kind == "file" for _, member in placed):
         raise UserError(f"{archive}: holds no file; give the archive of the data set.")
-    if not only:
-        return placed
-    wanted = [PurePosixPath(path).parts for path in only]
-    for tree in wanted:
-        if not any(parts[: len(tree)] == tree for parts, _ in placed):
-            tops = sorted({parts[0] for parts, _ in placed if parts})
-            raise UserError(f"{archive}: holds no {'/'.join(tree)}; at its top are {', '.join(tops[:30])}.")
-    return [(parts, member) for parts, member in placed if any(parts[: len(tree)] == tree for tree in wanted)]
+    return placed

@@ -72,11 +72,8 @@ def draw_blur(image: Array, rng: Rng) -> tuple[Array, Array]:
 
 
 DEFECTS: dict[str, Callable[[Array, Rng], tuple[Array, Array]]] = {
-    "scratch": draw_scratch,
-    "stain": draw_stain,
-    "foreign": draw_foreign,
-    "blur": draw_blur,
-}
+    "scratch": draw_scratch, "stain": draw_stain, "foreign": draw_foreign, "blur": draw_blur
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,14 +166,9 @@ class SyntheticDataModule(AnomalyDataModule):
         return train, test
 
     def export(self, folder: str | Path) -> Path:
-        """Write the data set in the layout of MVTec AD.
+        """Write the data set into ``folder / texture``, in the layout of MVTec AD, and return that.
 
-        Args:
-            folder: Where to put ``<texture>/train/good``, ``<texture>/test/<defect>`` and
-                ``<texture>/ground_truth/<defect>``.
-
-        Returns:
-            ``folder / texture``, complete: it is written under another name beside it, then renamed.
+        It is written under another name beside it, then renamed, so that it is complete.
 
         Raises:
             UserError: If it is there already.
