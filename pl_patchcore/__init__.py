@@ -17,7 +17,7 @@ The way of an image, one file a stage::
     metrics/            scores, maps, masks      -> AUROC, PRO and others
     calibration.py      scores of nominal images -> thresholds
     report/             figures, maps            -> tables, pictures, files
-    patchcore.py        joins these; ensemble.py several of it, recipes.py its settings
+    patchcore.py        joins these; ensemble.py several of it; options.py its options in groups, configs.py its recipes
     anomaly_module.py   what is Lightning's of both: fit, test, predict; checkpoint.py what they save
     encoder_callback.py fits it on the encoder of a LightningModule of one's own, when that is trained
     cli.py              the command pl-patchcore; benchmark.py all categories, published.py what others had

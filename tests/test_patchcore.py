@@ -18,7 +18,6 @@ from torchvision.datasets import ImageFolder
 
 from pl_patchcore import MVTecDataModule, PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.backbone import UntrainedBackboneWarning
-from pl_patchcore.recipes import RECIPES
 
 
 def model_of(tiny, **options):
@@ -475,19 +474,6 @@ def test_gpu_agrees_with_cpu(fitted, tiny, trainer, precision):
     assert gpu.test(other, data_of(), verbose=False)[0] == pytest.approx(
         expected, abs=0.02 if precision == "32" else 0.1
     )
-
-
-def test_recipes(tiny):
-    paper, official = RECIPES["paper"], RECIPES["official"]
-    import inspect
-
-    defaults = {n: p.default for n, p in inspect.signature(PatchCore.__init__).parameters.items()}
-    assert {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items() if k in paper} == paper
-    assert set(official) == set(paper)
-    model = PatchCore.from_recipe("official", backbone=tiny, layers=["fine"], resize=64, crop=48)
-    assert model.hparams["distance"] == "squared"
-    with pytest.raises(UserError, match="choose one of paper, official"):
-        PatchCore.from_recipe("mine")
 
 
 def test_hyper_parameters_are_plain(tmp_path):
