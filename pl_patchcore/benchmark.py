@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.errors import UserError
-from pl_patchcore.published import Published, published_for
+from pl_patchcore.published import Published
 from pl_patchcore.report.files import plain_console, whole_file
 
 if sys.platform != "win32":
@@ -50,21 +50,13 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """A row of the benchmark: what is run, and where.
+    """A row of the benchmark: what is run, and where."""
 
-    Args:
-        category: Product or scene; the data set's name where there is one only.
-        shots: Nominal training images; None for all.
-        seed: Seed of shots and model; None leaves both as configured.
-        folder: Where the run writes; its name is that of the row.
-        settings: Configuration of ``pl-patchcore run``.
-    """
-
-    category: str
-    shots: int | None
-    seed: int | None
-    folder: Path
-    settings: dict[str, Any]
+    category: str  # product or scene; the data set's name where there is one only
+    shots: int | None  # nominal training images; None for all
+    seed: int | None  # of shots and model; None leaves both as configured
+    folder: Path  # where the run writes; its name is that of the row
+    settings: dict[str, Any]  # configuration of ``pl-patchcore run``
 
     def figures(self) -> dict[str, Any] | None:
         """Figures of the finished run, None if it has not finished.
@@ -90,7 +82,7 @@ class Job:
 def _identity(settings: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
     """The settings that a row's figures depend on, dotted."""
     for key, value in settings.items():
-        if not name and key not in ("model", "data", "trainer", "seed_everything") or key in _ELSEWHERE:
+        if key in _ELSEWHERE or not (name or key in ("model", "data", "trainer", "seed_everything")):
             continue
         if isinstance(value, Mapping):
             yield from _identity(value, f"{name}{key}.")
@@ -98,63 +90,27 @@ def _identity(settings: Mapping[str, Any], name: str = "") -> Iterator[tuple[str
             yield f"{name}{key}", value
 
 
-def run_benchmark(
+def plan(
     settings: dict[str, Any],
     datamodule: AnomalyDataModule,
     folder: Path,
     categories: Sequence[str] | None = None,
-    shots: Sequence[int] | None = None,
-    seeds: Sequence[int] | None = None,
-    processes: int = 1,
-    restart: bool = False,
-) -> None:
-    """Run a row for each category, number of shots and seed, and write the table; see `cli.Trainer.benchmark`.
+    shots: Sequence[int | None] | None = None,
+    seeds: Sequence[int | None] | None = None,
+) -> list[Job]:
+    """List the rows: one for each category, number of shots and seed (see `cli.Trainer.benchmark`).
 
-    Args:
-        settings: Configuration of ``pl-patchcore run`` that all rows share: ``model``, ``data``, ``trainer`` and so on.
-        datamodule: The data module, for the names of its categories.
-        folder: As for the others: the options of the command.
-        categories: Null for all.
-        shots: Null for all images.
-        seeds: Null for those configured.
-        processes: Rows run at once.
-        restart: Run finished rows again.
-
-    Raises:
-        UserError: If there is no such category, the folder holds a benchmark with other settings, or a row failed.
+    ``settings`` is the configuration of ``pl-patchcore run`` that all share: ``model``, ``data``, ``trainer`` and more.
     """
-    if processes < 1:
-        raise UserError(f"processes must be at least 1, got {processes}.")
-    datamodule.download_data()
     kind, known = type(datamodule), datamodule.categories()
     if strange := [name for name in categories or [] if name not in (*known, kind.category_all)]:
         raise UserError(f"no category {strange[0]!r}; there are {', '.join(known) or 'none to choose from'}.")
-    if processes > 1:
-        settings["trainer"]["devices"] = 1
-    names = categories or known or [kind.__name__.removesuffix("DataModule").lower()]
-    jobs = plan(settings, folder, names, kind.category_argument if known else None, shots or [None], seeds or [None])
-    published = published_for(kind.__name__, settings["model"])
-    failed = run_jobs(jobs, processes, restart)
-    write_table(folder, table_lines(jobs, published), failed, published)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
-
-
-def plan(
-    settings: dict[str, Any],
-    folder: Path,
-    categories: Sequence[str],
-    argument: str | None,
-    shots: Sequence[int | None],
-    seeds: Sequence[int | None],
-) -> list[Job]:
-    """List the rows; see `run_benchmark`. ``argument`` is the data module's that selects a category, if any."""
-    jobs = []
-    for category, number, seed in product(categories, shots, seeds):
+    names, jobs = categories or known or [kind.__name__.removesuffix("DataModule").lower()], []
+    for category, number, seed in product(names, shots or [None], seeds or [None]):
         job, name = json.loads(json.dumps(settings)), str(category)
         options = job["data"].setdefault("init_args", {})
-        if argument is not None:
-            options[argument] = category
+        if known and kind.category_argument is not None:
+            options[kind.category_argument] = category
         if number is not None:
             options["shots"], name = number, f"{name}_shots{number}"
         if seed is not None:
@@ -169,12 +125,9 @@ def plan(
 
 
 def run_jobs(jobs: Sequence[Job], processes: int = 1, restart: bool = False) -> dict[str, str]:
-    """Run the rows that are not finished, each in a process of its own.
+    """Run the rows that are not finished, each in a process of its own, ``processes`` at once.
 
-    Args:
-        jobs: The rows.
-        processes: Rows run at once. On GPUs each gets the next one in turn; on the CPU they share its cores.
-        restart: Run finished rows again.
+    On GPUs each gets the next one in turn; on the CPU they share its cores.
 
     Returns:
         What went wrong, by the row's name.
@@ -205,9 +158,11 @@ def run_jobs(jobs: Sequence[Job], processes: int = 1, restart: bool = False) -> 
             time.sleep(_POLL_SECONDS)
             for slot, (job, process, start) in list(running.items()):
                 if process.poll() is not None:
-                    del running[slot]
                     bar.update()
-                    bar.write(f"{job.folder.name}: {_outcome(job, process.returncode, failed, time.monotonic() - start)}")
+                    del running[slot]
+                    bar.write(
+                        f"{job.folder.name}: {_outcome(job, process.returncode, failed, time.monotonic() - start)}"
+                    )
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -229,13 +184,17 @@ def _start(job: Job, slot: int, processes: int) -> subprocess.Popen[bytes] | Non
         if job.figures() is not None:
             return None
         output.truncate(0)
+        if processes > 1:
+            job.settings["trainer"]["devices"] = 1
         with whole_file(job.folder / "job.yaml") as partial:
             partial.write_text(yaml.safe_dump(job.settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
         environment = dict(os.environ)
         if processes > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             if torch.cuda.is_available():
-                devices = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+                devices = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(
+                    map(str, range(torch.cuda.device_count()))
+                )
                 environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[slot % len(devices.split(","))]
         return subprocess.Popen(
             [sys.executable, "-m", "pl_patchcore", "run", "--config", str(job.folder / "job.yaml")],
@@ -250,9 +209,8 @@ def _start(job: Job, slot: int, processes: int) -> subprocess.Popen[bytes] | Non
 def _outcome(job: Job, code: int, failed: dict[str, str], seconds: float) -> str:
     """What a process that has ended leaves: figures, or a reason, which goes into ``failed``."""
     if (figures := job.figures()) is not None:
-        values = {name: figures.get(key) for key, name in FIGURES.items()}
-        text = ", ".join(f"{name} {'–' if value is None else f'{value:.4f}'}" for name, value in values.items())
-        return f"{text} ({seconds:.0f} s)"
+        values = [f"{name} {_text(figures.get(key), 1, '.4f')}" for key, name in FIGURES.items()]
+        return f"{', '.join(values)} ({seconds:.0f} s)"
     if code < 0:
         reason = f"killed by signal {-code}{'; out of memory, perhaps' if code == -9 else ''}"
     else:
@@ -313,41 +271,45 @@ def write_table(folder: Path, lines: Sequence[Line], failed: Mapping[str, str], 
     with whole_file(folder / "benchmark.json") as partial:
         content = {"published": source, "failed": dict(failed), "rows": list(lines)}
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    header, rows = _cells(lines)
+    header, *rows = _cells(lines)
     notes = [f"{name} failed: {reason}" for name, reason in failed.items()]
     if source is not None and "published" in " ".join(header):
         notes.insert(0, f"Published: {source}; in percent, with the difference of ours.")
+    escaped = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in (header, *rows)]
+    text = [f"| {row} |" for row in escaped]
+    text.insert(1, "|---|" + "---:|" * (len(header) - 1))
+    with whole_file(folder / "benchmark.md") as partial:
+        partial.write_text("\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n", encoding="utf-8")
     table = Table(header[0])
     for name in header[1:]:
         table.add_column(name, justify="right")
-    text = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
     for row in rows:
         table.add_row(*row)
-        text.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
-    with whole_file(folder / "benchmark.md") as partial:
-        partial.write_text("\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n", encoding="utf-8")
     console = plain_console()
     for printed in (table, *notes, f"Written to {folder}: benchmark.csv, benchmark.json, benchmark.md"):
         console.print(printed)
 
 
-def _cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+def _cells(lines: Sequence[Line]) -> list[list[str]]:
     """Header and rows as text, in percent; columns that hold nothing are left out."""
     with_shots = any(line["shots"] is not None for line in lines)
     compared = [key for key in FIGURES if any(line[f"{key}_published"] is not None for line in lines)]
-    header = ["category", *(["shots"] if with_shots else [])]
+    header = ["category", *["shots"] * with_shots]
     for key, name in FIGURES.items():
-        header += [name, *([f"published {name}"] if key in compared else [])]
-    rows = []
+        header += [name, *[f"published {name}"] * (key in compared)]
+    rows = [header]
     for line in lines:
         missing = f" ({line['missing']} missing)" if line["missing"] else ""
-        row = [line["category"] + missing, *([str(line["shots"] or "all")] if with_shots else [])]
+        row = [line["category"] + missing, *[str(line["shots"] or "all")] * with_shots]
         for key in FIGURES:
             value, error, other = line[key], line[f"{key}_se"], line[f"{key}_published"]
-            text = "–" if value is None else f"{100 * value:.2f}"
-            row.append(text if error is None else f"{text} ± {100 * error:.2f}")
+            row.append(_text(value, 100, ".2f") + ("" if error is None else f" ± {100 * error:.2f}"))
             if key in compared:
-                difference = "" if value is None or other is None else f" ({100 * (value - other):+.1f})"
-                row.append("–" if other is None else f"{100 * other:.1f}{difference}")
+                both = value is not None and other is not None
+                row.append(_text(other, 100, ".1f") + (f" ({100 * (value - other):+.1f})" if both else ""))
         rows.append(row)
-    return header, rows
+    return rows
+
+
+def _text(value: float | None, factor: float, digits: str) -> str:
+    return "–" if value is None else format(factor * value, digits)

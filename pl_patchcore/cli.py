@@ -9,22 +9,23 @@ after test and predict.
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from pl_patchcore import data as data_modules
 from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
 from pl_patchcore.configs import config_file, read_config
@@ -45,8 +46,6 @@ _QUIET = (
     "You defined a `validation_step` but have no.*",
     "Using ModelCheckpoint with manual optimization.*",  # the optimiser changes nothing
     ".*does not have many workers.*",  # num_workers is the data module's business
-    ".*`max_epochs` was not set.*",  # PatchCore sets it
-    "LightningCLI's args parameter is intended.*",  # the arguments are looked through first
 )
 _COMMANDS = LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "update", "benchmark")}
 _CLASSES = ("pl_patchcore.data", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")  # found by name alone
@@ -116,16 +115,25 @@ class Trainer(L.Trainer):
         Raises:
             UserError: If there is no such category, or the folder holds a benchmark with other settings.
         """
-        from pl_patchcore.benchmark import run_benchmark
+        from pl_patchcore import benchmark, published  # not needed for anything else
 
-        run_benchmark(self.settings, datamodule, Path(folder), categories, shots, seeds, processes, restart)
+        if processes < 1:
+            raise UserError(f"processes must be at least 1, got {processes}.")
+        assert isinstance(datamodule, AnomalyDataModule)  # the command makes no other
+        datamodule.download_data()
+        jobs = benchmark.plan(self.settings, datamodule, Path(folder), categories, shots, seeds)
+        beside = published.published_for(type(datamodule).__name__, self.settings["model"])
+        failed = benchmark.run_jobs(jobs, processes, restart)
+        benchmark.write_table(Path(folder), benchmark.table_lines(jobs, beside), failed, beside)
+        if failed:
+            raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
 
 
-class _ConfigFile(ActionConfigFile):  # type: ignore[misc]
-    """``--config``: a YAML file, or the name of one that comes with the package, such as ``data/folder``."""
+class _ConfigFile(ActionConfigFile):
+    """A YAML file, or the name of one that comes with the package, such as ``data/folder``."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(config_file(values)), option_string)
+        super().__call__(parser, cfg, str(config_file(values)), option_string)  # type: ignore[no-untyped-call]
 
 
 class _Parser(LightningArgumentParser):
@@ -136,25 +144,29 @@ class _Parser(LightningArgumentParser):
         if not self.exit_on_error:  # one inside another, whose message the outer one has
             super().error(message, ex)
         key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-        expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, re.MULTILINE))
+        expected = re.findall(
+            r"Expected an? (?:<class '(?:[^']*\.)?|typing\.)?(.+?)(?:'>)?(?:\. Got value: .*)?$", message, re.MULTILINE
+        )
         values = re.findall(r"(?:Got|Given) value: (.*)", message)
         if not (key and expected and values):
             raise UserError(" ".join(message.split())) from ex
         if key == "data":
-            names = [name for name in importlib.import_module("pl_patchcore.data").__all__ if "DataModule" in name]
+            names = [name for name in data_modules.__all__ if name.endswith("DataModule")]
             raise UserError(f"no data module {values[0]!r}; did you mean {nearest(values[0], names)!r}?") from ex
-        types = [re.sub(r"<class '(?:.*\.)?(.+)'>|typing\.(.+)", r"\1\2", kind) for kind in expected]
-        kinds = [kind for kind in types if kind != "NoneType" or len(types) == 1]
-        if any(kind.startswith("Literal[") for kind in kinds):
-            kinds = ["one of " + ", ".join(kind.removeprefix("Literal[").removesuffix("]") for kind in kinds)]
+        kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"] or expected[:1]
+        if choices := [kind[8:-1] for kind in kinds if kind.startswith("Literal[")]:
+            kinds = ["one of " + ", ".join(choices)]
         raise UserError(f"{key} must be {' or '.join(kinds)}, got {values[0]}.") from ex
 
 
 class PatchCoreCLI(LightningCLI):
     """Lightning's command line for `PatchCore` and the data modules."""
 
+    trainer: Trainer
+
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.arguments = list(sys.argv[1:] if args is None else args)
+        self.options: dict[str, Any] = {}  # what the user gives, on the command line and in files
         self.saved: dict[str, Any] | None = None  # the model's settings in the checkpoint to be loaded
         super().__init__(
             PatchCore,
@@ -167,11 +179,11 @@ class PatchCoreCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=self.arguments,
+            args=args,  # type: ignore[arg-type]
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that is called for, since setting each up takes a fifth of a second; all if it is none of them."""
+        """The command that is called for, as setting each up takes a fifth of a second; all if it is none of them."""
         return {name: skip for name, skip in _COMMANDS.items() if self.arguments[:1] == [name]} or _COMMANDS
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -190,9 +202,9 @@ class PatchCoreCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check the names of all options, read the model's settings in ``ckpt_path``, then parse."""
-        command, *rest = self.arguments or [""]
+        command = self.arguments[0] if self.arguments else ""
         if command in _COMMANDS:
-            self.options = _check_names(self.command_parser, rest)
+            self.options = _check_names(self.command_parser, self.arguments[1:])
             path = self.options.get("ckpt_path")
             if command == "update" and not path and not {"h", "help"} & self.options.keys():
                 raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
@@ -200,24 +212,15 @@ class PatchCoreCLI(LightningCLI):
                 self._read_checkpoint(parser, path)
         elif command.lstrip("-") in ("c", "config"):
             raise UserError(f"the command comes first: pl-patchcore fit {' '.join(self.arguments)}.")
-        elif command and not command.startswith("-"):
+        elif not command:
+            raise UserError(f"give a command, {{{','.join(_COMMANDS)}}}; pl-patchcore --help explains them.")
+        elif not command.startswith("-"):
             raise UserError(f"unknown command {command!r}; did you mean {nearest(command, _COMMANDS)!r}?")
         super().parse_arguments(parser, args)
-        # Lightning would put the checkpoint's settings over the user's own next, by way of YAML; there is no public
-        # way to forbid it, but where it finds no ckpt_path it does not
-        self.ckpt_path = self._chosen.get("ckpt_path")
-        if self.ckpt_path is not None:
-            self._chosen["ckpt_path"] = None
-
-    @property
-    def _own(self) -> list[str]:
-        """Names of the model's settings that the user gives, such as ``store.kind``."""
-        return [name.removeprefix("model.") for name in self.options if name.startswith("model.")]
-
-    @property
-    def _chosen(self) -> Namespace:
-        """Settings of the command, as parsed."""
-        return self.config[self.config["subcommand"]]
+        self.chosen: Any = self.config[self.config["subcommand"]]  # settings of the command
+        # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
+        # leave that out; it does without where there is no ckpt_path.
+        self.ckpt_path = self.chosen.pop("ckpt_path", None)
 
     def _read_checkpoint(self, parser: LightningArgumentParser, path: str) -> None:
         """Have the model made with the settings of a checkpoint, save what the user sets otherwise.
@@ -226,21 +229,19 @@ class PatchCoreCLI(LightningCLI):
         a class and its arguments out of a string, but straight to the constructor.
         """
         checkpoint = read_checkpoint(path)
-        arguments = inspect.signature(PatchCore.__init__).parameters
-        self.saved = plain_settings(checkpoint["hyper_parameters"], arguments, path)
-        if "backbone" not in self.saved and not any(name.startswith("backbone") for name in self._own):
+        self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
+        if "backbone" not in self.saved and not any(name.startswith("model.backbone") for name in self.options):
             raise UserError(
                 f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
             )
-        self.brings_weights = holds_backbone(checkpoint) and not {"weights", "backbone"} & set(self._own)
+        self.brings_weights = holds_backbone(checkpoint) and not {"model.weights", "model.backbone"} & {*self.options}
         parser.add_instantiator(self._make_model, PatchCore)
 
     def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:
-        """Make the model with the settings of the checkpoint, under those that the user sets."""
-        assert self.saved is not None
-        settings = dict(values if "model" in self.options else self.saved)
-        for name in self._own:
-            group, _, option = name.partition(".")
+        """Make the model with the settings of the checkpoint, under those that the user gives."""
+        settings = dict(values if "model" in self.options else self.saved or {})
+        for name in (name for name in self.options if name.startswith("model.")):
+            group, _, option = name.removeprefix("model.").partition(".")
             if group in GROUPS and option:
                 settings[group] = {**settings.get(group, {}), option: getattr(values[group], option)}
             else:
@@ -254,11 +255,11 @@ class PatchCoreCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Do not collect predictions, maps and all, in memory: they are written as they come."""
         if self.ckpt_path is not None:
-            self._chosen["ckpt_path"] = self.ckpt_path
+            self.chosen["ckpt_path"] = self.ckpt_path
         if self.subcommand == "predict":
-            self._chosen["return_predictions"] = False
+            self.chosen["return_predictions"] = False
         if self.subcommand in ("test", "validate"):
-            self._chosen["verbose"] = False
+            self.chosen["verbose"] = False
 
     def instantiate_classes(self) -> None:
         """Make the model, the data and the Trainer; what one of them refuses is said in its own words."""
@@ -271,18 +272,17 @@ class PatchCoreCLI(LightningCLI):
             raise UserError(" ".join((found[1] if found else str(error)).split())) from error
 
     def after_instantiate_classes(self) -> None:
-        """Where a checkpoint brings the model, let the saved configuration hold only what the user set of it."""
+        """Where a checkpoint brings the model, let the saved configuration hold only what the user sets of it."""
         if self.saved is not None:
-            kept = [name for name in self._own if name in self._chosen["model"]]
-            self._chosen["model"] = Namespace({name: self._chosen["model"][name] for name in kept})
+            for name in list(self.chosen["model"].keys()):
+                if not any(f"model.{name}.".startswith(f"{option}.") for option in self.options):
+                    del self.chosen["model"][name]
 
     def before_benchmark(self) -> None:
         """Hand the settings on: each row of a benchmark is a ``run`` with them."""
-        text = self.command_parser.dump(self._chosen, skip_none=False, skip_validation=True)
-        settings = yaml.safe_load(text)
-        for name in ("folder", "categories", "shots", "seeds", "processes", "restart", "config"):
-            settings.pop(name, None)
-        self.trainer.settings = settings
+        text = self.command_parser.dump(self.chosen, skip_none=False, skip_validation=True)
+        own = ("folder", "categories", "shots", "seeds", "processes", "restart", "config")
+        self.trainer.settings = {name: value for name, value in yaml.safe_load(text).items() if name not in own}
 
 
 def _check_names(parser: LightningArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
@@ -293,22 +293,25 @@ def _check_names(parser: LightningArgumentParser, arguments: Sequence[str]) -> d
         arguments: What follows the command.
 
     Returns:
-        The options given and their values, the last one of each; text if from the command line.
+        The options given, dotted, and the last value of each: text from the command line, data from a file.
 
     Raises:
         UserError: Naming the option, the file it is in, and the nearest right one.
     """
-    known = set(parser.get_defaults(skip_validation=True).keys()) | {"config", "c", "h"}
+    known = {*parser.get_defaults(skip_validation=True).keys(), "config", "c", "h"}
     options: list[tuple[str, Any, str]] = []  # name, value, file
-    for name, value in _words(arguments):
-        if name in ("config", "c") and value is not None:
+    for argument, following in pairwise([*arguments, ""]):
+        if not re.match(r"-+[^\d-]", argument):
+            continue
+        name, equals, value = argument.lstrip("-").partition("=")
+        value = value if equals else following
+        if name in ("config", "c"):
             path = config_file(value)
             options += [(inner, given, f" in {path}") for inner, given in _flat(read_config(path), known)]
         else:
-            options.append((name, value, ""))
-    modules = {file: module for name, value, file in options if (module := _data_module(name, value))}
+            options.append((name.removesuffix("+"), value, ""))
+    module = next((given for name, value, _ in reversed(options) if (given := _data_module(name, value))), "")
     for name, value, file in options:
-        module = modules.get(file) or ["", *modules.values()][-1]
         if name.startswith("data."):
             _check_arguments([name.removeprefix("data.").removeprefix("init_args.")], module, file, "data.")
         elif name == "data":
@@ -317,14 +320,6 @@ def _check_names(parser: LightningArgumentParser, arguments: Sequence[str]) -> d
             _check_name(name, value, known, file)
             _check_value(value, file)
     return {name: value for name, value, _ in options}
-
-
-def _words(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Options of a command line: name without dashes, and value."""
-    for argument, following in pairwise([*arguments, ""]):
-        if argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit():
-            name, equals, value = argument.lstrip("-").partition("=")
-            yield name.removesuffix("+"), value if equals else None if following.startswith("--") else following
 
 
 def _flat(content: Mapping[str, Any], known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -336,58 +331,50 @@ def _flat(content: Mapping[str, Any], known: Collection[str], prefix: str = "") 
             yield f"{prefix}{key}", value
 
 
-def _data_module(name: str, value: Any) -> str | None:
+def _data_module(name: str, value: Any) -> str:
     """The data module's class, if it is what an option gives."""
-    given = value.get("class_path") if name == "data" and isinstance(value, dict) else value
-    return given if name in ("data", "data.class_path") and isinstance(given, str) else None
+    given = value.get("class_path") if isinstance(value, dict) else value
+    return str(given or "") if name in ("data", "data.class_path") else ""
 
 
 def _check_name(name: str, value: Any, known: Collection[str], file: str) -> None:
-    options = [option for option in known if option.startswith(f"{name}.")]
-    is_group = options and (not value or isinstance(value, dict) or value[:1] == "{" or Path(value).is_file())
-    is_known = any(name == option or name.startswith(f"{option}.") for option in known)
+    options = sorted(option for option in known if option.startswith(f"{name}."))
+    is_group = options and (not value or value[:1] in ("{", "-") or Path(value).is_file())
+    is_known = any(f"{name}.".startswith(f"{option}.") for option in known)  # or belongs to a class of its own
     if is_group or is_known or re.fullmatch(r"(.*\.)?help|print_.*", name):
         return
     if name.startswith("model.") and (place := moved(name.removeprefix("model."), "model.")):
         raise UserError(f"{file.removeprefix(' in ')}: {place}".removeprefix(": "))
     if options:
-        raise UserError(f"{name}{file} is a group of options, {', '.join(sorted(options))}; got {value!r}.")
+        raise UserError(f"{name}{file} is a group of options, {', '.join(options)}; got {value!r}.")
     raise UserError(f"unknown option {name!r}{file}; did you mean {nearest(name, known)!r}?")
 
 
 def _check_value(value: Any, file: str, prefix: str = "", class_path: str = "") -> None:
     """Refuse arguments that a class inside an option's value does not have."""
-    if isinstance(value, list):
-        for item in value:
-            _check_value(item, file)
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         if isinstance(given := value.get("init_args"), dict):
             _check_arguments(given, str(value.get("class_path") or class_path), file, prefix)
-        for inner in value.values():
-            _check_value(inner, file)
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else []:
+        _check_value(inner, file)
 
 
 def _check_arguments(names: Iterable[str], class_path: str, file: str, prefix: str) -> None:
     """Refuse arguments that a class does not have; jsonargparse says where there is no such class."""
-    known = _arguments(class_path)
-    for name in names:
-        if known and name.partition(".")[0] not in {*known, "class_path", "help"}:
-            raise UserError(
-                f"unknown option {prefix + name!r}{file}; did you mean {prefix + nearest(name, known)!r}?"
-            )
-
-
-def _arguments(class_path: str) -> set[str]:
-    """Names of the arguments of a class, given by its path or by its name alone; empty where there is none."""
     module, _, name = class_path.rpartition(".")
     for place in [module] if module else _CLASSES:
         try:
             found = getattr(importlib.import_module(place), name)
-            names = ArgumentParser().add_class_arguments(found, "it", fail_untyped=False)
+            arguments = ArgumentParser().add_class_arguments(found, "it", fail_untyped=False)
         except (ImportError, AttributeError, ValueError):
             continue
-        return {option.split(".")[1] for option in names}
-    return set()
+        known = [argument.split(".")[1] for argument in arguments]
+        for given in names:
+            if given.partition(".")[0] not in (*known, "class_path", "help"):
+                alike = prefix + nearest(given, known)
+                raise UserError(f"unknown option {prefix + given!r}{file}; did you mean {alike!r}?")
+        return
 
 
 def main(args: Sequence[str] | None = None) -> None:

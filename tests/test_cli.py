@@ -27,6 +27,7 @@ DATA = {
         "init_args": {"image_size": 64, "train_images": 4, "test_nominal": 3, "test_per_defect": 1, "num_workers": 0},
     },
     "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False},
+    "report": {"pictures": 0},
 }
 TINY = DATA | {
     "model": {
@@ -42,6 +43,7 @@ TINY = DATA | {
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # results go elsewhere than the fit's
 ]
 
 
@@ -152,7 +154,7 @@ def test_test_in_another_process(ran, tmp_path):
     assert figures_of(again.stdout) == figures_of(printed)
     first, second = metrics_of(folder), metrics_of(tmp_path)
     for name in ("image_auroc", "pixel_auroc", "pro"):
-        assert second[name] == pytest.approx(first[name], abs=1e-6)
+        assert second[name] == pytest.approx(first[name], abs=1e-5)
     assert "Traceback" not in again.stderr
 
 
@@ -220,7 +222,7 @@ def test_ensemble(config, tmp_path, capsys):
     shared = {"ensemble": {"members": members}, "calibration_share": 0.3, "false_alarm_rate": 0.5, "layers": ["layer3"]}
     main(["run", "--config", config(model=shared)])
     first, path = metrics_of(tmp_path), checkpoint_of(tmp_path)
-    assert first["memory_bank"] == [[30, 64], [16, 128]]  # 4 x 4 cells, every second, of 4 images
+    assert first["memory_bank"] == [[30, 64], [12, 128]]  # 4 x 4 cells, every second, of 3 images
     data = config(DATA)
     main(["test", "--config", data, "--ckpt_path", path, "--model.false_alarm_rate", "0.6"])
     second = metrics_of(tmp_path)
@@ -286,8 +288,14 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, ca
         ("fit --config demo --data.batch_size=0", "batch_size must be at least 1, got 0."),
         ("fit --config demo --data.shots=0", "shots must be at least 1, got 0; leave it out to train on all"),
         ("fit --config demo --data.texture=wood", "data.texture must be one of 'brick', 'gravel', 'grass', got wood."),
-        ("fit --config demo --model.coreset_method=best", "model.coreset_method must be one of 'greedy', 'approximate'"),
-        ("fit --config demo --model.store.kind=tape", "model.store.kind must be one of 'auto', 'ram', 'disk', got tape."),
+        (
+            "fit --config demo --model.coreset_method=best",
+            "model.coreset_method must be one of 'greedy', 'approximate'",
+        ),
+        (
+            "fit --config demo --model.store.kind=tape",
+            "model.store.kind must be one of 'auto', 'ram', 'disk', got tape.",
+        ),
         ("fit --config demo --model.coreset_ratio=abc", "model.coreset_ratio must be float, got abc."),
         ("fit --config demo --model.coreset_ratio=1.5", "coreset_ratio must be in (0, 1], got 1.5"),
         ("fit --config demo --model.patches.stride=0", "patches.stride must be at least 1, got 0."),
@@ -342,10 +350,11 @@ def test_error_in_a_loader_process_is_one_line(capsys, config, tmp_path):
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([])
-    assert stop.value.code == 2
-    assert "{fit,validate,test,predict,run,update,benchmark}" in capsys.readouterr().err
+    commands = "{fit,validate,test,predict,run,update,benchmark}"
+    assert commands in error_of(capsys)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert commands in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])
     assert stop.value.code == 0

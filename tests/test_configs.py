@@ -60,5 +60,7 @@ def test_the_wheel_holds_them(tmp_path):
     held = zipfile.ZipFile(path).namelist()
     assert {f"pl_patchcore/configs/{name}.yaml" for name in config_names()} <= set(held)
     for name in config_names():
-        assert zipfile.ZipFile(path).read(f"pl_patchcore/configs/{name}.yaml") == (CONFIGS / f"{name}.yaml").read_bytes()
+        assert (
+            zipfile.ZipFile(path).read(f"pl_patchcore/configs/{name}.yaml") == (CONFIGS / f"{name}.yaml").read_bytes()
+        )
     assert yaml.safe_load((CONFIGS / "demo.yaml").read_text())["data"]

@@ -34,7 +34,11 @@ from pl_patchcore.options import (
         (EnsembleOptions, {"combine": "max"}, r"ensemble\.combine must be nominal or test_range, got 'max'\."),
         (EnsembleOptions, {"members": []}, r"ensemble\.members names no model"),
         (EnsembleOptions, {"members": ["resnet18"]}, r"ensemble\.members must be a list of dicts"),
-        (EnsembleOptions, {"members": [{"layer": ["a"]}]}, "member of an ensemble has no argument 'layer'; .* 'layers'"),
+        (
+            EnsembleOptions,
+            {"members": [{"layer": ["a"]}]},
+            "member of an ensemble has no argument 'layer'; .* 'layers'",
+        ),
         (EnsembleOptions, {"members": [{"resize": 32}]}, "has no argument 'resize'"),
         (EnsembleOptions, {"members": [{"layer_dim": 8}]}, r"layer_dim is now patches\.layer_dim\."),
         (EnsembleOptions, {"members": [{"patches": {"stride": 0}}]}, r"patches\.stride must be at least 1"),
