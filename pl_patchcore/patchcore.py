@@ -314,7 +314,7 @@ class PatchCore(L.LightningModule):
         loader = single_loader(loaders)
         self._check_fitted()
         self._find_ranges([loader])
-        self._test_figures = TestFigures(self.metrics_mode, self.image_threshold, self.pixel_threshold, self.device)
+        self._test_figures = TestFigures(self.image_threshold, self.pixel_threshold, self.metrics_mode, self.device)
 
     def on_test_epoch_end(self, prefix: str = "test") -> None:
         """Compute and log the figures: image AUROC, pixel AUROC, PRO."""
