@@ -241,7 +241,7 @@ class PatchCoreCLI(LightningCLI):
         """Make the model with the settings of the checkpoint, under those that the user gives."""
         settings = dict(values if "model" in self.options else self.saved or {})
         for name in (name for name in self.options if name.startswith("model.")):
-            group, _, option = name.removeprefix("model.").partition(".")
+            group, option = [*name.removeprefix("model.").split(".", 1), ""][:2]
             if group in GROUPS and option:
                 settings[group] = {**settings.get(group, {}), option: getattr(values[group], option)}
             else:
@@ -274,9 +274,9 @@ class PatchCoreCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Where a checkpoint brings the model, let the saved configuration hold only what the user sets of it."""
         if self.saved is not None:
-            for name in list(self.chosen["model"].keys()):
-                if not any(f"model.{name}.".startswith(f"{option}.") for option in self.options):
-                    del self.chosen["model"][name]
+            given = [f"{name}." for name in self.options]
+            kept = {k: v for k, v in self.chosen["model"].items() if f"model.{k}.".startswith(tuple(given))}
+            self.chosen["model"] = type(self.chosen)(kept)
 
     def before_benchmark(self) -> None:
         """Hand the settings on: each row of a benchmark is a ``run`` with them."""

@@ -14,7 +14,7 @@ import fakes
 import pytest
 import yaml
 
-from pl_patchcore import MVTecDataModule, SyntheticDataModule, UserError
+from pl_patchcore import MTDDataModule, MVTecDataModule, UserError
 from pl_patchcore.benchmark import Job, _start, plan, run_jobs, table_lines, write_table
 from pl_patchcore.cli import main
 from pl_patchcore.configs import recipe
@@ -146,8 +146,8 @@ def test_plan(tmp_path):
     assert last["data"]["init_args"] == {"root": root, "category": "b", "shots": 5, "shots_seed": 3}
     assert last["model"]["seed"] == 3
     assert [job.category for job in plan(settings, MVTecDataModule(root), tmp_path)] == ["a", "b"]
-    (alone,) = plan(settings, SyntheticDataModule(), tmp_path)
-    assert alone.category == "synthetic"
+    (alone,) = plan(settings, MTDDataModule(), tmp_path)
+    assert alone.category == "mtd"
     assert alone.settings["data"] == settings["data"]
     assert alone.settings["model"] == settings["model"]
     assert settings["trainer"] == {}
