@@ -195,7 +195,7 @@ def test_settings_of_a_checkpoint_are_data(ran, config, tmp_path, capsys):
 
 def test_update(ran, config, tmp_path, capsys):
     main(["update", "--config", config(DATA), "--ckpt_path", checkpoint_of(ran[0]), "--data.seed", "1"])
-    assert len(PatchCore.load_from_checkpoint(checkpoint_of(tmp_path)).memory_bank) == 30
+    assert PatchCore.load_from_checkpoint(checkpoint_of(tmp_path)).memory_bank.size == 30
     assert "update needs ckpt_path" in error_of(capsys, "update", "--config", config(DATA))
 
 

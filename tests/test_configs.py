@@ -32,7 +32,7 @@ def test_recipes(tiny):
         recipe("mine")
     model = PatchCore.from_recipe("official", backbone=tiny, layers=["fine"], resize=64, crop=48)
     assert model.transform.resize_mode == "shorter_side"
-    assert model.scorer.distance == "squared"
+    assert model.model.scorer.distance == "squared"
 
 
 def test_paper_is_the_defaults():

@@ -177,10 +177,14 @@ def test_unknown_options_and_unfit_strategies(trainer):
     with pytest.raises(UserError, match="no argument 'weights'"):
         MemoryBankCallback("encoder", ["1"], weights=None)
     callback = MemoryBankCallback("model.encoder", **OPTIONS)
-    runner = trainer()
-    runner.strategy = FSDPStrategy.__new__(FSDPStrategy)  # Lightning makes one only where a GPU is
+
+    class Sharded(L.Trainer):
+        strategy = FSDPStrategy.__new__(FSDPStrategy)  # Lightning makes one only where a GPU is
+
+        def __init__(self): ...
+
     with pytest.raises(UserError, match="FSDPStrategy may split it; take strategy ddp"):
-        callback.setup(runner, Classifier(), "fit")
+        callback.setup(Sharded(), Classifier(), "fit")
     with pytest.raises(UserError, match="import lightning as L in place of pytorch_lightning"):
         callback.setup(SimpleNamespace(), Classifier(), "fit")
 

@@ -1,6 +1,7 @@
 """Options in groups, and what became of former arguments."""
 
 import copy
+import inspect
 import dataclasses
 
 import pytest
@@ -11,8 +12,8 @@ from pl_patchcore.options import (
     EnsembleOptions,
     ImageOptions,
     PatchOptions,
-    RefusesUnknown,
     StoreOptions,
+    keeps_arguments,
     options_of,
     plain_settings,
     refuse_unknown,
@@ -79,19 +80,22 @@ def test_former_and_misspelt_arguments(name, message):
         refuse_unknown([name], ["coreset_ratio", "store"])
 
 
-def test_a_subclass_may_have_arguments_of_its_own():
-    class Base(RefusesUnknown):
+def test_arguments_of_the_outermost_class_are_kept():
+    class Base:
+        @keeps_arguments
         def __init__(self, size=1):
             self.size = size
 
     class Sub(Base):
+        @keeps_arguments
         def __init__(self, colour="red", **settings):
             super().__init__(**settings)
             self.colour = colour
 
-    sub = Sub(colour="blue", size=2)
-    assert copy.copy(Base(3)).size == 3
-    assert copy.deepcopy(sub).__dict__ == {"size": 2, "colour": "blue"}
+    sub = copy.deepcopy(Sub(colour="blue", size=2))
+    assert (sub.size, sub.colour, sub.arguments) == (2, "blue", {"colour": "blue", "size": 2})
+    assert Base(3).arguments == {"size": 3}
+    assert list(inspect.signature(Base).parameters) == ["size"]
     with pytest.raises(UserError, match="Base has no argument 'sise'; did you mean 'size'"):
         Base(sise=2)
 
