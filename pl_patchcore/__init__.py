@@ -2,58 +2,64 @@
 
 The way of an image, one file a stage::
 
-    preprocessing.py    image file               -> image (3, H, W), mask (H, W)
     data/               folders of a data set    -> samples, batches
-    backbone.py         images (B, 3, H, W)      -> layers (B, C, h, w)
-    patch_features.py   layers                   -> patch features (B, h, w, D)
-    feature_store.py    the epoch's features     -> one store (N, D), as store_plan.py says: RAM or disk
-    collection.py       the store                -> the rows kept (M, D), by those that follow
-    coreset.py          (N, d) projected         -> kept rows (M,); coreset_bounded.py where RAM does not hold all,
-                                                    coreset_shared.py on several processes; by
-                                                    farthest_first.py, distance_bounds.py
-    memory_bank.py      kept features (M, D)     -> nearest neighbours of queries; exact_search.py and
-                                                    search_filter.py, approximate_search.py, shared_search.py
+    preprocessing.py    image file               -> image (3, H, W), mask (H, W)
+    backbone.py         name or module           -> a network that gives layers (B, C, h, w)
+    patch_features.py   images (B, 3, H, W)      -> patch features (B, h, w, D)
+    coreset/            patch features (N, D)    -> the rows kept (M, D): the store, the greedy loop, over processes
+    memory_bank.py      rows kept (M, D)         -> nearest neighbours of queries, by search/
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
-    metrics/            scores, maps, masks      -> AUROC, PRO and others
+    model.py            joins these: PatchCoreModel, a plain module; ensemble.py several of it
+    fitting.py          training images          -> a model with a memory bank
     calibration.py      scores of nominal images -> thresholds
+    patchcore.py        the model in Lightning: fit, test, predict; checkpoint.py what is saved, options.py its options,
+                        configs.py the YAML that comes with it, build.py the model of its arguments
+    memory_bank_callback.py fits it on the encoder of a LightningModule of one's own, when that is trained
+    metrics/            scores, maps, masks      -> AUROC, PRO and others
     report/             figures, maps            -> tables, pictures, files
-    patchcore.py        joins these; ensemble.py several of it, recipes.py its settings
-    anomaly_module.py   what is Lightning's of both: fit, test, predict; checkpoint.py what they save
-    encoder_callback.py fits it on the encoder of a LightningModule of one's own, when that is trained
     cli.py              the command pl-patchcore; benchmark.py all categories, published.py what others had
+
+Names are imported when they are first used: importing the package imports no torch.
 """
 
-from pl_patchcore.data import (
-    AnomalyDataModule,
-    FolderDataModule,
-    MSTCDataModule,
-    MTDDataModule,
-    MVTecDataModule,
-    SyntheticDataModule,
-)
-from pl_patchcore.encoder_callback import MemoryBankCallback
-from pl_patchcore.ensemble import PatchCoreEnsemble
-from pl_patchcore.errors import UserError
-from pl_patchcore.memory_bank import MemoryBank
-from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.patchcore import PatchCore
-from pl_patchcore.preprocessing import Preprocessing
-from pl_patchcore.recipes import RECIPES
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = [
-    "RECIPES",
-    "AnomalyDataModule",
-    "FolderDataModule",
-    "MSTCDataModule",
-    "MTDDataModule",
-    "MVTecDataModule",
-    "MemoryBank",
-    "MemoryBankCallback",
-    "PatchCore",
-    "PatchCoreEnsemble",
-    "PatchFeatures",
-    "Preprocessing",
-    "SyntheticDataModule",
-    "UserError",
-]
+if TYPE_CHECKING:
+    from pl_patchcore.data import AnomalyDataModule as AnomalyDataModule
+    from pl_patchcore.data import FolderDataModule as FolderDataModule
+    from pl_patchcore.data import MSTCDataModule as MSTCDataModule
+    from pl_patchcore.data import MTDDataModule as MTDDataModule
+    from pl_patchcore.data import MVTecDataModule as MVTecDataModule
+    from pl_patchcore.data import SyntheticDataModule as SyntheticDataModule
+    from pl_patchcore.errors import UserError as UserError
+    from pl_patchcore.memory_bank import MemoryBank as MemoryBank
+    from pl_patchcore.memory_bank_callback import MemoryBankCallback as MemoryBankCallback
+    from pl_patchcore.model import PatchCoreModel as PatchCoreModel
+    from pl_patchcore.patch_features import PatchFeatures as PatchFeatures
+    from pl_patchcore.patchcore import PatchCore as PatchCore
+    from pl_patchcore.preprocessing import Preprocessing as Preprocessing
+
+__version__ = "0.2.0"
+_MODULES = {  # name: module it is from
+    "AnomalyDataModule": "data",
+    "FolderDataModule": "data",
+    "MSTCDataModule": "data",
+    "MTDDataModule": "data",
+    "MVTecDataModule": "data",
+    "MemoryBank": "memory_bank",
+    "MemoryBankCallback": "memory_bank_callback",
+    "PatchCore": "patchcore",
+    "PatchCoreModel": "model",
+    "PatchFeatures": "patch_features",
+    "Preprocessing": "preprocessing",
+    "SyntheticDataModule": "data",
+    "UserError": "errors",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -65,8 +65,7 @@ class AnomalyScorer(nn.Module):
             (or its square), from 0 up without bound.
         """
         b, h, w, d = patches.shape
-        k = self.num_neighbors if torch.compiler.is_compiling() else min(self.num_neighbors, len(bank))
-        nearest, rows = bank(patches.reshape(-1, d), k)
+        nearest, rows = bank(patches.reshape(-1, d), min(self.num_neighbors, bank.size))
         distances = nearest.square() if self.distance == "squared" else nearest
         distances = distances.mean(1).view(b, h * w)
         star, patch = distances.max(1)  # equation 6
@@ -91,9 +90,9 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
     Returns:
         float32 ``(B,)`` in [0, 1]; all 1 for b = 1 or a bank of one row.
     """
-    b = min(b, len(bank))
+    b = min(b, bank.size)
     if b == 1:
-        return torch.ones(len(patch), device=patch.device)
+        return patch.new_ones(patch.shape[0], dtype=torch.float32)
     star = bank.rows(nearest)  # (B, D)
     _, rows = bank(star, b)
     # Duplicates of m* may stand before it, even crowd it out; being equal, any of them stands for it.
@@ -121,7 +120,11 @@ def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) ->
     maps = F.interpolate(distances[:, None], size, mode="bilinear", align_corners=False)
     if sigma > 0:
         radius = int(4 * sigma + 0.5)
-        maps = maps[:, :, _mirrored(size[0], radius, maps.device)[:, None], _mirrored(size[1], radius, maps.device)]
+        places = []  # along each axis, continued by ``radius`` on both sides, the edge repeated, however short it is
+        for length in size:
+            place = torch.arange(-radius, length + radius, device=maps.device).remainder(2 * length)
+            places.append(torch.minimum(place, 2 * length - 1 - place))
+        maps = maps[:, :, places[0][:, None], places[1]]
         width = 2 * radius + 1
         maps = gaussian_blur2d(maps, (width, width), (sigma, sigma), border_type="constant")
         maps = maps[:, :, radius:-radius, radius:-radius] if radius else maps
@@ -153,9 +156,3 @@ def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: t
     )[0, 0]
     inside = (y.abs() <= 1)[:, None] & (x.abs() <= 1)
     return full.masked_fill(~inside, torch.nan)
-
-
-def _mirrored(length: int, radius: int, device: torch.device) -> Tensor:
-    """Indices that continue an axis by ``radius`` on both sides, edge repeated, however short it is."""
-    place = torch.arange(-radius, length + radius, device=device).remainder(2 * length)
-    return torch.minimum(place, 2 * length - 1 - place)

@@ -7,21 +7,26 @@ A threshold is set by the false-alarm rate that the user accepts: split conforma
 ``1 / rate - 1`` images no score is high enough; the highest one then serves, and promises ``1 / (n + 1)``.
 
 For pixels the score of an image is the peak of its anomaly map: with the promised probability not one pixel of a
-new nominal image lies above the threshold. Read by `anomaly_module.py`, which holds the scores in the checkpoint.
+new nominal image lies above the threshold. `Calibration` holds the scores in the model; next: `metrics/`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_SLACK = 1e-9  # so that 20 * 0.05 is 1
-_STREAM = (
-    1  # apart from the draws of others with the same seed: a split of the data set must not go along with this one
-)
+from pl_patchcore.distributed import on_first_process
+
+log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
+
+SLACK = 1e-9  # so that 20 * 0.05 is 1
+STREAM = 1  # of random numbers: a split of the data set by the same seed must not go along with this draw
 
 
 def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
@@ -40,7 +45,7 @@ def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
         [1, 9]
     """
     wanted = max(1, round(share * number)) if share else 0
-    return frozenset(np.random.default_rng([seed, _STREAM]).permutation(number)[:wanted].tolist())
+    return frozenset(np.random.default_rng([seed, STREAM]).permutation(number)[:wanted].tolist())
 
 
 def is_held_out(index: int, share: float, seed: int) -> bool:
@@ -80,7 +85,7 @@ def conformal_threshold(scores: Tensor, rate: float) -> tuple[float, float]:
         (18.0, 0.1)
     """
     n = len(scores)
-    above = max(1, math.floor((n + 1) * rate + _SLACK))  # of n + 1 exchangeable scores, so many exceed it
+    above = max(1, math.floor((n + 1) * rate + SLACK))  # of n + 1 exchangeable scores, so many exceed it
     return scores.sort().values[n - above].item(), above / (n + 1)
 
 
@@ -91,15 +96,15 @@ def images_needed(rate: float) -> int:
         >>> images_needed(0.01)
         99
     """
-    return math.ceil(1 / rate - 1 - _SLACK)
+    return math.ceil(1 / rate - 1 - SLACK)
 
 
-def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+def p_values(scores: Tensor, held_out: Tensor) -> Tensor:
     """Share of nominal images that score at least as high, the new image counted among them.
 
     Args:
         scores: Anomaly scores, ``(B,)``.
-        calibration: Scores of held-out nominal images, ``(n,)``.
+        held_out: Scores of held-out nominal images, ``(n,)``, of any dtype.
 
     Returns:
         float32 ``(B,)`` in [1 / (n + 1), 1]; of nominal images, at most a share p has a value of p or less.
@@ -108,6 +113,78 @@ def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
         >>> p_values(torch.tensor([0.5, 9.0]), torch.tensor([1.0, 2.0, 3.0]))
         tensor([1.0000, 0.2500])
     """
-    ordered = calibration.sort().values
-    at_least = len(ordered) - torch.searchsorted(ordered, scores.contiguous())
-    return (1 + at_least).float() / (1 + len(ordered))
+    kind = torch.promote_types(scores.dtype, held_out.dtype)
+    at_least = len(held_out) - torch.searchsorted(held_out.sort().values.to(kind), scores.to(kind).contiguous())
+    return (1 + at_least).float() / (1 + len(held_out))
+
+
+class Calibration(nn.Module):
+    """Scores of the held-out images, saved with the model; empty until `fill`.
+
+    Casting a model casts them: thresholds are then rounded as its scores are.
+
+    Attributes:
+        scores: Anomaly scores, ``(n,)``, float32; of any n by ``load_state_dict``.
+        peaks: Highest value of each image's anomaly map, ``(n,)``, float32.
+
+    Example:
+        >>> calibration = Calibration()
+        >>> calibration.image_threshold(0.5)
+        >>> calibration.fill(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]))
+        >>> calibration.image_threshold(0.5), calibration.pixel_threshold(0.25)
+        (2.0, 6.0)
+    """
+
+    scores: Tensor
+    peaks: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scores", torch.empty(0, dtype=torch.float32))
+        self.register_buffer("peaks", torch.empty(0, dtype=torch.float32))
+        self.register_load_state_dict_pre_hook(_take_sizes)  # type: ignore[no-untyped-call]
+
+    def fill(self, scores: Tensor, peaks: Tensor) -> None:
+        """Take in the scores and the peaks of the maps of all held-out images, ``(n,)`` each."""
+        for name, values in (("scores", scores), ("peaks", peaks)):
+            setattr(self, name, values.detach().to(self.scores.device, torch.float32, copy=True))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.fill(self.scores[:0], self.peaks[:0])
+
+    def image_threshold(self, rate: float) -> float | None:
+        """Anomaly score that a nominal image exceeds with probability ``rate``; None while empty."""
+        return conformal_threshold(self.scores, rate)[0] if len(self.scores) else None
+
+    def pixel_threshold(self, rate: float) -> float | None:
+        """Value that a nominal image's anomaly map exceeds somewhere with probability ``rate``; None while empty."""
+        return conformal_threshold(self.peaks, rate)[0] if len(self.peaks) else None
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """See `p_values`."""
+        return p_values(scores, self.scores)
+
+    def tell(self, rate: float) -> None:
+        """Log the thresholds, and what they promise; nothing while empty."""
+        if not (n := len(self.scores)):
+            return
+        promised = conformal_threshold(self.scores, rate)[1]
+        log.info(
+            "thresholds from %d held-out nominal images: %.4g for anomaly scores, %.4g for anomaly maps; a nominal "
+            "image exceeds each with probability %.3g.",
+            *(n, self.image_threshold(rate), self.pixel_threshold(rate), promised),
+        )
+        if n < images_needed(rate):
+            log.warning(
+                "false_alarm_rate %g needs at least %d held-out images, there are %d: the thresholds are the highest "
+                "of them, and promise %.3g; raise calibration_share or take more nominal images.",
+                *(rate, images_needed(rate), n, promised),
+            )
+
+
+def _take_sizes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: give the buffers the sizes of those that were saved."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if isinstance(saved := state_dict.get(prefix + name), Tensor):
+            setattr(module, name, buffer.new_empty(saved.shape))

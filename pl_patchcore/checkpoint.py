@@ -1,145 +1,147 @@
-"""Checkpoints: reading with clear errors, refusing another model's, and writing the finished bank.
+"""Checkpoints: reading with clear errors, and refusing another model's.
 
-A checkpoint is Lightning's, loaded with ``weights_only=True``. Beside Lightning's own keys it holds ``patchcore``,
-what the memory bank depends on (`PatchCore.identity`), in plain values.
+A checkpoint is Lightning's, loaded with ``weights_only=True``. Beside Lightning's own keys it holds ``patchcore``: the
+format's version, whether there is a memory bank, and what that depends on (`PatchCoreModel.identity` and the
+preprocessing), in plain values.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import logging
 import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
+import lightning as L
 import numpy as np
 import torch
-from lightning import Trainer
-from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
+from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import plain_settings
+
+log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
+
+FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
+M = TypeVar("M", bound=L.LightningModule)
+Source = str | PathLike[str] | IO[bytes]
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Open a checkpoint of a fitted PatchCore; tensors are mapped from the file, not read.
+def read_checkpoint(source: Source) -> dict[str, Any]:
+    """Open a checkpoint of a fitted PatchCore; tensors of a file are mapped, not read.
+
+    Args:
+        source: Path, or an open binary file such as ``io.BytesIO``.
 
     Returns:
         The checkpoint.
 
     Raises:
-        UserError: If the file is missing, cut short, of another model, or has an empty memory bank.
+        UserError: If the file is missing, cut short, of another model or version, or has no memory bank.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give the .ckpt file that fit has written.")
+    name = str(source) if isinstance(source, str | PathLike) else "the checkpoint"
+    if isinstance(source, str | PathLike) and not Path(source).is_file():
+        raise UserError(f"{source}: no such checkpoint; give the .ckpt file that fit has written.")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = isinstance(source, str | PathLike)
+        checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: is no checkpoint of PatchCore, or a damaged one; fit again.") from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: is damaged or cut short; copy it again, or fit again.") from error
-    _require_fitted(checkpoint, str(path))
+        raise UserError(f"{name}: is no checkpoint of PatchCore, or a damaged one; fit again.") from error
+    except Exception as error:  # a damaged file makes torch raise errors of many kinds
+        raise UserError(f"{name}: is damaged or cut short; copy it again, or fit again.") from error
+    require_fitted(checkpoint, name)
     return checkpoint
 
 
-def _require_fitted(checkpoint: Any, name: str) -> None:
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("patchcore"), dict):
+def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
+    """Refuse what is no checkpoint of a fitted PatchCore of this version.
+
+    Raises:
+        UserError: With the reason.
+    """
+    mark = checkpoint.get("patchcore") if isinstance(checkpoint, dict) else None
+    if not isinstance(mark, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
-    if not _is_fitted(checkpoint):
-        raise UserError(f"{name}: holds an empty memory bank, as written before a fit has ended; fit again.")
-
-
-def _is_fitted(checkpoint: dict[str, Any]) -> bool:
-    banks = [bank for key, bank in checkpoint["state_dict"].items() if key.endswith("memory_bank.features")]
-    return bool(banks) and all(len(bank) for bank in banks)
+    if mark.get("format") != FORMAT:
+        raise UserError(f"{name}: was written by another version of pl_patchcore, which this one cannot read; fit again.")
+    if not mark.get("fitted"):
+        raise UserError(f"{name}: holds no memory bank: it was written before its fit had ended; fit again.")
 
 
 def holds_backbone(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint brings the backbone's weights (``save_backbone``)."""
-    return any("patch_features.backbone." in key for key in checkpoint["state_dict"])
+    return any("patch_features." in key for key in checkpoint["state_dict"])
 
 
-class _CheckpointIO(_WrappingCheckpointIO):
-    """Reads checkpoints through `read_checkpoint` first, for its errors; holds back what a fit saves too early."""
+def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, Any], name: str) -> M:
+    """Make the module of a checkpoint with its hyper-parameters, which are plain values, and those given.
 
-    def __init__(self, checkpoint_io: CheckpointIO, trainer: Trainer) -> None:
-        super().__init__(checkpoint_io)
-        self.trainer = trainer
-        self.written: dict[str, bool] = {}  # path: whether it holds weights only
+    Args:
+        kind: Class of the module.
+        checkpoint: As `read_checkpoint` returns it.
+        overrides: Arguments that take the place of those in the file.
+        name: Name of the file, for errors.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
-        self.written[str(path)] = "optimizer_states" not in checkpoint
-        state = self.trainer.state
-        if state.fn != TrainerFn.FITTING or state.status != TrainerStatus.RUNNING or _is_fitted(checkpoint):
-            super().save_checkpoint(checkpoint, path, *args, **kwargs)
-        elif "://" not in str(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)  # for links to it
-
-    def remove_checkpoint(self, path: Any) -> None:
-        super().remove_checkpoint(path)
-        self.written.pop(str(path), None)
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if "://" not in str(path):
-            read_checkpoint(path)
-        loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        return loaded
-
-
-def watch_checkpoints(trainer: Trainer) -> None:
-    """Answer a damaged ``ckpt_path`` by the errors of `read_checkpoint`, and remember the files a fit writes.
-
-    Checkpoint callbacks run before the module's own ``on_train_end``, so that what they save has no memory bank. It is
-    held back, that a fit which is killed while it selects leaves no such file, until `write_checkpoints`. Lightning has
-    no hook between the choice of a checkpoint and its loading, hence the wrapper.
+    Raises:
+        UserError: If an argument is unknown, or one is missing that a file cannot hold.
     """
-    if isinstance(trainer.strategy.checkpoint_io, _CheckpointIO):
-        trainer.strategy.checkpoint_io.written.clear()
-    else:
-        trainer.strategy.checkpoint_io = _CheckpointIO(trainer.strategy.checkpoint_io, trainer)
-
-
-def write_checkpoints(trainer: Trainer) -> None:
-    """Write the finished model to every path that was saved to since `watch_checkpoints`, and not removed since."""
-    written = getattr(trainer.strategy.checkpoint_io, "written", {})
-    for path, weights_only in list(trainer.strategy.broadcast(written).items()):
-        trainer.save_checkpoint(path, weights_only)
+    saved = checkpoint.get("hyper_parameters", {})
+    arguments = plain_settings(saved, inspect.signature(kind.__init__).parameters, name)
+    for argument in checkpoint["patchcore"]["left_out"]:
+        if argument not in overrides:
+            raise UserError(
+                f"{name} was fitted with {argument} as an object that a file cannot hold; pass it: "
+                f"load_from_checkpoint(path, {argument}=...)."
+            )
+    brings_weights = holds_backbone(checkpoint) and "weights" in arguments and "weights" not in overrides
+    with warnings.catch_warnings():
+        if brings_weights:
+            warnings.simplefilter("ignore", UntrainedBackboneWarning)
+        module = kind(**(arguments | ({"weights": None} if brings_weights else {}) | dict(overrides)))
+    if brings_weights:
+        module.hparams["weights"] = arguments["weights"]
+    return module
 
 
 def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
     """Compare what a checkpoint's memory bank was made with to the model it is loaded into.
 
     Args:
-        checkpoint: The checkpoint.
-        own: `PatchCore.identity` of the model. Its weights do not matter where the checkpoint brings its own.
+        checkpoint: A checkpoint of a fitted model.
+        own: The model's identity, with ``preprocessing``. Its weights do not matter where the checkpoint brings its own.
 
     Raises:
         UserError: Naming every difference.
     """
-    _require_fitted(checkpoint, "the checkpoint")
-    saved = checkpoint["patchcore"]
+    saved = checkpoint["patchcore"]["identity"]
     if len(saved.get("members", ())) != len(own.get("members", ())):
         kinds = [f"an ensemble of {len(m)}" if (m := x.get("members")) else "a single model" for x in (saved, own)]
         raise UserError(f"the checkpoint is of {kinds[0]}, this is {kinds[1]}; give the model it was fitted with.")
-    for theirs, ours in zip(saved.get("members", ()), own.get("members", ()), strict=True):
-        _compare(theirs, ours, holds_backbone(checkpoint))
-    if "members" not in own:
-        _compare(saved, own, holds_backbone(checkpoint))
+    shared = [{"preprocessing": x["preprocessing"]} for x in (saved, own)]
+    pairs = list(zip(saved.get("members", [saved]), own.get("members", [own]), strict=True))
+    for theirs, ours in pairs:
+        _compare(theirs | shared[0], ours | shared[1], holds_backbone(checkpoint))
 
 
 def _compare(saved: dict[str, Any], own: dict[str, Any], brings_weights: bool) -> None:
-    ignored = {"backbone_sha256"} if brings_weights else set()
-    pairs = [(key, saved.get(key), value) for key, value in own.items() if key != "preprocessing"]
     theirs = saved.get("preprocessing", {})
+    pairs = [(key, saved.get(key), value) for key, value in own.items() if key != "preprocessing"]
     pairs += [(key, theirs.get(key), value) for key, value in own["preprocessing"].items()]
-    other = [pair for pair in pairs if pair[1] != pair[2] and pair[0] not in ignored]
+    other = [pair for pair in pairs if pair[1] != pair[2] and not (brings_weights and pair[0] == "backbone_sha256")]
     if not other:
         return
     if [key for key, _, _ in other] == ["backbone_sha256"]:
         raise UserError(
             f"the checkpoint was fitted with other weights of {saved['backbone']} "
-            f"(sha256 {saved['backbone_sha256'][:12]}..., "
-            f"here {own['backbone_sha256'][:12]}...); give the same weights, with weights=<path> if they lie elsewhere."
+            f"(sha256 {_short(saved['backbone_sha256'])}, here {_short(own['backbone_sha256'])}); give the same "
+            "weights, with weights=<path> if they lie elsewhere."
         )
     listed = "; ".join(f"{key} {_short(a)}, here {_short(b)}" for key, a, b in other)
     raise UserError(f"the checkpoint was fitted with other settings: {listed}; use those, or fit again.")
@@ -150,11 +152,55 @@ def _short(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Hyper-parameter as a plain value, so that a checkpoint loads with ``weights_only=True``."""
-    if isinstance(value, Path):
+    """An argument as a plain value: None, bool, int, float, str, lists and dicts of them.
+
+    Raises:
+        TypeError: If it has no such form (a module, say).
+
+    Example:
+        >>> plain({"layers": ("layer2",), "mean": np.array([0.5])})
+        {'layers': ['layer2'], 'mean': [0.5]}
+    """
+    if isinstance(value, np.generic | np.ndarray):  # some are floats, too
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, PathLike):
         return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, tuple | list):
-        return [plain(v) for v in value]
-    return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [plain(inner) for inner in value]
+    raise TypeError(f"{type(value).__name__} is no plain value")
+
+
+def write_checkpoint(module: L.LightningModule, path: str | Path) -> None:
+    """Write a fitted PatchCore as Lightning would, without a Trainer."""
+    checkpoint = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": L.__version__,
+        "loops": {},
+        "state_dict": module.state_dict(),
+        module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams),
+    }
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def cut_bank(state: dict[str, Any], prefix: str, size: int) -> None:
+    """Keep the first rows of a greedy memory bank in a state dict: they are the coreset of that size.
+
+    Thresholds go, which were calibrated with the larger bank.
+    """
+    bank = f"{prefix}memory_bank."
+    rows = len(state[f"{bank}features"])
+    log.info("memory bank: the first %d of %d patch features.", size, rows)
+    state[f"{bank}features"] = state[f"{bank}features"][:size].clone()
+    state[f"{bank}radii"] = state[f"{bank}radii"][: size + 1].clone()
+    if len(state[f"{prefix}calibration.scores"]):
+        log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
+    for name in ("scores", "peaks"):
+        state[f"{prefix}calibration.{name}"] = torch.empty(0, dtype=torch.float32)

@@ -1,38 +1,38 @@
 """The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update and benchmark.
 
-Lightning's command line, with three things of its own: option names are checked before anything else, so that a
+Lightning's command line, with four things of its own: option names are checked before anything else, so that a
 misspelt one, on the command line or anywhere in a YAML file, is answered with one line; what a user can put right
-(`UserError`) is shown as one line without a traceback; reports are written after test and predict.
+(`UserError`) is shown as one line without a traceback; ``ckpt_path`` brings the model's settings; reports are written
+after test and predict.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import inspect
-import json
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
 import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from pl_patchcore import benchmark
+from pl_patchcore import data as data_modules
 from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
+from pl_patchcore.configs import config_file, read_config
 from pl_patchcore.data import AnomalyDataModule
-from pl_patchcore.ensemble import Combine, PatchCoreEnsemble
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import GROUPS, moved, nearest, plain_settings
 from pl_patchcore.patchcore import PatchCore
-from pl_patchcore.published import published_for
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
 
 _QUIET = (
@@ -46,15 +46,15 @@ _QUIET = (
     "You defined a `validation_step` but have no.*",
     "Using ModelCheckpoint with manual optimization.*",  # the optimiser changes nothing
     ".*does not have many workers.*",  # num_workers is the data module's business
-    ".*`max_epochs` was not set.*",  # PatchCore sets it
-    "LightningCLI's args parameter is intended.*",  # the arguments are looked through first
 )
+_COMMANDS = LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "update", "benchmark")}
+_CLASSES = ("pl_patchcore.data", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")  # found by name alone
 
 
 class Trainer(L.Trainer):
     """Lightning's Trainer with ``run``, ``update`` and ``benchmark``."""
 
-    settings: ClassVar[dict[str, Any]] = {}  # of the command line, for ``benchmark``
+    settings: dict[str, Any]  # of the whole command, which ``benchmark`` hands on; set by the command line
 
     def run(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Fit, then test, in one process.
@@ -78,10 +78,10 @@ class Trainer(L.Trainer):
             ckpt_path: Checkpoint of the fitted model; the updated one is written to the run's folder.
 
         Raises:
-            UserError: If no checkpoint is given, or it is of an ensemble.
+            UserError: If no checkpoint is given.
         """
         if ckpt_path is None or not isinstance(model, PatchCore):
-            raise UserError("update needs ckpt_path of a single fitted model; an ensemble must be fitted again.")
+            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
         checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
@@ -115,82 +115,82 @@ class Trainer(L.Trainer):
         Raises:
             UserError: If there is no such category, or the folder holds a benchmark with other settings.
         """
-        assert isinstance(datamodule, AnomalyDataModule)
+        from pl_patchcore import benchmark, published  # not needed for anything else
+
         if processes < 1:
             raise UserError(f"processes must be at least 1, got {processes}.")
+        assert isinstance(datamodule, AnomalyDataModule)  # the command makes no other
         datamodule.download_data()
-        settings, kind = self.settings, type(datamodule)
-        known = datamodule.categories()
-        if strange := [name for name in categories or [] if name not in (*known, kind.category_all)]:
-            raise UserError(f"no category {strange[0]!r}; there are {', '.join(known) or 'none to choose from'}.")
-        if processes > 1:
-            settings["trainer"]["devices"] = 1
-        argument = kind.category_argument if known else None
-        names = categories or known or [kind.__name__.removesuffix("DataModule").lower()]
-        jobs = benchmark.plan(settings, Path(folder), names, argument, shots or [None], seeds or [None])
-        published = published_for(kind.__name__, settings["model"])
+        jobs = benchmark.plan(self.settings, datamodule, Path(folder), categories, shots, seeds)
+        beside = published.published_for(type(datamodule).__name__, self.settings["model"])
         failed = benchmark.run_jobs(jobs, processes, restart)
-        benchmark.write_table(Path(folder), benchmark.table_lines(jobs, published), failed, published)
+        benchmark.write_table(Path(folder), benchmark.table_lines(jobs, beside), failed, beside)
         if failed:
             raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
 
 
-def make_model(
-    members: list[dict[str, Any]] | None = None, combine: Combine = "nominal", **settings: Any
-) -> L.LightningModule:
-    """Make a PatchCore, or an ensemble of several.
+class _ConfigFile(ActionConfigFile):
+    """A YAML file, or the name of one that comes with the package, such as ``data/folder``."""
 
-    Args:
-        members: For an ensemble: a list with the settings of each member that differ from the shared ones, such as
-            ``{backbone: densenet201, layers: [features.denseblock2, features.denseblock3]}``.
-        combine: How an ensemble's scores become one: ``nominal``, in units of what is usual among nominal patches;
-            ``test_range``, as in the authors' code, scaled to [0, 1] over the whole test set.
-        **settings: Arguments of `PatchCore`.
-    """
-    if members is None:
-        return PatchCore(**settings)
-    return PatchCoreEnsemble(members, combine, **settings)
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, str(config_file(values)), option_string)  # type: ignore[no-untyped-call]
 
 
-def _refuse(message: str, *_: Any) -> NoReturn:
-    """Say in one line which option has a value it cannot have; jsonargparse's own answer is a nest of types."""
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, re.MULTILINE))
-    values = re.findall(r"(?:Got|Given) value: (.*)", message)
-    if not (key and expected and values):
-        raise UserError(" ".join(message.split()))
-    if key == "data":
-        names = [name for name in sys.modules["pl_patchcore.data"].__all__ if name.endswith("DataModule")]
-        raise UserError(f"no data module {values[0]!r}; did you mean {_nearest(values[0], names)!r}?")
-    types = [re.sub(r"<class '(?:.*\.)?(.+)'>|typing\.(.+)", r"\1\2", kind) for kind in expected]
-    kinds = [kind for kind in types if kind != "NoneType" or len(types) == 1]
-    if any(kind.startswith("Literal[") for kind in kinds):
-        kinds = ["one of " + ", ".join(kind.removeprefix("Literal[").removesuffix("]") for kind in kinds)]
-    raise UserError(f"{key} must be {' or '.join(kinds)}, got {values[0]}.")
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, which answers a wrong value in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say which option has a value it cannot have; jsonargparse's own answer is a nest of types."""
+        if not self.exit_on_error:  # one inside another, whose message the outer one has
+            super().error(message, ex)
+        key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+        expected = re.findall(
+            r"Expected an? (?:<class '(?:[^']*\.)?|typing\.)?(.+?)(?:'>)?(?:\. Got value: .*)?$", message, re.MULTILINE
+        )
+        values = re.findall(r"(?:Got|Given) value: (.*)", message)
+        if not (key and expected and values):
+            raise UserError(" ".join(message.split())) from ex
+        if key == "data":
+            names = [name for name in data_modules.__all__ if name.endswith("DataModule")]
+            raise UserError(f"no data module {values[0]!r}; did you mean {nearest(values[0], names)!r}?") from ex
+        kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"] or expected[:1]
+        if choices := [kind[8:-1] for kind in kinds if kind.startswith("Literal[")]:
+            kinds = ["one of " + ", ".join(choices)]
+        raise UserError(f"{key} must be {' or '.join(kinds)}, got {values[0]}.") from ex
 
 
 class PatchCoreCLI(LightningCLI):
     """Lightning's command line for `PatchCore` and the data modules."""
 
+    trainer: Trainer
+
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.arguments = list(sys.argv[1:] if args is None else args)
+        self.options: dict[str, Any] = {}  # what the user gives, on the command line and in files
+        self.saved: dict[str, Any] | None = None  # the model's settings in the checkpoint to be loaded
         super().__init__(
-            make_model,
+            PatchCore,
             AnomalyDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,
             seed_everything_default=False,
+            parser_class=_Parser,
             parser_kwargs={"prog": "pl-patchcore", "description": "PatchCore anomaly detection."},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=self.arguments,
+            args=args,  # type: ignore[arg-type]
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Trainer methods offered, and their arguments that are not options."""
-        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "update", "benchmark")}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is called for, as setting each up takes a fifth of a second; all if it is none of them."""
+        return {name: skip for name, skip in _COMMANDS.items() if self.arguments[:1] == [name]} or _COMMANDS
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser with ``--config``."""
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=_ConfigFile, help=_ConfigFile.__doc__)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reports and their options."""
@@ -198,37 +198,68 @@ class PatchCoreCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CoverageReport, "coverage")
         parser.set_defaults({"trainer.max_epochs": 1})
-        parser.error = _refuse  # type: ignore[method-assign, assignment]
+        self.command_parser = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Check the names of all options, take the model of ``ckpt_path`` as default, then parse."""
-        given = check_options(parser, self.arguments)
-        super().parse_arguments(parser, self._with_checkpoint(given))
+        """Check the names of all options, read the model's settings in ``ckpt_path``, then parse."""
+        command = self.arguments[0] if self.arguments else ""
+        if command in _COMMANDS:
+            self.options = _check_names(self.command_parser, self.arguments[1:])
+            path = self.options.get("ckpt_path")
+            if command == "update" and not path and not {"h", "help"} & self.options.keys():
+                raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
+            if path and path not in ("best", "last", "hpc") and command != "fit":
+                self._read_checkpoint(parser, path)
+        elif command.lstrip("-") in ("c", "config"):
+            raise UserError(f"the command comes first: pl-patchcore fit {' '.join(self.arguments)}.")
+        elif not command:
+            raise UserError(f"give a command, {{{','.join(_COMMANDS)}}}; pl-patchcore --help explains them.")
+        elif not command.startswith("-"):
+            raise UserError(f"unknown command {command!r}; did you mean {nearest(command, _COMMANDS)!r}?")
+        super().parse_arguments(parser, args)
+        self.chosen: Any = self.config[self.config["subcommand"]]  # settings of the command
+        # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
+        # leave that out; it does without where there is no ckpt_path.
+        self.ckpt_path = self.chosen.pop("ckpt_path", None)
 
-    def _with_checkpoint(self, options: set[str]) -> list[str]:
-        """Put the model's settings of the checkpoint to be loaded before the user's own, which win."""
-        arguments = self.arguments
-        path = next((value for key, value in _options(arguments) if key == "ckpt_path"), None)
-        if arguments and arguments[0] == "update" and not path and not any(a in ("-h", "--help") for a in arguments):
-            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
-        if not path or path in ("best", "last", "hpc") or arguments[0] == "fit":
-            return arguments
+    def _read_checkpoint(self, parser: LightningArgumentParser, path: str) -> None:
+        """Have the model made with the settings of a checkpoint, save what the user sets otherwise.
+
+        They are data from a file that may come from anywhere. So they do not go through the parser, which would read
+        a class and its arguments out of a string, but straight to the constructor.
+        """
         checkpoint = read_checkpoint(path)
-        saved = dict(checkpoint["hyper_parameters"])
-        if "backbone" not in saved and not any(name.startswith("model.backbone") for name in options):
+        self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
+        if "backbone" not in self.saved and not any(name.startswith("model.backbone") for name in self.options):
             raise UserError(
                 f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
             )
-        if holds_backbone(checkpoint) and not {"model.weights", "model.backbone"} & options:
-            saved["weights"] = None  # the checkpoint's own are loaded over the random ones
-            warnings.simplefilter("ignore", UntrainedBackboneWarning)
-        # JSON is YAML on one line; strings stand for themselves
-        words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in saved.items()}
-        given = [f"--model.{key}={word}" for key, word in words.items()]
-        return [arguments[0], *given, *arguments[1:]]
+        self.brings_weights = holds_backbone(checkpoint) and not {"model.weights", "model.backbone"} & {*self.options}
+        parser.add_instantiator(self._make_model, PatchCore)
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: `_with_checkpoint` has done it, and lets the user's options win."""
+    def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:
+        """Make the model with the settings of the checkpoint, under those that the user gives."""
+        settings = dict(values if "model" in self.options else self.saved or {})
+        for name in (name for name in self.options if name.startswith("model.")):
+            group, option = [*name.removeprefix("model.").split(".", 1), ""][:2]
+            if group in GROUPS and option:
+                settings[group] = {**settings.get(group, {}), option: getattr(values[group], option)}
+            else:
+                settings[group] = values[group]
+        with warnings.catch_warnings():
+            if self.brings_weights:
+                settings["weights"] = None  # the checkpoint's own are loaded over the random ones
+                warnings.simplefilter("ignore", UntrainedBackboneWarning)
+            return kind(**settings)
+
+    def before_instantiate_classes(self) -> None:
+        """Do not collect predictions, maps and all, in memory: they are written as they come."""
+        if self.ckpt_path is not None:
+            self.chosen["ckpt_path"] = self.ckpt_path
+        if self.subcommand == "predict":
+            self.chosen["return_predictions"] = False
+        if self.subcommand in ("test", "validate"):
+            self.chosen["verbose"] = False
 
     def instantiate_classes(self) -> None:
         """Make the model, the data and the Trainer; what one of them refuses is said in its own words."""
@@ -240,165 +271,110 @@ class PatchCoreCLI(LightningCLI):
             found = re.search(r"Errors:\n  - (.*)\n  - Expected a <class 'NoneType'>", str(error), re.DOTALL)
             raise UserError(" ".join((found[1] if found else str(error)).split())) from error
 
-    def before_instantiate_classes(self) -> None:
-        """Do not collect predictions, maps and all, in memory: they are written as they come."""
-        if self.subcommand == "predict":
-            self.config["predict"]["return_predictions"] = False
-        if self.subcommand in ("test", "validate"):
-            self.config[self.subcommand]["verbose"] = False
+    def after_instantiate_classes(self) -> None:
+        """Where a checkpoint brings the model, let the saved configuration hold only what the user sets of it."""
+        if self.saved is not None:
+            given = [f"{name}." for name in self.options]
+            kept = {k: v for k, v in self.chosen["model"].items() if f"model.{k}.".startswith(tuple(given))}
+            self.chosen["model"] = type(self.chosen)(kept)
 
     def before_benchmark(self) -> None:
         """Hand the settings on: each row of a benchmark is a ``run`` with them."""
-        parser, config = self._parser("benchmark"), self.config["benchmark"]
-        settings = yaml.safe_load(parser.dump(config, skip_none=False, skip_validation=True))
-        for name in ("folder", "categories", "shots", "seeds", "processes", "restart", "config"):
-            settings.pop(name, None)
-        Trainer.settings = settings
+        text = self.command_parser.dump(self.chosen, skip_none=False, skip_validation=True)
+        own = ("folder", "categories", "shots", "seeds", "processes", "restart", "config")
+        self.trainer.settings = {name: value for name, value in yaml.safe_load(text).items() if name not in own}
 
 
-def check_options(parser: LightningArgumentParser, arguments: Sequence[str]) -> set[str]:
+def _check_names(parser: LightningArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Refuse option names that do not exist, wherever they stand.
 
     Args:
-        parser: The parser of the whole command line.
-        arguments: The command line, without the program's name.
+        parser: The parser of the command.
+        arguments: What follows the command.
 
     Returns:
-        Names of the options given.
+        The options given, dotted, and the last value of each: text from the command line, data from a file.
 
     Raises:
         UserError: Naming the option, the file it is in, and the nearest right one.
     """
-    commands = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
-    if not arguments or arguments[0] not in commands:
-        words = [argument for argument in arguments[:1] if not argument.startswith("-")]
-        if words:
-            raise UserError(f"unknown command {words[0]!r}; did you mean {_nearest(words[0], list(commands))!r}?")
-        return set()
-    known = {action.dest for action in commands[arguments[0]]._actions} | {
-        "config",
-        "help",
-        "data.class_path",
-        "data.init_args",
-    }
-    options = []  # key, value, the data module it is for, where it stands
-    for key, value in _options(arguments[1:]):
-        if key in ("config", "c") and value is not None:
-            content = list(_file_options(Path(value)))
-            own = _data_class(content)
-            options += [(name, inner, own, f" in {value}") for name, inner in content]
-        elif key not in ("config", "c", "h") and not key.startswith(("help", "print_")):
-            options.append((key, value, None, ""))
-    chosen = _data_class([(key, value) for key, value, _, _ in options])
-    for key, value, data, where in options:
-        _check_name(key, known, data or chosen, where)
-        for place, inner in _nested(value):
-            _check_name(place, _arguments(inner), None, where)
-    return {key for key, _, _, _ in options}
-
-
-def _data_class(options: Sequence[tuple[str, Any]]) -> str | None:
-    """Name of the data module: the last one given."""
-    given = [value for key, value in options if key in ("data", "data.class_path") and isinstance(value, str)]
-    return given[-1] if given else None
-
-
-def _check_name(key: str, known: set[str], data: str | None, where: str) -> None:
-    if key in known or any(key.startswith(f"{name}.") for name in known & _OPEN):
-        return
-    if any(name.startswith(f"{key}.") for name in known):
-        return  # a group
-    if key.startswith("data."):
-        if data is None:
-            return  # jsonargparse says that data is missing
-        known = {f"data.{name}" for name in _arguments(data)}
-        if not known:
-            return  # jsonargparse says that the class is missing
-        short = key.replace("data.init_args.", "data.")
-        if short in known:
-            return
-        key = short
-    raise UserError(f"unknown option {key!r}{where}; did you mean {_nearest(key, sorted(known))!r}?")
-
-
-_OPEN = {  # options that take a class with arguments of its own
-    "trainer.accelerator", "trainer.strategy", "trainer.logger", "trainer.callbacks", "trainer.plugins",
-    "trainer.profiler", "model.backbone",
-}  # fmt: skip
-
-
-def _arguments(class_path: str) -> set[str]:
-    """Names of a class's constructor arguments; empty where the class is not found (jsonargparse says so)."""
-    if "." not in class_path:
-        for module in ("pl_patchcore.data", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"):
-            if hasattr(sys.modules.get(module), class_path):
-                class_path = f"{module}.{class_path}"
-                break
-        else:
-            return set()
-    module, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-        names = set(inspect.signature(found).parameters)
-        if issubclass(found, AnomalyDataModule):  # these pass what they don't name on to their base
-            names = (names | set(inspect.signature(AnomalyDataModule).parameters)) - {"loading"}
-    except (ImportError, ValueError, AttributeError, TypeError):
-        return set()
-    return names
-
-
-def _nested(value: Any) -> Iterator[tuple[str, str]]:
-    """Init arguments of classes inside an option's value: their name and the class they are for."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _nested(item)
-    elif isinstance(value, dict):
-        if isinstance(value.get("class_path"), str) and isinstance(value.get("init_args"), dict):
-            names = _arguments(value["class_path"])
-            if names and "kwargs" not in names:
-                for name in value["init_args"]:
-                    yield name, value["class_path"]
-        for inner in value.values():
-            yield from _nested(inner)
-
-
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Options of a command line: name without dashes, and value."""
+    known = {*parser.get_defaults(skip_validation=True).keys(), "config", "c", "h"}
+    options: list[tuple[str, Any, str]] = []  # name, value, file
     for argument, following in pairwise([*arguments, ""]):
-        if argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit():
-            name, equals, value = argument.lstrip("-").partition("=")
-            yield (
-                name.removesuffix("+"),
-                value if equals else None if following.startswith("--") else following,
-            )
-
-
-def _file_options(path: Path) -> Iterator[tuple[str, Any]]:
-    """Options of a YAML file, dotted; lists and what belongs to a class of its own stay values."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is no YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold options as 'name: value'.")
-    yield from _flat("", content)
-
-
-def _flat(prefix: str, content: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in _OPEN and value:
-            yield from _flat(f"{name}.", value)
+        if not re.match(r"-+[^\d-]", argument):
+            continue
+        name, equals, value = argument.lstrip("-").partition("=")
+        value = value if equals else following
+        if name in ("config", "c"):
+            path = config_file(value)
+            options += [(inner, given, f" in {path}") for inner, given in _flat(read_config(path), known)]
         else:
-            yield name, value
+            options.append((name.removesuffix("+"), value, ""))
+    module = next((given for name, value, _ in reversed(options) if (given := _data_module(name, value))), "")
+    for name, value, file in options:
+        if name.startswith("data."):
+            _check_arguments([name.removeprefix("data.").removeprefix("init_args.")], module, file, "data.")
+        elif name == "data":
+            _check_value(value, file, "data.", module)
+        else:
+            _check_name(name, value, known, file)
+            _check_value(value, file)
+    return {name: value for name, value, _ in options}
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    last = name.rsplit(".", 1)[-1]
-    alike = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    return (alike or difflib.get_close_matches(name, known, 1, 0) or [""])[0]
+def _flat(content: Mapping[str, Any], known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options of a YAML file, dotted."""
+    for key, value in content.items():
+        if isinstance(value, dict) and f"{prefix}{key}" not in known:
+            yield from _flat(value, known, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _data_module(name: str, value: Any) -> str:
+    """The data module's class, if it is what an option gives."""
+    given = value.get("class_path") if isinstance(value, dict) else value
+    return str(given or "") if name in ("data", "data.class_path") else ""
+
+
+def _check_name(name: str, value: Any, known: Collection[str], file: str) -> None:
+    options = sorted(option for option in known if option.startswith(f"{name}."))
+    is_group = options and (not value or value[:1] in ("{", "-") or Path(value).is_file())
+    is_known = any(f"{name}.".startswith(f"{option}.") for option in known)  # or belongs to a class of its own
+    if is_group or is_known or re.fullmatch(r"(.*\.)?help|print_.*", name):
+        return
+    if name.startswith("model.") and (place := moved(name.removeprefix("model."), "model.")):
+        raise UserError(f"{file.removeprefix(' in ')}: {place}".removeprefix(": "))
+    if options:
+        raise UserError(f"{name}{file} is a group of options, {', '.join(options)}; got {value!r}.")
+    raise UserError(f"unknown option {name!r}{file}; did you mean {nearest(name, known)!r}?")
+
+
+def _check_value(value: Any, file: str, prefix: str = "", class_path: str = "") -> None:
+    """Refuse arguments that a class inside an option's value does not have."""
+    if isinstance(value, dict):
+        if isinstance(given := value.get("init_args"), dict):
+            _check_arguments(given, str(value.get("class_path") or class_path), file, prefix)
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else []:
+        _check_value(inner, file)
+
+
+def _check_arguments(names: Iterable[str], class_path: str, file: str, prefix: str) -> None:
+    """Refuse arguments that a class does not have; jsonargparse says where there is no such class."""
+    module, _, name = class_path.rpartition(".")
+    for place in [module] if module else _CLASSES:
+        try:
+            found = getattr(importlib.import_module(place), name)
+            arguments = ArgumentParser().add_class_arguments(found, "it", fail_untyped=False)
+        except (ImportError, AttributeError, ValueError):
+            continue
+        known = [argument.split(".")[1] for argument in arguments]
+        for given in names:
+            if given.partition(".")[0] not in (*known, "class_path", "help"):
+                alike = prefix + nearest(given, known)
+                raise UserError(f"unknown option {prefix + given!r}{file}; did you mean {alike!r}?")
+        return
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -419,6 +395,3 @@ def main(args: Sequence[str] | None = None) -> None:
         text = lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error)
         sys.stderr.write(f"pl-patchcore: error: {text}\n")
         raise SystemExit(2) from None
-
-
-__all__ = ["PatchCoreCLI", "Trainer", "check_options", "main"]

@@ -167,3 +167,44 @@ def images_dealt(sampler: DistributedSampler[Any]) -> int:
     """
     total = min(len(sampler.dataset), sampler.num_replicas * sampler.num_samples)  # type: ignore[arg-type]
     return len(range(sampler.rank, total, sampler.num_replicas))
+
+
+class OwnImages:
+    """Numbers the images of a loader as in the data set, and leaves out those that a sampler repeats.
+
+    Samplers repeat images so that all processes get as many; these come last. Left out, each image counts once, in the
+    memory bank and in figures.
+
+    Args:
+        loader: The loader.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, loader: Any, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.sampler = sampler_of(loader) if world_size > 1 else None
+        self.order = None if self.sampler is None else list(self.sampler)
+        self.position = 0  # images so far, of this process
+
+    def of(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch without repeated images, and with ``index`` int64 ``(B,)``, the images' places in the data set."""
+        first, came = self.position, len(batch["image"])
+        images = came if self.sampler is None else max(0, min(came, images_dealt(self.sampler) - first))
+        if images < came:
+            batch = {name: value[:images] if _of_each(value, came) else value for name, value in batch.items()}
+        self.position += images
+        if "index" in batch:
+            index = torch.as_tensor(batch["index"])
+        elif self.order is not None:
+            index = torch.tensor(self.order[first : self.position], dtype=torch.int64)
+        else:
+            index = torch.arange(first, self.position) * self.world_size + self.rank
+        return batch | {"index": index}
+
+
+def _of_each(value: Any, images: int) -> bool:
+    """Whether an entry of a batch has a value for each image."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == images
+    return isinstance(value, list | tuple) and len(value) == images

@@ -1,45 +1,78 @@
-"""PatchCore as a LightningModule: glue, no arithmetic.
+"""PatchCore in Lightning: hooks, no arithmetic.
 
-One epoch of ``fit`` collects patch features, the end of the epoch selects the coreset, and from then on images are
-scored by their distance to it. The way of the data is the table in ``pl_patchcore/__init__.py``; what is Lightning's
-is in `anomaly_module.py`. Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
+``model`` is the method as a plain module (`model.py`, or `ensemble.py`). One epoch of ``fit`` hands images to its
+companion (`fitting.py`), ``on_train_end`` selects the memory bank, and from then on ``test_step``, ``validation_step``
+and ``predict_step`` score images.
+
+Nothing is learned by gradients, and no optimiser step is taken. Lightning's own checkpoint callbacks save nothing while
+no step was taken, so no file is written before there is a memory bank; ``on_train_end`` counts the batches as steps and
+has the callbacks save. DDP refuses a module without a trainable parameter, so there is one, the anchor, which is
+trainable during ``fit`` only (as part of another module it must not be: DDP would wait for its gradient).
 """
 
 from __future__ import annotations
 
 import logging
-import time
-import warnings
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
-from pl_patchcore.anomaly_map import AnomalyScorer, Distance
-from pl_patchcore.anomaly_module import AnomalyModule
-from pl_patchcore.backbone import PAPER_WEIGHTS, UntrainedBackboneWarning
-from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
-from pl_patchcore.coreset.collection import Collection, ExpectedImages
+from pl_patchcore.anomaly_map import Distance
+from pl_patchcore.backbone import PAPER_WEIGHTS
+from pl_patchcore.build import build_model
+from pl_patchcore.checkpoint import (
+    FORMAT,
+    Source,
+    check_identity,
+    cut_bank,
+    made_of,
+    plain,
+    read_checkpoint,
+    require_fitted,
+)
+from pl_patchcore.configs import recipe
 from pl_patchcore.coreset import CoresetMethod
-from pl_patchcore.distributed import Processes, on_first_process
+from pl_patchcore.data.base import as_batch
+from pl_patchcore.distributed import OwnImages, Processes, on_first_process
+from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
+from pl_patchcore.fitting import Fitting
+from pl_patchcore.lightning_parts import (
+    Anchor,
+    ReleaseOnException,
+    begin_without_steps,
+    refuse_monitors,
+    save_by_callbacks,
+    single_loader,
+    whole_loader,
+)
 from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
-from pl_patchcore.metrics import Mode
+from pl_patchcore.metrics import Mode, TestFigures
+from pl_patchcore.options import (
+    MEMBER_ARGUMENTS,
+    EnsembleOptions,
+    ImageOptions,
+    PatchOptions,
+    StoreOptions,
+    keeps_arguments,
+    options_of,
+)
 from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from pl_patchcore.recipes import RECIPES
-from pl_patchcore.options import StoreDtype, StoreKind
+from pl_patchcore.preprocessing import Preprocessing
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 
-class PatchCore(AnomalyModule):
+class PatchCore(L.LightningModule):
     """Anomaly detection by the distance of patch features to a memory bank of nominal ones.
 
-    The defaults are the recipe ``paper``; `from_recipe` gives it and ``official``, the authors' code.
+    The defaults are the paper's; `from_recipe` gives the authors' code (``official``) and others.
 
     Args:
         backbone: Name of a torchvision classification model, or a module of your own (a copy is used).
@@ -47,195 +80,467 @@ class PatchCore(AnomalyModule):
         weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or null for
             random weights. A module keeps the weights it has unless a path is given.
         patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
-        patch_stride: Step between patches, in cells of the layer's grid.
-        layer_dim: Null: features are averaged over the neighbourhood and layers concatenated. A number: adaptive
-            pooling of each layer to so many numbers, as in the authors' code; goes with ``feature_dim``.
-        feature_dim: Adaptive pooling of all layers together to so many numbers.
         resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
         crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
         resize_mode: ``squash`` both sides to ``resize``, or resize the ``shorter_side`` and keep the aspect ratio.
-        interpolation: Filter of the resize, ``bilinear`` or ``bicubic``, antialiased.
-        mean: Mean of the normalisation, RGB in [0, 1].
-        std: Standard deviation of the normalisation, RGB in [0, 1].
         coreset_method: ``greedy``: exact farthest-first selection. ``approximate``: with the authors' start of 10
             random rows. ``random``: a uniform draw. ``none``: every patch feature is kept.
         coreset_ratio: Share of the patch features kept, in (0, 1].
         coreset_size: Number of patch features kept, in place of ``coreset_ratio``. Lowered when a greedy bank is loaded
             from a checkpoint, it cuts the bank down: the first ones selected are the coreset of that size.
-        coreset_seconds: Time after which greedy selection stops with the patch features it has; null takes its time.
         projection_dim: Dimension of the random projection the selection works in; features of no more dimensions
             are not projected.
-        store: Where the patch features of the training images go until the memory bank is selected: ``ram``,
-            ``disk`` (a temporary file), or ``auto``: the disk where the fit would take more than half of the main
-            memory available. The memory bank is the same.
-        store_dir: Folder of the file; null: the system's folder for temporary files.
-        store_dtype: ``float32``, or ``float16`` or ``bfloat16`` to halve the space: the memory bank's features are
-            rounded so (which are selected does not change).
-        selection_memory: GiB that the greedy selection may take; where that is too little to hold all projected
-            features, it selects within chunks, then among the selected: farther from the best coverage, at most 4
-            times in place of 2. Null: select exactly.
         num_neighbors: Nearest neighbours whose distances are averaged.
         distance: ``euclidean``, or ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
         sigma: Standard deviation of the Gaussian that smooths anomaly maps, pixels; 0 for none.
-        search: Nearest-neighbour search. Exact, the same answers: ``torch``, ``pca``, ``bf16``, ``int8``, ``faiss``, or
-            ``auto``, what is fastest on the machine. Approximate: a factory string of faiss, such as ``HNSW32``;
-            built and its recall measured at the end of fit.
+        search: ``auto``: exact, by what suits the machine and the bank; ``torch``: exact, by a float32 product; ``int8``:
+            exact, by a filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and
+            its recall measured at the end of fit.
         bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
-        shard_bank: Where several processes validate, test or predict, let each keep only its share of the memory bank
-            on its device and search it for the images of all; the same scores, for banks larger than a device.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
             selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
         false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds; can be changed
             without fitting again.
         metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
             of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
-        compile_backbone: Run the backbone through ``torch.compile``: a quarter of a minute at the start, up to twice
-            as fast from then on.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
+        patches: Stride and pooling of patch features.
+        images: Filter of the resize, mean and standard deviation of the normalisation.
+        store: Where patch features go until the memory bank is selected.
+        ensemble: Several models whose scores are combined: their settings that differ from these.
 
     Raises:
         UserError: For a value out of range, an unknown name, or weights that cannot be had or do not fit.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU())
-        >>> model = PatchCore(network, layers=["1"], resize=64, crop=None)
-        >>> model.patch_features(torch.rand(2, 3, 64, 64)).shape
+        >>> module = PatchCore(network, layers=["1"], resize=64, crop=None)
+        >>> module.model.patch_features(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 16, 16, 8])
     """
 
-    sized_by_fit = (*AnomalyModule.sized_by_fit, "coverage_radii")
-    seen: Tensor
-    coverage_radii: Tensor
-    coverage: Tensor
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = keeps_arguments(cls.__init__)  # type: ignore[method-assign]
 
+    @keeps_arguments
     def __init__(
         self,
         backbone: str | nn.Module = "wide_resnet50_2",
         layers: Sequence[str] = ("layer2", "layer3"),
         weights: str | None = PAPER_WEIGHTS,
         patch_size: int = 3,
-        patch_stride: int = 1,
-        layer_dim: int | None = None,
-        feature_dim: int | None = None,
         resize: int | tuple[int, int] | None = 256,
         crop: int | tuple[int, int] | None = 224,
         resize_mode: Literal["squash", "shorter_side"] = "squash",
-        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
         coreset_method: CoresetMethod = "greedy",
         coreset_ratio: float = 0.1,
         coreset_size: int | None = None,
-        coreset_seconds: float | None = None,
         projection_dim: int = 128,
-        store: StoreKind = "auto",
-        store_dir: str | None = None,
-        store_dtype: StoreDtype = "float32",
-        selection_memory: float | None = None,
         num_neighbors: int = 1,
         distance: Distance = "euclidean",
         reweighting_neighbors: int = 9,
         sigma: float = 4.0,
         search: Search = "auto",
         bank_dtype: BankDtype = "float32",
-        shard_bank: bool = False,
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,
         metrics_mode: Mode = "auto",
-        compile_backbone: bool = False,
         save_backbone: bool = False,
         seed: int = 0,
+        patches: PatchOptions = PatchOptions(),  # noqa: B008 - frozen
+        images: ImageOptions = ImageOptions(),  # noqa: B008 - frozen
+        store: StoreOptions = StoreOptions(),  # noqa: B008 - frozen
+        ensemble: EnsembleOptions = EnsembleOptions(),  # noqa: B008 - frozen
     ) -> None:
-        transform = Preprocessing(resize, crop, resize_mode, interpolation, mean, std)
-        super().__init__(transform, calibration_share, false_alarm_rate, metrics_mode)
-        if not 0 < coreset_ratio <= 1:
-            raise UserError(f"coreset_ratio must be in (0, 1], got {coreset_ratio}; 0.1 keeps one patch in ten.")
-        if coreset_size is not None and coreset_size < 1:
-            raise UserError(f"coreset_size must be at least 1, got {coreset_size}; leave it out to use coreset_ratio.")
-        if coreset_method not in ("greedy", "approximate", "random", "none"):
-            raise UserError(f"coreset_method must be greedy, approximate, random or none, got {coreset_method!r}.")
-        if coreset_seconds is not None and coreset_seconds <= 0:
-            raise UserError(f"coreset_seconds must be more than 0, got {coreset_seconds}; leave it out for no limit.")
-        if projection_dim < 1:
-            raise UserError(f"projection_dim must be at least 1, got {projection_dim}.")
-        if store not in ("auto", "ram", "disk"):
-            raise UserError(f"store must be auto, ram or disk, got {store!r}.")
-        if store_dtype not in ("float32", "float16", "bfloat16"):
-            raise UserError(f"store_dtype must be float32, float16 or bfloat16, got {store_dtype!r}.")
-        if selection_memory is not None and coreset_seconds is not None:
-            raise UserError("coreset_seconds goes with exact selection; leave it or selection_memory out.")
-        if selection_memory is not None and (coreset_method != "greedy" or not selection_memory > 0):
-            raise UserError(
-                f"selection_memory must be GiB above 0 and goes with coreset_method greedy, got {selection_memory} "
-                f"and {coreset_method}; leave it out to select exactly."
-            )
-        memory_bank = MemoryBank(search, bank_dtype)
-        if shard_bank and memory_bank.approximate:
-            raise UserError(f"shard_bank goes with exact search, got {search!r}; leave one of them out.")
-        weights = None if weights is None else str(weights)
-        self.save_arguments(*(["backbone"] if isinstance(backbone, nn.Module) else []))
-        self.patch_features = PatchFeatures(
-            backbone, layers, weights, patch_size, patch_stride, layer_dim, feature_dim, seed
+        settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
+        super().__init__()
+        if not 0 <= calibration_share < 1:
+            raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
+        if not 0 < false_alarm_rate < 1:
+            raise UserError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
+        of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
+        self.transform = Preprocessing(
+            resize, crop, resize_mode, of_images.interpolation, of_images.mean, of_images.std
         )
-        if compile_backbone:
-            self.patch_features.backbone.network.compile()
-        self.memory_bank = memory_bank
-        self.scorer = AnomalyScorer(num_neighbors, distance, reweighting_neighbors, sigma)
-        self._collection: Collection | None = None
-        self._kept: Tensor | None = None  # the bank that an update starts from
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # patch features selected from, all updates
-        self.register_buffer("coverage_radii", torch.empty(0))  # (M + 1,), see coreset.Selection, projected
-        self.register_buffer("coverage", torch.full((2,), torch.nan))  # see `measure_coverage`
-        self.keep_selected = False  # whether to hold projected patch features and picks until fit ends
-        self.memory_promised = 0.0  # bytes that others (of an ensemble) will still take
+        self.model = build_model(settings, options_of(EnsembleOptions, ensemble), seed, self.transform.size)
+        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range" and calibration_share:
+            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
+        for member in self.model.members:
+            self.store.check_method(member.coreset.method)
+        self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
+        self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
+        self.left_out: list[str] = []  # arguments that a checkpoint cannot hold, such as a module
+        for name, value in self.arguments.items():
+            try:
+                self.hparams[name] = plain(value)
+            except TypeError:
+                self.left_out.append(name)
+        self.anchor = Anchor()
+        self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
+        self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
+        self._test_figures: TestFigures | None = None  # of the test under way
+        self._fitting: Fitting | None = None  # the fit under way
+        self._updating = False  # whether a fit adds to the memory bank
+        self._all_came: bool | None = None  # whether the loader has ended by itself; None before the epoch's end
+        self._own_images = OwnImages(None, 0, 1)  # of the loader under way
 
     @classmethod
     def from_recipe(cls, name: str, **overrides: Any) -> PatchCore:
         """Build a model from a named recipe, some of its choices overridden.
 
         Args:
-            name: ``paper``, ``official`` or ``mstc``.
+            name: Name of a file in ``configs/recipes``, such as ``paper``, ``official_wr50_224_10`` or ``mstc``.
             overrides: Arguments of `PatchCore`.
 
         Raises:
             UserError: If the recipe is unknown.
         """
-        if name not in RECIPES:
-            raise UserError(f"recipe {name!r} is unknown; choose one of {', '.join(RECIPES)}.")
-        return cls(**(RECIPES[name] | overrides))
+        return cls(**(recipe(name) | overrides))
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **overrides: Any) -> PatchCore:
-        """Load a fitted model, with ``weights_only=True``.
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Source,
+        map_location: Any = None,
+        strict: bool = True,
+        weights_only: bool = True,
+        **overrides: Any,
+    ) -> PatchCore:
+        """Load a fitted model. Nothing in the file is executed: its hyper-parameters are plain values.
 
         Args:
-            checkpoint_path: File written by a fit.
-            args: As `lightning.LightningModule.load_from_checkpoint`.
-            overrides: Also arguments of `PatchCore` to change; ``weights=<path>`` if the backbone's weights lie
-                elsewhere (checked by their hash), ``backbone=<module>`` for a module of your own.
+            checkpoint_path: File written by a fit, or an open binary file.
+            map_location: Device to move the model to; None: the CPU.
+            strict: See `torch.nn.Module.load_state_dict`.
+            weights_only: Always so.
+            overrides: Arguments of the class to change; ``weights=<path>`` if the backbone's weights lie elsewhere
+                (checked by their hash), ``backbone=<module>`` for a module of your own.
 
         Raises:
             UserError: If the file is missing, cut short, of another model, or holds no memory bank.
         """
         saved = read_checkpoint(checkpoint_path)
-        own = "backbone" not in saved["hyper_parameters"]
-        if own and "backbone" not in overrides:
+        module = made_of(cls, saved, overrides, str(checkpoint_path))
+        module.on_load_checkpoint(saved)
+        module.load_state_dict(saved["state_dict"], strict=strict)
+        for member in module.model.members:
+            member.patch_features.identify()
+        return module if map_location is None else module.to(map_location)
+
+    # Scoring
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Score images: see `PatchCoreModel.forward`."""
+        return self.model(images)  # type: ignore[no-any-return]
+
+    @property
+    def image_threshold(self) -> float | None:
+        """Anomaly score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`); None if uncalibrated."""
+        return self.model.calibration.image_threshold(self.false_alarm_rate)
+
+    @property
+    def pixel_threshold(self) -> float | None:
+        """Value that the peaks of nominal images' anomaly maps exceed at ``false_alarm_rate``; None if uncalibrated."""
+        return self.model.calibration.pixel_threshold(self.false_alarm_rate)
+
+    @property
+    def patch_features(self) -> PatchFeatures:
+        """Patch features of a single model (of an ensemble's first member)."""
+        return self.model.members[0].patch_features
+
+    @property
+    def memory_bank(self) -> MemoryBank:
+        """Memory bank of a single model (of an ensemble's first member)."""
+        return self.model.members[0].memory_bank
+
+    @property
+    def coverage_radii(self) -> Tensor:
+        """How far patch features lie at most from the bank's first m rows, ``(M + 1,)``, projected; see `Selection`."""
+        return self.memory_bank.radii
+
+    @property
+    def bank_shape(self) -> list[Any]:
+        """Rows of the memory bank and numbers in each (of each member of an ensemble); empty where there is none."""
+        return self.model.bank_shape
+
+    def identity(self) -> dict[str, Any]:
+        """What the memory bank depends on, in plain values: backbone, weights (hash), features, preprocessing."""
+        return self.model.identity | {"preprocessing": self.transform.as_dict()}
+
+    def processes(self) -> Processes:
+        """The processes that work on this model."""
+        return Processes(self.device, alone=self._trainer is None or self.trainer.world_size == 1)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Score a batch and add it to the figures.
+
+        Returns:
+            ``score (B,)``, ``anomaly_map (B, H, W)``, ``index (B,)``; of several processes without repeated images.
+        """
+        batch = self._own(batch, batch_idx, dataloader_idx)
+        scores, maps = self(batch["image"])
+        self._figures_under_way().add(batch, scores, maps)
+        return {"score": scores, "anomaly_map": maps, "index": batch["index"]}
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
+        """As `test_step`; inside ``fit``, where there is no memory bank yet, nothing."""
+        return None if self.trainer.state.fn == "fit" else self.test_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Score a batch.
+
+        Returns:
+            ``score (B,)`` and ``anomaly_map (B, H, W)``; of a calibrated model also ``anomalous (B,)``, bool,
+            whether the score is above the threshold, ``normalized (B,)``, the score in units of the threshold, and
+            ``p_value (B,)``, see `calibration.p_values`; of the batch, ``path``, ``index`` and geometry.
+        """
+        batch = self._own(batch, batch_idx, dataloader_idx)
+        scores, maps = self(batch["image"])
+        result = {"score": scores, "anomaly_map": maps}
+        if (threshold := self.image_threshold) is not None:
+            result["anomalous"] = scores > threshold
+            result["normalized"] = scores / threshold
+            result["p_value"] = self.model.calibration.p_values(scores)
+        return result | {k: batch[k] for k in ("path", "index", "original_size", "crop_box") if k in batch}
+
+    def on_test_epoch_start(self) -> None:
+        """Start the figures; refuse an empty memory bank before any batch is read."""
+        validating = self.trainer.state.fn == "validate"
+        loaders = self.trainer.val_dataloaders if validating else self.trainer.test_dataloaders
+        loader = single_loader(loaders)
+        self._check_fitted()
+        self._find_ranges([loader])
+        self._test_figures = TestFigures(self.image_threshold, self.pixel_threshold, self.metrics_mode, self.device)
+
+    def on_test_epoch_end(self, prefix: str = "test") -> None:
+        """Compute and log the figures: image AUROC, pixel AUROC, PRO."""
+        self.figures, self.figures_by_category = self._figures_under_way().compute(self.processes())
+        self._test_figures = None
+        for name in ("image_auroc", "pixel_auroc", "pro"):
+            self.log(f"{prefix}/{name}", self.figures["all"][name], rank_zero_only=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Say once why a validation inside ``fit`` scores nothing; otherwise forget the last evaluation."""
+        if self.trainer.state.fn != "fit":
+            self.on_test_epoch_start()
+        elif self.trainer.sanity_checking or not self.trainer.num_sanity_val_steps:
+            log.info("PatchCore has no memory bank before fit ends: validation inside fit scores nothing.")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures as ``val/...``."""
+        if self.trainer.state.fn != "fit":
+            self.on_test_epoch_end("val")
+
+    def on_predict_epoch_start(self) -> None:
+        """Refuse an empty memory bank before any batch is read."""
+        self._check_fitted()
+        loaders: Any = self.trainer.predict_dataloaders
+        self._find_ranges(loaders if isinstance(loaders, list | tuple) else [loaders])
+
+    def _find_ranges(self, loaders: Sequence[Any]) -> None:
+        """For an ensemble's ``test_range``: go through all images once, on every process."""
+        if not isinstance(self.model, EnsembleModel) or self.model.combine != "test_range":
+            return
+        log.info("combine test_range: going through all images once to find each member's range.")
+
+        def images() -> Iterator[Tensor]:
+            for loader in loaders:
+                for batch in whole_loader(loader):
+                    yield self.trainer.strategy.batch_to_device(as_batch(batch)["image"], self.device)
+
+        self.model.find_ranges(images())
+
+    def _figures_under_way(self) -> TestFigures:
+        if self._test_figures is None:
+            raise UserError("test_step runs within Trainer.test and Trainer.validate; call the model itself to score.")
+        return self._test_figures
+
+    def _check_fitted(self) -> None:
+        if not self.model.fitted:
+            raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
+
+    def _own(self, batch: Any, number: int, loader: int = 0) -> dict[str, Any]:
+        """A batch as a dict, without images that a sampler repeats, with their places in the data set."""
+        if number == 0:
+            trainer = self.trainer
+            loaders: Any = (
+                trainer.train_dataloader if trainer.training
+                else trainer.test_dataloaders if trainer.testing
+                else trainer.predict_dataloaders if trainer.predicting
+                else trainer.val_dataloaders
+            )  # fmt: skip
+            one = loaders[loader] if isinstance(loaders, list | tuple) else loaders
+            self._own_images = OwnImages(one, self.global_rank, trainer.world_size)
+        return self._own_images.of(as_batch(batch))
+
+    # Fitting
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would fail only after minutes of work."""
+        self.save_hyperparameters(dict(self.hparams))  # for loggers
+        if stage != "fit":
+            return
+        for member in self.model.members:
+            member.patch_features.identify()  # before Lightning casts the weights
+        self.anchor.value.requires_grad_(True)
+        if self.trainer.world_size > 1 and self.store.selection_memory is not None:
             raise UserError(
-                f"{checkpoint_path} was fitted with a module as backbone ({saved['patchcore']['backbone']}); "
-                "pass it: load_from_checkpoint(path, backbone=module)."
+                f"store.selection_memory selects within one process, there are {self.trainer.world_size}: leave it out "
+                "(each holds only its share of the patch features), or set trainer.devices to 1."
             )
-        brings_weights = holds_backbone(saved)
-        with warnings.catch_warnings():
-            if brings_weights and "weights" not in overrides:
-                warnings.simplefilter("ignore", UntrainedBackboneWarning)
-                overrides["weights"] = None
-            overrides.setdefault("weights_only", True)
-            model: PatchCore = super().load_from_checkpoint(checkpoint_path, *args, **overrides)
-        if brings_weights:
-            model.hparams["weights"] = saved["hyper_parameters"]["weights"]
-        return model
+        refuse_monitors(self.trainer)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """A callback that frees what was collected when a fit fails or is interrupted."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        there = any(isinstance(c, ReleaseOnException) and c.module is self for c in callbacks)
+        return [] if there else [ReleaseOnException(self)]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """An optimiser that takes no step (see the module's docstring)."""
+        return torch.optim.SGD(self.anchor.parameters(), lr=0.0)
+
+    def on_fit_start(self) -> None:
+        """Refuse ``max_steps`` that end the fit before all images have come."""
+        self._all_came = None
+        if self.trainer.max_steps >= 0:
+            self.trainer.fit_loop.setup_data()
+            if self.trainer.max_steps < self.trainer.num_training_batches < math.inf:
+                raise UserError(
+                    f"max_steps {self.trainer.max_steps} ends the fit before its {self.trainer.num_training_batches} "
+                    "batches have come; leave it out, or take fewer images by limit_train_batches."
+                )
+
+    def on_train_start(self) -> None:
+        """Start to collect; also before every trial of a Tuner."""
+        self._close_fitting()
+        begin_without_steps(self)
+        self._all_came = None
+        trainer = self.trainer
+        neighbours = trainer.num_devices if trainer.world_size > 1 else 1
+        self._fitting = self.start_fitting(
+            trainer.train_dataloader, trainer.num_training_batches, self.processes(), neighbours
+        )
+
+    def start_fitting(self, loader: Any, batches: float, processes: Processes, neighbours: int = 1) -> Fitting:
+        """The companion that collects images and selects the memory bank; the present bank is forgotten.
+
+        Args:
+            loader: Loader of the training images.
+            batches: Its batches in this process; infinite where that is not known.
+            processes: Processes that fit the model together.
+            neighbours: Processes that share this machine's memory.
+        """
+        try:
+            images: int | None = len(loader.dataset)
+        except (AttributeError, TypeError):
+            images = None
+            if processes.count > 1:
+                log.warning("a stream must give every process as many batches: where one has fewer, the others wait.")
+        return Fitting(
+            self.model,
+            store=self.store,
+            calibration_share=self.calibration_share,
+            seed=self.seed,
+            images=images,
+            batches=batches,
+            processes=processes,
+            neighbours=neighbours,
+            update=self._updating,
+            fixed_size=self.transform.size is not None,
+        )
+
+    def on_train_epoch_start(self) -> None:
+        """End the fit after one epoch, whatever ``min_epochs`` and ``min_steps`` say."""
+        if self._all_came is not None:
+            raise StopIteration  # which ends Lightning's loop over epochs
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect the patch features of a batch."""
+        assert self._fitting is not None  # since on_train_start
+        own = self._own(batch, batch_idx)
+        if len(own["image"]):
+            self._fitting.add(own["image"], own["index"].cpu())
+        self.log("train/images", float(self._fitting.count), batch_size=max(1, len(own["image"])))
+        if 0 <= self.trainer.max_steps <= batch_idx + 1:
+            self.trainer.should_stop = True  # Lightning counts no steps
+
+    def on_train_epoch_end(self) -> None:
+        """One epoch is enough."""
+        loop = self.trainer.fit_loop.epoch_loop
+        last = loop.batch_progress.is_last_batch
+        if not last and not self.trainer.should_stop:
+            log.warning(
+                "the training loader announced %s batches and gave %d; the memory bank is made of those.",
+                *(self.trainer.num_training_batches, loop.batch_progress.current.processed),
+            )
+        self._all_came = last or not self.trainer.should_stop
+        self.trainer.should_stop = True
+
+    def finish(self) -> None:
+        """Select the memory bank and calibrate, once the last batch has come; a second call does nothing.
+
+        Every process must call it.
+        """
+        if self._fitting is None or self.model.fitted or self.trainer.sanity_checking:
+            return
+        if self.trainer.state.fn != "fit" or self.trainer.state.status != TrainerStatus.RUNNING:
+            return  # after an exception, perhaps of one process only
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        last = progress.is_last_batch and progress.current.processed == progress.current.ready
+        if not self.trainer.strategy.reduce_boolean_decision(bool(last or self._all_came)):
+            return
+        shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+        self._fitting.select(shown=shown)
+        self.model.calibration.tell(self.false_alarm_rate)
+
+    def on_train_end(self) -> None:
+        """Select the memory bank, then have the checkpoint callbacks save it."""
+        saved = self.model.fitted  # by a callback that saved after the last batch
+        self.finish()
+        self.trainer.should_stop = False  # a Tuner trains again in the same fit
+        if self.model.fitted and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save_by_callbacks(self, saved=saved)
+
+    def on_fit_end(self) -> None:
+        """Free what was collected; refuse a fit without a memory bank."""
+        began = self._fitting is not None
+        self.release()
+        if self.trainer.limit_train_batches == 0 or self.trainer.num_training_batches == 0:
+            raise UserError(
+                "the training loader has no batch; look at drop_last, the batch size and limit_train_batches."
+            )
+        if not began:
+            raise UserError(
+                "the Trainer has trained nothing: its epochs, steps or time are used up; take a new Trainer. The model is "
+                "as it was."
+            )
+        if not self.model.fitted:
+            raise UserError(
+                "fit ended before every training batch was seen, so there is no memory bank; look at max_time and at "
+                "callbacks that stop the Trainer."
+            )
+
+    def release(self) -> None:
+        """Free what a fit has collected."""
+        self._close_fitting()
+        self.automatic_optimization = True
+        self.anchor.value.requires_grad_(False)
+
+    def _close_fitting(self) -> None:
+        if self._fitting is not None:
+            self._fitting.close()
+        self._fitting = None
+
+    @property
+    def selected(self) -> tuple[Tensor, Tensor] | None:
+        """Projected patch features ``(N, d)`` and the picks among them ``(M,)``, of a single model, until fit ends."""
+        collections = self._fitting.collections if self._fitting is not None else []
+        return collections[0].selected if len(collections) == 1 else None
 
     def update(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Add nominal images to a fitted model.
@@ -254,172 +559,52 @@ class PatchCore(AnomalyModule):
             UserError: If the model is not fitted.
         """
         self._check_fitted()
-        before = {name: value for name, value in self._buffers.items() if value is not None}
-        bank, self.updating = self.memory_bank.features, True
-        before["seen"] = self.seen.clone()
+        before = {name: value.clone() for name, value in self.model.state_dict().items() if "features." not in name}
+        self._updating = True
         try:
             trainer.fit(self, *args, **kwargs)
         except BaseException:
-            self._buffers.update(before)
-            self.memory_bank.fill(bank)  # as it was
+            self.model.load_state_dict(self.model.state_dict() | before)  # as it was
             raise
         finally:
-            self.updating, self._kept = False, None
+            self._updating = False
 
-    # What `AnomalyModule` asks for
+    # Checkpoints
 
-    @property
-    def bank_shape(self) -> list[int]:
-        """Rows and dimensions of the memory bank; empty where there is none."""
-        return [len(self.memory_bank), self.memory_bank.features.shape[1]] if len(self.memory_bank) else []
-
-    def identity(self) -> dict[str, Any]:
-        """What the memory bank depends on, in plain values: backbone, weights (hash), features, preprocessing."""
-        return self.patch_features.identity() | {"preprocessing": self.transform.as_dict()}
-
-    def setup(self, stage: str) -> None:
-        """As `AnomalyModule`; also deal the memory bank out to the processes, before a device has to hold it."""
-        super().setup(stage)
-        if stage != "fit" and self.hparams["shard_bank"] and self.trainer.world_size > 1:
-            self.memory_bank.share(Processes(self.trainer.strategy.root_device))
-            self._ddp_params_and_buffers_to_ignore = ["memory_bank.features"]  # Lightning would send all process 0's
-
-    def on_scored(self) -> None:
-        """Search for the processes that have images left."""
-        self.memory_bank.serve()
-
-    def teardown(self, stage: str) -> None:
-        """Put the memory bank together again."""
-        self.memory_bank.unshare()
-
-    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Anomaly scores ``(B,)`` and maps ``(B, H, W)``."""
-        scores, maps = self.scorer(self.patch_features(images), self.memory_bank, images.shape[-2:])
-        return scores, maps
-
-    def clear(self) -> None:
-        """Forget the memory bank (an update puts it aside), and what was collected for one."""
-        if self.updating:
-            self._kept = self.memory_bank.features
-        else:
-            self._kept = None
-            self.seen.zero_()
-        self.coverage_radii = torch.empty(0, device=self.device)
-        self.memory_bank.fill(torch.empty(0, 0, device=self.device))
-        self.release()
-
-    def release(self) -> None:
-        """Free what was collected."""
-        if self._collection is not None:
-            self._collection.close()
-        self._collection = None
-
-    @property
-    def selected(self) -> tuple[Tensor, Tensor] | None:
-        """Projected patch features and the picks among them, if they are kept (`keep_selected`), until fit ends."""
-        return None if self._collection is None else self._collection.selected
-
-    @property
-    def memory_planned(self) -> float:
-        """Bytes that this fit takes until what it collected is freed."""
-        return 0.0 if self._collection is None else self._collection.peak
-
-    def collect(self, images: Tensor, index: Tensor, aside: Tensor) -> None:
-        """Store the images' patch features, those for calibration apart."""
-        patches = self.patch_features(images)  # (B, h, w, D)
-        if self._collection is None:
-            near = self.trainer.num_devices if self.trainer.world_size > 1 else 1
-            collection = Collection(self.hparams, self.device)
-            expected = self._expected_images(len(patches))
-            collection.reserve(patches.shape, expected, self.memory_bank.check, near, self.memory_promised)
-            self._collection = collection
-        self._collection.add(patches, index, aside)
-
-    def select(self) -> None:
-        """Select the coreset and fill the memory bank."""
-        start, trainer = time.perf_counter(), self._trainer
-        if self._collection is None:  # no image came to this process
-            self._collection = Collection(self.hparams, self.device)
-        collection = self._collection
-        collection.join(self.processes())
-        kept = torch.empty(0, collection.dimension) if self._kept is None else self._kept.float().cpu()
-        self.seen += collection.total
-        shown = trainer is not None and trainer.progress_bar_callback is not None and trainer.is_global_zero
-        bank, radii = collection.select(kept, int(self.seen), keep=self.keep_selected, shown=shown)
-        self.memory_bank.fill(bank.to(self.device))
-        self._kept = None
-        if self.memory_bank.approximate:
-            self.memory_bank.recall(collection.sample().to(self.device))
-        log.info(
-            "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
-            *(len(bank), len(kept) + collection.total, bank.shape[1], time.perf_counter() - start),
-        )
-        if radii is not None:
-            self.coverage_radii = radii.to(self.device)
-        self.coverage = self.measure_coverage()
-        log.info(
-            "coverage: patch features lie %.4g from the memory bank on average, %.4g at most.",
-            *(self.coverage[1].item(), self.coverage[0].item()),
-        )
-
-    def score_held_out(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Indices, anomaly scores and maps of the images collected for calibration, one at a time."""
-        if self._collection is None or self._input_shape is None:
-            return
-        for index, patches in self._collection.held_out_images():
-            scores, maps = self.scorer(patches.to(self.device), self.memory_bank, self._input_shape[-2:])
-            yield torch.tensor([index]), scores, maps
-
-    def measure_coverage(self) -> Tensor:
-        """Largest and mean distance of stored patch features to the memory bank, those in it counted with 0.
-
-        Returns:
-            float32 ``(2,)``, of at most 1000 patch features, evenly spread over the training images.
-        """
-        nearest = self.memory_bank(self._stored_sample())[0][:, 0]
-        return torch.stack([nearest.max(), nearest.mean()])
-
-    def nominal_distance(self) -> float:
-        """Mean distance of stored patch features to the memory bank, themselves not counted, as in the score.
-
-        Of at most 1000 patch features, evenly spread over the training images.
-        """
-        nearest, _ = self.memory_bank(self._stored_sample(), min(2, len(self.memory_bank)))
-        distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
-        return float((distance.square() if self.hparams["distance"] == "squared" else distance).mean())
-
-    def _stored_sample(self) -> Tensor:
-        assert self._collection is not None
-        return self._collection.sample().to(self.device)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Finish the fit if its last batch has come; say what is in the file; leave the frozen backbone out."""
+        self.finish()
+        state = {**checkpoint["state_dict"], **self.state_dict()}  # the former was taken before the memory bank
+        if not self.save_backbone:
+            state = {name: value for name, value in state.items() if "patch_features." not in name}
+        checkpoint["state_dict"] = state
+        checkpoint["patchcore"] = {
+            "format": FORMAT,
+            "fitted": self.model.fitted,
+            "began": self.model.fitted or (self._fitting is not None and self._fitting.count > 0),
+            "identity": self.identity(),
+            "left_out": list(self.left_out),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As `AnomalyModule`; also cut the bank down to ``coreset_size``."""
-        super().on_load_checkpoint(checkpoint)
-        state, size = checkpoint["state_dict"], self.hparams["coreset_size"]
-        bank, radii = state["memory_bank.features"], state["coverage_radii"]
-        if size is not None and size < len(bank):
-            saved = checkpoint.get("hyper_parameters", {}).get("coreset_method")
-            if saved not in ("greedy", "approximate"):
-                raise UserError(
-                    f"coreset_size cannot cut down a bank selected by {saved}, which has no order; fit again."
-                )
-            log.info("memory bank: the first %d of %d patch features.", size, len(bank))
-            state["memory_bank.features"] = bank[:size].clone()
-            state["coverage_radii"] = radii[: size + 1].clone()
-            if len(state["calibration_scores"]):
-                log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
-            state["calibration_scores"], state["calibration_peaks"] = torch.empty(2, 0)
-
-    def _expected_images(self, batch: int) -> ExpectedImages | None:
-        """Most images that can come, where their number is known."""
-        batches, world = self.trainer.num_training_batches, self.trainer.world_size
-        if batches == float("inf"):
-            return None
-        images = int(batches) * batch
-        try:
-            total = len(self.trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-        except (AttributeError, TypeError):
-            return ExpectedImages(images, 0, images * world)
-        images = min(images, -(-total // world))
-        aside = len(self._aside or ())
-        return ExpectedImages(min(images, total - aside), min(images, aside), min(images * world, total - aside))
+        """Refuse a checkpoint whose memory bank was not made with this model's features; cut it to ``coreset_size``."""
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and checkpoint.get("patchcore", {}).get("began", True):
+            raise UserError(
+                "PatchCore fits in one pass and cannot resume from a checkpoint; leave ckpt_path out to fit again, "
+                "or test with it."
+            )
+        if not fitting:  # while it is, a Tuner puts back what it saved before its trials
+            require_fitted(checkpoint)
+            for member in self.model.members:
+                member.patch_features.identify()
+            check_identity(checkpoint, self.identity())
+        own = {name: value for name, value in self.state_dict().items() if "patch_features." in name}
+        checkpoint["state_dict"] = own | checkpoint["state_dict"]
+        size = None if fitting or isinstance(self.model, EnsembleModel) else self.model.coreset.size
+        if size is None or size >= len(checkpoint["state_dict"]["model.memory_bank.features"]):
+            return
+        method = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("coreset_method")
+        if method not in ("greedy", "approximate"):
+            raise UserError(f"coreset_size cannot cut down a bank selected by {method}, which has no order; fit again.")
+        cut_bank(checkpoint["state_dict"], "model.", size)

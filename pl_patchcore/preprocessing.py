@@ -2,7 +2,7 @@
 
 Reads an image or mask file, resizes, crops and normalises it, and remembers which part of the original the
 crop covers. Each image is handled alone, in the data set, so that a score never depends on its neighbours in
-the batch. Next: `patch_features.py`.
+the batch. Next: `data/base.py`, which makes samples and batches of it.
 
 The paper says "resized and center cropped to 256x256 and 224x224": ``resize_mode="squash"`` resizes to exactly
 256x256. The authors' code resizes the shorter side (``"shorter_side"``), which on elongated images crops more.
@@ -18,9 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as tvf
 
 from pl_patchcore.errors import UserError
 
@@ -28,6 +27,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 UNKNOWN = 255  # mask value of pixels that no pixel figure counts
 _ORIENTATION = 274  # EXIF tag
+_Box = tuple[float, float, float, float]  # top, left, bottom, right
+_PixelBox = tuple[int, int, int, int]  # left, top, right, bottom
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a bad file
 
 
 @dataclass(frozen=True)
@@ -59,83 +61,105 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        for name in ("resize", "crop", "mean", "std"):
+            if np.ndim(value := getattr(self, name)):  # lists and arrays become tuples of plain numbers
+                object.__setattr__(self, name, tuple(np.asarray(value).tolist()))
         for name, size in (("resize", self.resize), ("crop", self.crop)):
-            if size is not None and min(_pair(size)) < 1:
-                raise UserError(f"{name} must be at least 1 pixel, got {size}.")
+            if size is not None and (np.shape(size) not in ((), (2,)) or np.min(size) < 1):
+                raise UserError(f"{name} must be at least 1 pixel, one number or (height, width), got {size}.")
         if self.resize_mode not in ("squash", "shorter_side"):
             raise UserError(f"resize_mode must be 'squash' or 'shorter_side', got {self.resize_mode!r}.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise UserError(f"interpolation must be 'bilinear' or 'bicubic', got {self.interpolation!r}.")
-        if self.resize_mode == "shorter_side" and isinstance(self.resize, tuple | list):
+        if self.resize_mode == "shorter_side" and isinstance(self.resize, tuple):
             raise UserError(f"resize_mode 'shorter_side' takes one number for resize, got {self.resize}.")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean and std take three numbers, std positive; got {self.mean} and {self.std}.")
-        if self.resize is not None and self.crop is not None:
-            # shorter_side makes the other side at least as long, so this bound holds for it too
-            fits = [c <= r for c, r in zip(_pair(self.crop), _pair(self.resize), strict=True)]
-            if not all(fits):
-                raise UserError(
-                    f"crop {self.crop} is larger than the resized image ({self.resize}); lower crop or raise resize."
-                )
+        # shorter_side makes the other side at least as long, so this bound holds for it too
+        if self.resize is not None and self.crop is not None and np.any(np.greater(self.crop, self.resize)):
+            raise UserError(f"crop {self.crop} is larger than the resized image ({self.resize}); change one of them.")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the input; None where they depend on the image."""
+        size = self.resize if self.crop is None and self.resize_mode == "squash" else self.crop
+        return (size, size) if isinstance(size, int) else size
+
+    def apply(self, image: Image.Image, mask: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Take an image, and its mask, through the same geometry.
+
+        Args:
+            image: RGB.
+            mask: uint8 ``(H0, W0)``, of the image's size; it is resized to the nearest pixel.
+
+        Returns:
+            ``image`` float32 ``(3, H, W)``, normalised; ``mask`` uint8 ``(H, W)``, where one was given;
+            ``original_size`` int64 ``(2,)``, height and width; ``crop_box`` float32 ``(4,)``, see `crop_box`.
+
+        Raises:
+            UserError: If the image is smaller than the crop.
+        """
+        size = (image.height, image.width)
+        (height, width), crop, crop_box = self._geometry(size)
+        resized = image.resize((width, height), Resampling[self.interpolation.upper()])
+        pixels = torch.from_numpy(np.array(resized.crop(crop))).permute(2, 0, 1).contiguous()  # (3, H, W)
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32)[..., None, None]  # (3, 1, 1) each
+        result = {
+            "image": pixels.to(torch.float32).div_(255).sub_(mean).div_(std),
+            "original_size": torch.tensor(size, dtype=torch.int64),
+            "crop_box": torch.tensor(crop_box, dtype=torch.float32),
+        }
+        if mask is not None:
+            resized = Image.fromarray(mask).resize((width, height), Resampling.NEAREST)
+            result["mask"] = torch.from_numpy(np.array(resized.crop(crop)))
+        return result
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into a float32 tensor ``(3, H, W)``, normalised."""
-        resized = self._resize(image, InterpolationMode(self.interpolation))
-        tensor: Tensor = tvf.normalize(tvf.to_tensor(self._crop(resized)), list(self.mean), list(self.std))
-        return tensor
+        return self.apply(image)["image"]
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """Take a ``uint8`` mask ``(H0, W0)`` of the original through the same geometry, nearest pixel."""
-        resized = self._resize(Image.fromarray(mask), InterpolationMode.NEAREST)
-        return torch.from_numpy(np.array(self._crop(resized)))
+        (height, width), crop, _ = self._geometry((mask.shape[0], mask.shape[1]))
+        resized = Image.fromarray(mask).resize((width, height), Resampling.NEAREST)
+        return torch.from_numpy(np.array(resized.crop(crop)))
 
-    def crop_box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    def crop_box(self, size: tuple[int, int]) -> _Box:
         """Part of an original of ``size`` (height, width) that the input covers.
 
         Returns:
             ``(top, left, bottom, right)`` in pixels of the original, fractional.
         """
-        height, width = self._resized(size)
-        rows, columns = (height, width) if self.crop is None else _pair(self.crop)
-        top, left = round((height - rows) / 2), round((width - columns) / 2)  # as torchvision's center_crop
-        down, across = size[0] / height, size[1] / width
-        return top * down, left * across, (top + rows) * down, (left + columns) * across
+        return self._geometry(size)[2]
+
+    def _geometry(self, size: tuple[int, int]) -> tuple[tuple[int, int], _PixelBox, _Box]:
+        """Of an original's ``size``: height and width before the crop, the crop as Pillow takes it, the `crop_box`."""
+        height, width = size
+        if isinstance(self.resize, tuple):
+            height, width = self.resize
+        elif self.resize is not None and self.resize_mode == "squash":
+            height = width = self.resize
+        elif self.resize is not None and height <= width:
+            height, width = self.resize, int(self.resize * width / height)
+        elif self.resize is not None:
+            height, width = int(self.resize * height / width), self.resize
+        rows, columns = self.crop if isinstance(self.crop, tuple) else (self.crop or height, self.crop or width)
+        if rows > height or columns > width:
+            raise UserError(f"crop {self.crop} is larger than an image of {height}x{width} pixels; set resize.")
+        top, left = round((height - rows) / 2), round((width - columns) / 2)
+        down, across = size[0] / height, size[1] / width  # pixels of the original per pixel
+        covered = (top * down, left * across, (top + rows) * down, (left + columns) * across)
+        return (height, width), (left, top, left + columns, top + rows), covered
 
     def denormalise(self, image: Tensor) -> Tensor:
         """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures."""
-        mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return (image * std + mean).clamp(0, 1)
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=image.device)[..., None, None]
+        rgb: Tensor = (image * std + mean).clamp(0, 1)
+        return rgb
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, as stored in checkpoints."""
-        return {k: list(v) if isinstance(v, tuple | list) else v for k, v in asdict(self).items()}
-
-    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        if self.resize is None:
-            return size
-        if self.resize_mode == "squash":
-            return _pair(self.resize)
-        target = _pair(self.resize)[0]
-        height, width = size
-        if height <= width:
-            return target, int(target * width / height)
-        return int(target * height / width), target
-
-    def _resize(self, image: Image.Image, interpolation: InterpolationMode) -> Image.Image:
-        size = self._resized((image.height, image.width))
-        resized: Image.Image = tvf.resize(image, list(size), interpolation)
-        return resized
-
-    def _crop(self, image: Image.Image) -> Image.Image:
-        if self.crop is None:
-            return image
-        rows, columns = _pair(self.crop)
-        if rows > image.height or columns > image.width:
-            raise UserError(
-                f"crop {self.crop} is larger than an image of {image.height}x{image.width} pixels; set resize."
-            )
-        cropped: Image.Image = tvf.center_crop(image, [rows, columns])
-        return cropped
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def read_image(path: Path) -> Image.Image:
@@ -147,13 +171,10 @@ def read_image(path: Path) -> Image.Image:
     Args:
         path: Image file in any format Pillow reads.
 
-    Returns:
-        RGB image.
-
     Raises:
         UserError: If the file is missing, not an image, cut short, or holds floating-point pixels.
     """
-    image = ImageOps.exif_transpose(_open(path))
+    image = _open(path)
     if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):  # type: ignore[operator]
         raise UserError(f"{path}: pixels of mode {image.mode} have no defined range; save it with 8 or 16 bits.")
     if image.mode.startswith("I"):
@@ -176,7 +197,7 @@ def read_mask(path: Path, threshold: int = 127) -> np.ndarray:
     Raises:
         UserError: If the file cannot be read.
     """
-    image = ImageOps.exif_transpose(_open(path))
+    image = _open(path)
     if image.mode == "1":
         levels = np.asarray(image).astype(np.uint8) * 255
     elif image.mode.startswith("I"):
@@ -206,21 +227,21 @@ def check_image(path: Path) -> tuple[int, int]:
             marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "", b"")
             file.seek(0, io.SEEK_END)
             file.seek(max(0, file.tell() - 64))
-            if marker not in file.read():
-                _open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
+            whole = marker in file.read()
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+    if not whole:
+        _open(path)
     return height, width
 
 
 def _open(path: Path) -> Image.Image:
+    """Decode an image file, upright."""
     try:
         with Image.open(path) as image:
             image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return ImageOps.exif_transpose(image)
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
@@ -231,7 +252,3 @@ def _unreadable(path: Path, error: Exception) -> UserError:
         return UserError(f"{path}: no such file; restore it or take it out of the data set.")
     reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
     return UserError(f"{path}: cannot be read ({reason}); replace the file or take it out of the data set.")
-
-
-def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

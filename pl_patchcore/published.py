@@ -12,33 +12,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pl_patchcore.recipes import RECIPES
+from pl_patchcore.configs import recipe
 
 Figures = tuple[float | None, float | None, float | None]  # image AUROC, pixel AUROC, PRO
 
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of one published run.
+    """Figures of one published run."""
 
-    Args:
-        source: Where they are from.
-        data: Name of the data module's class.
-        settings: Model settings they were made with.
-        average: Over all categories.
-        categories: Of each, where known.
-    """
-
-    source: str
-    data: str
-    settings: Mapping[str, Any]
-    average: Figures
-    categories: Mapping[str, Figures] = field(default_factory=dict)
+    source: str  # where they are from
+    data: str  # name of the data module's class
+    settings: Mapping[str, Any]  # of the model, that they were made with
+    average: Figures  # over all categories
+    categories: Mapping[str, Figures] = field(default_factory=dict)  # of each, where known
 
 
 def _table(text: str) -> dict[str, Figures]:
     rows = (row.split() for row in text.split(","))
     return {name: (float(a), float(b), float(c)) for name, a, b, c in rows}
+
+
+def _settings(name: str, *compared: str) -> dict[str, Any]:
+    return {argument: value for argument, value in recipe(name).items() if argument in compared}
 
 
 _WRN50 = _table(
@@ -54,40 +50,25 @@ _ENSEMBLE = _table(
     "wood 99.7 96.0 93.0, zipper 99.7 99.2 98.5"
 )
 
-_PAPER = {name: RECIPES["paper"][name] for name in ("backbone", "layers", "weights", "patch_size", "distance")}
-_MVTEC = _PAPER | {"resize": 256, "crop": 224, "members": None}
-_OFFICIAL = {name: RECIPES["official"][name] for name in ("backbone", "layers", "weights", "layer_dim", "feature_dim")}
+_MVTEC_DATA = "MVTecDataModule"
+_PAPER = {
+    "backbone": "wide_resnet50_2", "layers": ["layer2", "layer3"], "weights": "IMAGENET1K_V1", "patch_size": 3,
+    "distance": "euclidean", "ensemble": {"members": None},
+}  # fmt: skip
+_MVTEC = _PAPER | {"resize": 256, "crop": 224}
+_MTD = _PAPER | {"coreset_ratio": 0.1}
+_MSTC = {"backbone": "wide_resnet50_2", "coreset_ratio": 0.1}
+_WR50 = _MVTEC | {"coreset_ratio": 0.1} | _settings("official_wr50_224_10", "patches", "distance")
+_THREE = _settings("official_ensemble_320_1", "resize", "crop", "coreset_ratio", "patches", "ensemble")
 
 PUBLISHED = (
-    Published("the paper, 25 %", "MVTecDataModule", _MVTEC | {"coreset_ratio": 0.25}, (99.1, 98.1, 93.4)),
-    Published("the paper, 10 %", "MVTecDataModule", _MVTEC | {"coreset_ratio": 0.1}, (99.0, 98.1, 93.5)),
-    Published("the paper, 1 %", "MVTecDataModule", _MVTEC | {"coreset_ratio": 0.01}, (99.0, 98.0, 93.1)),
-    Published(
-        "the authors' code, WideResNet-50, 224 pixels, 10 %",
-        "MVTecDataModule",
-        _OFFICIAL | {"resize": 256, "crop": 224, "coreset_ratio": 0.1, "distance": "squared", "members": None},
-        (99.2, 98.1, 94.4),
-        _WRN50,
-    ),
-    Published(
-        "the authors' code, ensemble, 320 pixels, 1 %",
-        "MVTecDataModule",
-        {
-            "resize": 366,
-            "crop": 320,
-            "coreset_ratio": 0.01,
-            "feature_dim": 384,
-            "members": [
-                {"backbone": "wide_resnet101_2", "layers": ["layer2", "layer3"]},
-                {"backbone": "resnext101_32x8d", "layers": ["layer2", "layer3"]},
-                {"backbone": "densenet201", "layers": ["features.denseblock2", "features.denseblock3"]},
-            ],
-        },
-        (99.6, 98.2, 94.9),
-        _ENSEMBLE,
-    ),
-    Published("the paper", "MTDDataModule", _PAPER | {"coreset_ratio": 0.1}, (97.9, None, None)),
-    Published("the paper", "MSTCDataModule", {"backbone": "wide_resnet50_2", "coreset_ratio": 0.1}, (None, 91.8, None)),
+    Published("the paper, 25 %", _MVTEC_DATA, _MVTEC | {"coreset_ratio": 0.25}, (99.1, 98.1, 93.4)),
+    Published("the paper, 10 %", _MVTEC_DATA, _MVTEC | {"coreset_ratio": 0.1}, (99.0, 98.1, 93.5)),
+    Published("the paper, 1 %", _MVTEC_DATA, _MVTEC | {"coreset_ratio": 0.01}, (99.0, 98.0, 93.1)),
+    Published("the authors' code, WideResNet-50, 224 pixels, 10 %", _MVTEC_DATA, _WR50, (99.2, 98.1, 94.4), _WRN50),
+    Published("the authors' code, ensemble, 320 pixels, 1 %", _MVTEC_DATA, _THREE, (99.6, 98.2, 94.9), _ENSEMBLE),
+    Published("the paper", "MTDDataModule", _MTD, (97.9, None, None)),
+    Published("the paper", "MSTCDataModule", _MSTC, (None, 91.8, None)),
 )
 
 
@@ -99,12 +80,16 @@ def published_for(data: str, settings: Mapping[str, Any]) -> Published | None:
         settings: Settings of the model, all of them.
 
     Example:
-        >>> published_for("MVTecDataModule", RECIPES["paper"] | {"members": None, "coreset_ratio": 0.01}).average
-        (99.0, 98.0, 93.1)
+        >>> settings = {"backbone": "wide_resnet50_2", "coreset_method": "greedy", "coreset_ratio": 0.1}
+        >>> published_for("MSTCDataModule", settings).average
+        (None, 91.8, None)
     """
     if settings.get("coreset_method") not in ("greedy", "approximate"):
         return None
-    for run in PUBLISHED:
-        if run.data == data and all(settings.get(name) == value for name, value in run.settings.items()):
-            return run
-    return None
+    return next((run for run in PUBLISHED if run.data == data and _holds(settings, run.settings)), None)
+
+
+def _holds(settings: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Mapping):
+        return isinstance(settings, Mapping) and all(_holds(settings.get(name), wanted[name]) for name in wanted)
+    return bool(settings == wanted)

@@ -5,9 +5,7 @@ import fcntl
 import json
 import logging
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,9 +14,10 @@ import fakes
 import pytest
 import yaml
 
-from pl_patchcore import RECIPES, UserError
+from pl_patchcore import MTDDataModule, MVTecDataModule, UserError
 from pl_patchcore.benchmark import Job, _start, plan, run_jobs, table_lines, write_table
 from pl_patchcore.cli import main
+from pl_patchcore.configs import recipe
 from pl_patchcore.published import PUBLISHED, published_for
 
 MODEL = {"backbone": "resnet18", "weights": None, "layers": ["layer1"], "resize": 32, "crop": None, "coreset_size": 20}
@@ -74,13 +73,19 @@ def test_published_averages_are_those_of_the_categories():
 
 
 def test_published_is_found_by_the_settings():
-    paper = RECIPES["paper"] | {"members": None}
+    paper = {
+        "backbone": "wide_resnet50_2", "layers": ["layer2", "layer3"], "weights": "IMAGENET1K_V1", "patch_size": 3,
+        "resize": 256, "crop": 224, "coreset_method": "greedy", "coreset_ratio": 0.1, "distance": "euclidean",
+        "patches": {"stride": 1, "layer_dim": None, "feature_dim": None},
+        "ensemble": {"members": None, "combine": "nominal"},
+    }  # fmt: skip
     assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.25}).source == "the paper, 25 %"
-    official = RECIPES["official"] | {"members": None, "coreset_ratio": 0.1}
+    assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.1, "coreset_method": "random"}) is None
+    official = paper | recipe("official")
     assert published_for("MVTecDataModule", official).average == (99.2, 98.1, 94.4)
     assert published_for("MVTecDataModule", official | {"crop": 320}) is None
     assert published_for("MTDDataModule", official | {"backbone": "resnet18"}) is None
-    assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.1, "coreset_method": "random"}) is None
+    assert published_for("MVTecDataModule", paper | recipe("official_ensemble_320_1")).average == (99.6, 98.2, 94.9)
 
 
 def test_changed_settings_are_noticed(tmp_path):
@@ -128,89 +133,74 @@ def test_rows_are_dealt_out_to_gpus(tmp_path, monkeypatch, visible, processes, e
     seen = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, env, **kwargs: seen.append(env.get("CUDA_VISIBLE_DEVICES")))
     for slot in range(processes):
-        _start(Job(f"row{slot}", None, None, tmp_path / f"row{slot}", {"model": {}}), slot, processes)
+        _start(Job(f"row{slot}", None, None, tmp_path / f"row{slot}", {"model": {}, "trainer": {}}), slot, processes)
     assert seen == expected
 
 
 def test_plan(tmp_path):
-    settings = {"model": {"seed": 7}, "data": {"class_path": "X", "init_args": {"root": "r"}}, "trainer": {}}
-    jobs = plan(settings, tmp_path, ["a", "b"], "category", [1, 5], [0, 3])
-    assert [job.name for job in jobs][:3] == ["a_shots1_seed0", "a_shots1_seed3", "a_shots5_seed0"]
+    root = str(fakes.mvtec(tmp_path / "data", ["a", "b"]))
+    settings = {"model": {"seed": 7}, "data": {"class_path": "X", "init_args": {"root": root}}, "trainer": {}}
+    jobs = plan(settings, MVTecDataModule(root), tmp_path, ["a", "b"], [1, 5], [0, 3])
+    assert [job.folder.name for job in jobs][:3] == ["a_shots1_seed0", "a_shots1_seed3", "a_shots5_seed0"]
     last = jobs[-1].settings
-    assert last["data"]["init_args"] == {"root": "r", "category": "b", "shots": 5, "shots_seed": 3}
+    assert last["data"]["init_args"] == {"root": root, "category": "b", "shots": 5, "shots_seed": 3}
     assert last["model"]["seed"] == 3
-    (alone,) = plan(settings, tmp_path, ["mtd"], None, [None], [None])
+    assert [job.category for job in plan(settings, MVTecDataModule(root), tmp_path)] == ["a", "b"]
+    (alone,) = plan(settings, MTDDataModule(), tmp_path)
+    assert alone.category == "mtd"
     assert alone.settings["data"] == settings["data"]
     assert alone.settings["model"] == settings["model"]
     assert settings["trainer"] == {}
 
 
 @pytest.fixture
-def command(tmp_path):
-    root = fakes.mvtec(tmp_path / "data", ["bottle", "cable"])
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "model": MODEL,
-                "data": {"class_path": "MVTecDataModule", "init_args": {"root": str(root), "num_workers": 0}},
-                "trainer": {"accelerator": "cpu"},
-                "report": {"pictures": 0},
-            }
-        )
-    )
-    return [sys.executable, "-m", "pl_patchcore", "benchmark", "--config", str(config)]
-
-
-@pytest.mark.slow
-def test_killed_and_started_again_gives_the_same_table(command, tmp_path):
-    def run(folder, *more):
-        return subprocess.run([*command, "--folder", str(folder), *more], capture_output=True, text=True)
-
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    first = run(whole, "--processes", "2")
-    assert first.returncode == 0, first.stderr
-    process = subprocess.Popen([*command, "--folder", str(again)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (again / "cable" / "job.yaml").exists():  # bottle is done, cable is at work
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    stamp = (again / "bottle" / "metrics.json").stat().st_mtime_ns
-    assert not (again / "benchmark.csv").exists()
-    second = run(again)  # the row left behind is at work still, or has just finished by itself
-    assert second.returncode == 0, second.stderr
-    assert re.search(r"[12] of 2 rows are finished already", second.stderr)
-    assert (again / "bottle" / "metrics.json").stat().st_mtime_ns == stamp
-    for name in ("benchmark.csv", "benchmark.md", "benchmark.json"):
-        assert (whole / name).read_bytes() == (again / name).read_bytes()
-    with (whole / "benchmark.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["category"] for row in rows] == ["bottle", "cable", "average"]
-    mean = sum(float(row["image_auroc"]) for row in rows[:2]) / 2
-    assert float(rows[2]["image_auroc"]) == pytest.approx(mean)
-    changed = run(again, "--model.coreset_size", "30")
-    assert changed.returncode == 2
-    assert "was run with model.coreset_size 20, which is 30 now" in changed.stderr
-
-
-@pytest.mark.slow
-def test_goes_on_when_one_fails(command, tmp_path):
-    (tmp_path / "data" / "bottle" / "train" / "good" / "001.png").write_bytes(b"no image")
-    done = subprocess.run([*command, "--folder", str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].endswith("1 of 2 rows failed: bottle; start again to retry.")
-    content = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert "001.png: cannot be read" in content["failed"]["bottle"]
-    assert [row["missing"] for row in content["rows"]] == [1, 0, 1]
-    assert content["rows"][1]["image_auroc"] is not None
-
-
-@pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-def test_unknown_category_is_refused_at_once(command, tmp_path, capsys, monkeypatch):
+def command(tmp_path, monkeypatch):
+    """A benchmark of three categories, one of which cannot be read."""
     monkeypatch.setattr("warnings.formatwarning", None)
     monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
-    with pytest.raises(SystemExit):
-        main([*command[3:], "--folder", str(tmp_path / "out"), "--categories", "[botle]"])
-    assert "no category 'botle'; there are bottle, cable" in capsys.readouterr().err
+    root = fakes.mvtec(tmp_path / "data", ["bottle", "cable", "zipper"])
+    (root / "zipper" / "train" / "good" / "001.png").write_bytes(b"no image")
+    settings = {
+        "model": MODEL,
+        "data": {"class_path": "MVTecDataModule", "init_args": {"root": str(root), "num_workers": 0}},
+        "trainer": {"accelerator": "cpu"},
+        "report": {"pictures": 0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return ["benchmark", "--config", str(tmp_path / "config.yaml"), "--folder", str(tmp_path / "out")]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_goes_on_when_killed_and_when_a_row_fails(command, tmp_path, capsys, caplog):
+    def error(*more):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *more])
+        assert stop.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "no category 'botle'; there are bottle, cable, zipper" in error("--categories", "[botle]")
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-m", "pl_patchcore", *command], stderr=subprocess.DEVNULL)
+    while not (out / "cable" / "job.yaml").exists():  # bottle is done, cable is at work
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    stamp = (out / "bottle" / "metrics.json").stat().st_mtime_ns
+    assert not (out / "benchmark.csv").exists()
+    caplog.set_level(logging.INFO)
+    # the row left behind is at work still, or has just finished by itself
+    assert error("--processes", "2").endswith("1 of 3 rows failed: zipper; start again to retry.")
+    assert re.search(r"[12] of 3 rows are finished already", caplog.text)
+    assert (out / "bottle" / "metrics.json").stat().st_mtime_ns == stamp
+    content = json.loads((out / "benchmark.json").read_text())
+    assert "001.png: cannot be read" in content["failed"]["zipper"]
+    assert [row["missing"] for row in content["rows"]] == [0, 0, 1, 1]
+    with (out / "benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["category"] for row in rows] == ["bottle", "cable", "zipper", "average"]
+    mean = sum(float(row["image_auroc"]) for row in rows[:2]) / 2
+    assert float(rows[3]["image_auroc"]) == pytest.approx(mean)
+    assert "was run with model.coreset_size 20, which is 30 now" in error("--model.coreset_size", "30")

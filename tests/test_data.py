@@ -1,10 +1,13 @@
+import dataclasses
 import shutil
 
 import fakes
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
 from pl_patchcore.data.base import as_batch
@@ -167,52 +170,40 @@ def test_validation_set_is_asked_for_explicitly(mtd):
 
 
 def test_workers_give_the_same_samples():
-    one = ready(SyntheticDataModule(train_images=2, test_nominal=3, test_per_defect=1, num_workers=0))
-    two = ready(SyntheticDataModule(train_images=2, test_nominal=3, test_per_defect=1, num_workers=1))
+    options = {"image_size": 64, "train_images": 2, "test_nominal": 3, "test_per_defect": 1}
+    one, two = (ready(SyntheticDataModule(**options, num_workers=workers)) for workers in (0, 1))
     for a, b in zip(one.test_dataloader(), two.test_dataloader(), strict=True):
         assert torch.equal(a["image"], b["image"])
         assert torch.equal(a["mask"], b["mask"])
 
 
 def test_synthetic_images_depend_on_seed_and_number_alone():
-    first = SyntheticDataModule(train_images=3, test_nominal=2, test_per_defect=2)
+    first = SyntheticDataModule(image_size=64, train_images=3, test_nominal=2, test_per_defect=2)
     np.random.default_rng(1).random()
-    again = SyntheticDataModule(train_images=5, test_nominal=1, test_per_defect=3, texture="brick")
+    again = SyntheticDataModule(image_size=64, train_images=5, test_nominal=1, test_per_defect=3, texture="brick")
     by_path = {r.path: r for part in again.records for r in part}
     shared = [r for part in first.records for r in part if r.path in by_path]
     assert len(shared) == 3 + 1 + 8
     for record in reversed(shared):
         assert np.array_equal(np.asarray(record.image()), np.asarray(by_path[record.path].image()))
-    other = SyntheticDataModule(seed=1).records[0][0]
+    other = SyntheticDataModule(image_size=64, seed=1).records[0][0]
     assert not np.array_equal(np.asarray(other.image()), np.asarray(shared[0].image()))
 
 
 @pytest.mark.parametrize("texture", ["brick", "gravel", "grass"])
-def test_synthetic_defects_are_where_the_mask_is(texture, monkeypatch):
-    from pl_patchcore.data import synthetic
-
-    data = SyntheticDataModule(texture, train_images=1, test_nominal=1, test_per_defect=3)
-    damaged = [(r, *r.make()) for r in data.records[1] if r.label]
-    monkeypatch.setattr(synthetic, "_VISIBLE", 0.0)
-    coverages = []
-    real = synthetic._damage
-
-    def harmless(image, draw, rng):
-        drawn, alpha = real(image, draw, rng)
-        coverages.append((image, drawn, alpha))
-        return drawn, alpha
-
-    monkeypatch.setattr(synthetic, "_damage", harmless)
-    assert {r.defect for r, _, _ in damaged} == {"scratch", "stain", "foreign", "blur"}
-    for record, _, _ in damaged:
-        _, mask = record.make()
-        image, drawn, alpha = coverages[-1]
-        assert np.array_equal(mask == 1, alpha >= 0.5)
+def test_synthetic_defects_are_where_the_mask_is(texture):
+    records = SyntheticDataModule(texture, train_images=1, test_nominal=1, test_per_defect=3).records[1][1:]
+    assert {r.defect for r in records} == {"scratch", "stain", "foreign", "blur"}
+    for record in records:
+        damaged, mask = record.read()
+        whole, nothing = dataclasses.replace(record, label=0).read()  # the same crop, with another exposure
         assert mask.any()
         assert not mask.all()
-        changed = np.abs(drawn - image)
-        assert changed[alpha < 0.01].max() < 0.01
-        assert changed[mask == 1].mean() > changed[mask == 0].mean() * 5
+        assert not nothing.any()
+        before, after = (np.asarray(image)[..., 0].astype(float) for image in (whole, damaged))
+        gain, offset = np.polyfit(before[mask == 0], after[mask == 0], 1)
+        change = np.abs(after - gain * before - offset)
+        assert change[mask == 1].mean() > 2 * change[mask == 0].mean()  # outside: noise, and soft edges
 
 
 def test_synthetic_training_and_test_crops_share_no_pixel(monkeypatch):
@@ -236,7 +227,7 @@ def test_synthetic_export(tmp_path):
         + [f"ground_truth/{d}/000_mask.png" for d in ("scratch", "stain", "foreign", "blur")]
     )
     record = data.records[1][1]
-    image, mask = record.make()
+    image, mask = record.read()
     assert np.array_equal(np.asarray(Image.open(folder / "test" / "scratch" / "000.png")), np.asarray(image))
     assert np.array_equal(np.asarray(Image.open(folder / "ground_truth" / "scratch" / "000_mask.png")) > 0, mask == 1)
     assert [p.name for p in tmp_path.iterdir()] == ["gravel"]
@@ -250,7 +241,7 @@ def test_synthetic_export(tmp_path):
         ({"texture": "wood"}, "one of brick, gravel, grass"),
         ({"image_size": 300}, "from 64 to 256"),
         ({"train_images": 0}, "train_images must be at least 1"),
-        ({"test_per_defect": -1}, "0 or more"),
+        ({"test_per_defect": -1}, "at least 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_workers": -1}, "num_workers must be 0 or more"),
     ],
@@ -260,12 +251,70 @@ def test_bad_options(options, message):
         SyntheticDataModule(**options)
 
 
+IMAGE, LABEL, MASK = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.zeros(2, 8, 8)
+
+
 def test_as_batch():
-    image, label, mask = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.zeros(2, 8, 8)
-    assert list(as_batch(image)) == ["image"]
-    assert list(as_batch((image, label))) == ["image", "label"]
-    assert list(as_batch([image, label, mask])) == ["image", "label", "mask"]
-    with pytest.raises(UserError, match="a batch must be"):
-        as_batch({"picture": image})
-    with pytest.raises(UserError, match=r"must be \(B, 3, H, W\), got \(2, 8, 8\)"):
-        as_batch(mask)
+    assert list(as_batch(IMAGE)) == ["image"]
+    assert list(as_batch((IMAGE,))) == ["image"]
+    assert list(as_batch((IMAGE, LABEL))) == ["image", "label"]
+    assert list(as_batch([IMAGE, [0, 1], MASK])) == ["image", "label", "mask"]
+    sample = {"image": IMAGE, "label": np.array([0, 1]), "category": ["a", "b"]}
+    assert as_batch(sample) == sample
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):  # the model casts
+        assert as_batch(IMAGE.to(dtype))["image"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [IMAGE, IMAGE],
+        (IMAGE, IMAGE.half(), IMAGE, IMAGE),
+        [{"image": IMAGE}, {"image": IMAGE}],
+        [{"image": IMAGE}],
+        [[IMAGE, LABEL], [IMAGE, LABEL]],
+        [IMAGE, [IMAGE, LABEL]],
+        [{"image": IMAGE}, None],  # as CombinedLoader gives when one has ended
+        {"left": {"image": IMAGE}, "right": {"image": IMAGE}},
+        {"left": IMAGE, "right": IMAGE},
+    ],
+)
+def test_batches_of_several_loaders(batch):
+    with pytest.raises(UserError, match=r"several loaders.*give one loader, e\.g\. over torch\.utils\.data\.Concat"):
+        as_batch(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"picture": IMAGE}, "a batch must be a dict with 'image'"),
+        ((IMAGE, LABEL, MASK, MASK), "a batch must be"),
+        ((IMAGE, MASK[:, None], LABEL), "a batch must be"),
+        ([], "a batch must be"),
+        ("image", "a batch must be"),
+        (MASK, r"must be \(B, 3, H, W\), got \(2, 8, 8\)"),
+        (IMAGE[:, :1], r"must be \(B, 3, H, W\), got \(2, 1, 8, 8\)"),
+        (
+            IMAGE.byte(),
+            r"got torch\.uint8; make them with model\.transform, or as float32 in \[0, 1\], th",
+        ),
+        ({"image": IMAGE.long()}, r"got torch\.int64; make them with model\.transform"),
+        ({"image": IMAGE, "label": ["good", "bad"]}, r"labels must be numbers, 0 nominal or 1 anomalous, got 'good'"),
+        ((IMAGE, ("good", "bad")), "labels must be numbers, 0 nominal or 1 anomalous"),
+        ((IMAGE, LABEL[:1]), r"labels must be one for each of the 2 images, got \(1,\)"),
+        ((IMAGE, torch.tensor(1)), r"one for each of the 2 images, got \(\)"),
+    ],
+)
+def test_batches_that_are_refused(batch, message):
+    with pytest.raises(UserError, match=message):
+        as_batch(batch)
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "max_size", "min_size"])
+def test_several_loaders_as_lightning_combines_them(mode):
+    for data in (IMAGE, TensorDataset(IMAGE, LABEL), [{"image": x} for x in IMAGE]):
+        loader = DataLoader(data, batch_size=2)
+        for loaders in ([loader, loader], {"a": loader, "b": loader}):
+            batch, _, _ = next(iter(CombinedLoader(loaders, mode)))
+            with pytest.raises(UserError, match="several loaders"):
+                as_batch(batch)

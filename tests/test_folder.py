@@ -51,17 +51,6 @@ def test_a_strangers_folder(root, trainer, caplog):
     assert set(found.figures) == {"all", "Fleck ü", "Kratzer"}
 
 
-def test_nominal_images_alone(root, trainer):
-    data = FolderDataModule(root / "ok", num_workers=0, test_share=0.3)
-    assert len(data.records[0]) == 7
-    found, runner = model(calibration_share=0.4, false_alarm_rate=0.3), trainer()
-    runner.fit(found, data)
-    (logged,) = runner.test(found, data, verbose=False)
-    assert np.isnan(logged["test/image_auroc"])
-    assert found.figures["all"]["nominal"] == 3
-    assert found.image_threshold > 0
-
-
 def test_split_is_seeded_and_leaves_nothing_out(root):
     parts = [FolderDataModule(root / "ok", split_seed=seed).records for seed in (0, 0, 1)]
     names = [[r.path.name for r in test] for _, test in parts]
@@ -115,7 +104,7 @@ def test_masks_must_match(root):
     masks_for(root, NAMES[2:])
     assert [r.mask_path.name for r in records()[1][2:]] == ["1_mask.png", "1.png", "2.png"]
     masks_for(root, NAMES[2:], ".png")
-    with pytest.raises(UserError, match=r"is a second mask beside"):
+    with pytest.raises(UserError, match=r"1_mask\.png: has the same name as .*1\.png; rename one"):
         records()
     (root / "masks" / "Fleck ü" / "1.png").rename(root / "masks" / "Fleck ü" / "9.png")
     with pytest.raises(UserError, match=r"9\.png: belongs to no image"):
@@ -192,22 +181,34 @@ def test_bad_manifest_header(root):
         _ = FolderDataModule(manifest=manifest).records
 
 
-def test_predict_needs_nothing_but_images(root, trainer):
+def test_nominal_images_alone_and_others_to_predict(root, trainer):
+    data = FolderDataModule(root / "ok", num_workers=0, test_share=0.3)
+    assert len(data.records[0]) == 7
     found, runner = model(calibration_share=0.4, false_alarm_rate=0.3), trainer()
-    runner.fit(found, FolderDataModule(root / "ok", num_workers=0))
+    runner.fit(found, data)
+    (logged,) = runner.test(found, data, verbose=False)
+    assert np.isnan(logged["test/image_auroc"])
+    assert found.figures["all"]["nominal"] == 3
     data = FolderDataModule(predict=root / "bad", num_workers=0)
     batches = runner.predict(found, data)
     paths = [path for batch in batches for path in batch["path"]]
     assert [path.rsplit("bad/")[-1] for path in paths] == ["Fleck ü/1.png", "Kratzer/1.JPG", "Kratzer/2.jpg"]
     assert torch.cat([batch["anomalous"] for batch in batches]).all()
-    one = runner.predict(found, FolderDataModule(predict=root / "bad" / "Kratzer" / "2.jpg", num_workers=0))
-    assert one[0]["score"].item() == pytest.approx(batches[-1]["score"][-1].item(), rel=1e-5)
-    with pytest.raises(UserError, match="no images are named"):
-        runner.fit(model(), FolderDataModule())
-    with pytest.raises(UserError, match="training set is empty"):
-        runner.fit(model(), data)
-    with pytest.raises(UserError, match="no such file or folder"):
-        runner.predict(found, FolderDataModule(predict=root / "none"))
+
+
+def test_predict_needs_nothing_but_images(root):
+    one = FolderDataModule(predict=root / "bad" / "Kratzer" / "2.jpg", num_workers=0)
+    one.setup("predict")
+    (batch,) = one.predict_dataloader()
+    assert (batch["label"].tolist(), batch["defect"]) == ([-1], ["unknown"])
+    assert (batch["mask"] == 255).all()
+    for data, stage, message in (
+        (FolderDataModule(), "fit", "no images are named"),
+        (one, "fit", "training set is empty"),
+        (FolderDataModule(predict=root / "none"), "predict", "no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data.setup(stage)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from pl_patchcore import PatchCore, PatchFeatures, UserError
-from pl_patchcore.backbone import Backbone, UntrainedBackboneWarning
+from pl_patchcore import PatchFeatures, UserError
+from pl_patchcore.backbone import UntrainedBackboneWarning, as_grid, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
 
@@ -75,8 +75,10 @@ def test_torchvision_backbones_give_what_hooks_see(name):
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         network(images)
-        found = Backbone(name, LAYERS[name], None, seed=0)(images)
-    for layer, output in zip(LAYERS[name], found, strict=True):
+        features = PatchFeatures(name, LAYERS[name], None, seed=0)
+        found = features.network(images)
+    for layer, layout in zip(LAYERS[name], features.layouts, strict=True):
+        output = as_grid(found[layer], layout, (224, 224), layer)
         expected = seen[layer]
         if name == "swin_t":
             expected = expected.permute(0, 3, 1, 2)
@@ -103,13 +105,13 @@ def test_nothing_behind_the_last_layer_runs(tiny):
 
 def test_stays_frozen_and_in_eval_mode(tiny):
     features = PatchFeatures(tiny, ["fine", "coarse"])
-    before = features.backbone.sha256()
+    before = weights_sha256(features.network)
     images = torch.rand(4, 3, 32, 32)
     first = features.train()(images)
-    assert not any(module.training for module in features.backbone.modules())
+    assert not any(module.training for module in features.network.modules())
     assert not any(p.requires_grad for p in features.parameters())
     assert torch.equal(features(images), first)
-    assert features.backbone.sha256() == before
+    assert weights_sha256(features.network) == before
     assert any(p.requires_grad for p in tiny.parameters())  # the user's module is left alone
     assert tiny.fine[2].inplace
 
@@ -131,33 +133,20 @@ def test_compile_channels_last_and_bf16(tiny):
 
 
 def test_backbone_lies_in_memory_as_convolutions_like_it(tiny):
-    network = PatchFeatures(tiny, ["fine", "coarse"]).backbone.network
+    network = PatchFeatures(tiny, ["fine", "coarse"]).network
     weights = [weight for weight in network.parameters() if weight.ndim == 4]
     assert weights
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-
-
-def test_compiled_backbone(tiny):
-    """The same features, and a state dict that a model without the option reads."""
-    options = {"backbone": tiny, "layers": ["fine", "coarse"], "resize": 32, "crop": None}
-    model, compiled = PatchCore(**options), PatchCore(**options, compile_backbone=True)
-    images = torch.rand(2, 3, 32, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's compiler itself
-        torch.testing.assert_close(compiled.patch_features(images), model.patch_features(images))
-    assert compiled.patch_features.backbone.network._compiled_call_impl is not None
-    assert compiled.patch_features.state_dict().keys() == model.patch_features.state_dict().keys()
-    assert compiled.identity() == model.identity()
 
 
 def test_untrained_weights_warn_and_are_seeded():
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with pytest.warns(UntrainedBackboneWarning, match="random weights"):
-        first = Backbone("resnet18", ["layer1"], None, seed=1)
+        first = PatchFeatures("resnet18", ["layer1"], None, seed=1)
     assert torch.equal(state, torch.get_rng_state())
-    assert first.sha256() == Backbone("resnet18", ["layer1"], None, seed=1).sha256()
-    assert first.sha256() != Backbone("resnet18", ["layer1"], None, seed=2).sha256()
+    hashes = [PatchFeatures("resnet18", ["layer1"], None, seed=seed).weights_sha256 for seed in (1, 2)]
+    assert hashes[0] == first.weights_sha256 != hashes[1]
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -166,8 +155,8 @@ def test_weights_from_a_file(tiny, tmp_path, suffix):
     state = {k: v for k, v in type(tiny)(seed=9).state_dict().items() if not k.startswith("head")}  # no head needed
     save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
     loaded = PatchFeatures(tiny, ["fine"], weights=str(path))
-    assert torch.equal(loaded.backbone.network.state_dict()["fine.0.weight"], state["fine.0.weight"])
-    assert loaded.backbone.sha256() == PatchFeatures(type(tiny)(seed=9), ["fine"]).backbone.sha256()
+    assert torch.equal(loaded.network.state_dict()["fine.0.weight"], state["fine.0.weight"])
+    assert loaded.weights_sha256 == PatchFeatures(type(tiny)(seed=9), ["fine"]).weights_sha256
 
 
 def test_weights_that_do_not_fit(tiny, tmp_path):
@@ -229,9 +218,6 @@ def test_no_network(monkeypatch, tmp_path):
             "'IMAGENET1K_V9' are unknown for resnet18; torchvision has IMAGENET1K_V1",
         ),
         ({"patch_size": 2}, "patch_size must be odd"),
-        ({"patch_stride": 0}, "patch_stride must be at least 1"),
-        ({"layer_dim": 10}, "go together"),
-        ({"layer_dim": 0, "feature_dim": 5}, "must be at least 1"),
     ],
 )
 def test_bad_options(options, message):

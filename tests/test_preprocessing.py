@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as tv
 
 from pl_patchcore import Preprocessing, UserError
 from pl_patchcore.preprocessing import check_image, read_image, read_mask
@@ -40,6 +41,28 @@ def test_crop_box_is_where_the_crop_is(mode):
         assert cropped[1:-1, 1:-1].all()  # all of the crop is inside the box,
         inverse = transform.mask(1 - mask)
         assert inverse.float().mean() < 0.1  # and nothing outside is in the crop
+
+
+@pytest.mark.parametrize("size", [(80, 50), (50, 80)])
+@pytest.mark.parametrize("mode", ["squash", "shorter_side"])
+def test_apply_is_what_torchvision_does(mode, size):
+    """Image and mask at once, whatever the default type."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    transform = Preprocessing(40, [25, 30], mode, "bicubic")
+    steps = [tv.Resize((40, 40) if mode == "squash" else 40, tv.InterpolationMode.BICUBIC), tv.CenterCrop((25, 30))]
+    same = tv.Compose([*steps, tv.ToTensor(), tv.Normalize(transform.mean, transform.std)])
+    expected = same(Image.fromarray(pixels))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = transform.apply(Image.fromarray(pixels), pixels[..., 0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found["image"], expected)
+    assert found["image"].is_contiguous()
+    assert torch.equal(found["mask"], transform.mask(pixels[..., 0]))
+    assert found["original_size"].tolist() == list(size)
+    assert found["crop_box"].tolist() == pytest.approx(transform.crop_box(size))
+    assert found["crop_box"].dtype == torch.float32
 
 
 def test_masks_keep_their_values():
@@ -115,6 +138,7 @@ def test_no_image(tmp_path):
     [
         ({"resize": 100, "crop": 120}, "crop 120 is larger"),
         ({"resize": 0}, "resize must be at least 1"),
+        ({"crop": (3, 4, 5)}, r"one number or \(height, width\), got \(3, 4, 5\)"),
         ({"resize_mode": "pad"}, "squash' or 'shorter_side"),
         ({"resize": (20, 30), "crop": None, "resize_mode": "shorter_side"}, "takes one number"),
         ({"std": (1, 0, 1)}, "std positive"),
@@ -132,5 +156,8 @@ def test_crop_of_a_small_image():
 
 
 def test_plain_values():
+    arrays = Preprocessing(np.array([20, 30]), None, mean=np.array([0.5] * 3), std=[0.25] * 3)
+    assert arrays == Preprocessing((20, 30), None, mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert arrays.as_dict()["mean"] == [0.5] * 3
     assert torch.equal(torch.tensor(Preprocessing().as_dict()["mean"]), torch.tensor([0.485, 0.456, 0.406]))
     assert Preprocessing((20, 30), None).as_dict()["resize"] == [20, 30]

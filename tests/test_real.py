@@ -31,7 +31,7 @@ def test_magnetic_tiles(trainer):
     runner = trainer(enable_checkpointing=False)
     runner.fit(model, data)
     runner.test(model, data, verbose=False)
-    assert len(model.memory_bank) == 5966  # 1 % of 761 x 28 x 28
+    assert model.memory_bank.size == 5966  # 1 % of 761 x 28 x 28
     assert model.figures["all"]["image_auroc"] > 0.90
     assert model.figures["all"]["lost"] == 1  # a speck that falls between the pixels of the resized mask
     for defect in ("blowhole", "break", "crack", "fray"):

@@ -1,7 +1,7 @@
 """What all data sets share: the record of an image, the sample, the data set and the data module.
 
 A data set is two lists of records (training and test). A sample is a plain dict, the same from every data
-module; batches of it go through PatchCore unchanged. Next: `preprocessing.py`, then `patch_features.py`.
+module; batches of it go through PatchCore unchanged. Next: `patchcore.py`, which takes the batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from tqdm import tqdm
 
 from pl_patchcore.errors import UserError
@@ -39,7 +39,7 @@ class Record:
 
     Args:
         path: Image file.
-        label: 0 nominal, 1 anomalous, as the data set's folders say (never derived from the mask).
+        label: 0 nominal, 1 anomalous, as the data set's folders say (never derived from the mask); -1 not known.
         defect: Defect type, ``nominal`` for nominal images.
         category: Product or scene.
         mask_path: Ground-truth mask; None means all nominal for a nominal image, unknown for an anomalous one.
@@ -51,34 +51,38 @@ class Record:
     category: str
     mask_path: Path | None = None
 
-    def image(self) -> Image.Image:
-        """Read the image, RGB."""
-        return read_image(self.path)
-
-    def mask(self, size: tuple[int, int]) -> np.ndarray:
-        """Ground truth, uint8 ``size``: 0 nominal, 1 anomalous, 255 unknown.
+    def read(self) -> tuple[Image.Image, np.ndarray]:
+        """Read the image, RGB, and its ground truth, uint8 ``(H, W)``: 0 nominal, 1 anomalous, 255 unknown.
 
         An anomalous image without a mask, or with an empty one (four tiles of MTD), is unknown everywhere: its
         defect is somewhere, so that its pixels can count neither as nominal nor as anomalous.
-        """
-        if self.label == 0:
-            return np.zeros(size, np.uint8)
-        mask = np.zeros(size, np.uint8) if self.mask_path is None else read_mask(self.mask_path)
-        if mask.shape != size:
-            raise self._mismatch(mask.shape, size)
-        return mask if mask.any() else np.full(size, UNKNOWN, np.uint8)
-
-    def check(self) -> None:
-        """Check the files without decoding them (see `check_image`).
 
         Raises:
             UserError: If the image or mask cannot be read, or their sizes differ.
         """
+        image = read_image(self.path)
+        size = (image.height, image.width)
+        if self.label == 0:
+            return image, np.zeros(size, np.uint8)
+        if self.mask_path is None:
+            return image, np.full(size, UNKNOWN, np.uint8)
+        mask = read_mask(self.mask_path)
+        if mask.shape != size:
+            raise self.mismatch(mask.shape, size)
+        return image, mask if mask.any() else np.full(size, UNKNOWN, np.uint8)
+
+    def image(self) -> Image.Image:
+        """Read the image, RGB."""
+        return self.read()[0]
+
+    def check(self) -> None:
+        """Refuse, as `read` does, what shows without decoding the files (see `check_image`)."""
         size = check_image(self.path)
         if self.mask_path is not None and self.label == 1 and (found := check_image(self.mask_path)) != size:
-            raise self._mismatch(found, size)
+            raise self.mismatch(found, size)
 
-    def _mismatch(self, found: tuple[int, ...], size: tuple[int, int]) -> UserError:
+    def mismatch(self, found: tuple[int, ...], size: tuple[int, int]) -> UserError:
+        """Error for a mask whose size is not its image's."""
         return UserError(
             f"{self.mask_path}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
             f"({self.path}); a mask must have its image's size."
@@ -107,32 +111,25 @@ class ImageDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        image = record.image()
-        size = (image.height, image.width)
+        image, mask = record.read()
         return {
-            "image": self.transform(image),
-            "mask": self.transform.mask(record.mask(size)),
+            **self.transform.apply(image, mask),
             "label": record.label,
             "index": index,
             "category": record.category,
             "defect": record.defect,
             "path": str(record.path),
-            "original_size": torch.tensor(size),
-            "crop_box": torch.tensor(self.transform.crop_box(size)),
         }
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """Stack samples into a batch; images of different shapes are refused by name.
-
-    Raises:
-        UserError: If the images differ in shape after preprocessing.
-    """
-    for sample in samples[1:]:
-        if sample["image"].shape != samples[0]["image"].shape:
+    """Stack samples into a batch; images of different shapes are refused by name."""
+    first = samples[0]
+    for sample in samples:
+        if sample["image"].shape != first["image"].shape:
             raise UserError(
                 f"{sample['path']} is {tuple(sample['image'].shape[1:])} pixels after preprocessing, "
-                f"{samples[0]['path']} is {tuple(samples[0]['image'].shape[1:])}; "
+                f"{first['path']} is {tuple(first['image'].shape[1:])}; "
                 "set crop, or resize_mode 'squash', so that all images have one shape."
             )
     batch: Sample = default_collate(samples)
@@ -144,20 +141,53 @@ def as_batch(batch: Any) -> dict[str, Any]:
 
     Args:
         batch: A dict with at least ``image``; a tensor of images; or a tuple ``(image,)``, ``(image, label)``,
-            ``(image, label, mask)``.
+            ``(image, label, mask)``. Images are floating-point ``(B, 3, H, W)``, of any precision, normalised;
+            labels are numbers ``(B,)``.
 
     Raises:
-        UserError: If it is none of these, or the images are not ``(B, 3, H, W)``.
+        UserError: If it is none of these, or comes from several loaders.
     """
-    if isinstance(batch, Tensor):
-        batch = {"image": batch}
-    elif isinstance(batch, tuple | list) and 1 <= len(batch) <= 3:
-        batch = dict(zip(("image", "label", "mask"), batch, strict=False))
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
-        raise UserError("a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]).")
-    if batch["image"].ndim != 4 or batch["image"].shape[1] != 3:
-        raise UserError(f"images must be (B, 3, H, W), got {tuple(batch['image'].shape)}.")
-    return dict(batch)
+    if isinstance(batch, Mapping):
+        named = dict(batch)
+    else:
+        entries = (batch,) if isinstance(batch, Tensor) else batch
+        listed = isinstance(entries, tuple | list) and len(entries) <= 3
+        named = dict(zip(("image", "label", "mask"), entries, strict=False)) if listed else {}
+    images, labels = named.get("image"), named.get("label")
+    first = labels[0] if isinstance(labels, tuple | list) and labels else labels
+    if not isinstance(images, Tensor) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
+        raise _no_batch(batch)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
+    if not images.is_floating_point():
+        raise UserError(
+            f"images must be floating-point, got {images.dtype}; make them with model.transform, "
+            "or as float32 in [0, 1], then normalised."
+        )
+    if labels is not None:
+        if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind not in "biuf":
+            raise UserError(f"labels must be numbers, 0 nominal or 1 anomalous, got {first!r}; change the data set.")
+        if np.shape(labels)[:1] != images.shape[:1]:
+            raise UserError(f"labels must be one for each of the {len(images)} images, got {tuple(np.shape(labels))}.")
+    return named
+
+
+def _no_batch(batch: Any) -> UserError:
+    """Error for what is no batch, or for the batches of several loaders."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    parts = [part for part in parts if part is not None]  # of a loader that has ended
+    several = [
+        isinstance(part, Mapping)
+        or (isinstance(part, tuple | list) and part and isinstance(part[0], Tensor | Mapping))
+        or (isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == 3 and len(parts) > 1)
+        for part in parts
+    ]
+    if parts and all(several):
+        return UserError(
+            f"the batch is a {type(batch).__name__} of {len(parts)} batches, as several loaders give; "
+            "give one loader, e.g. over torch.utils.data.ConcatDataset."
+        )
+    return UserError("a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]).")
 
 
 class AnomalyDataModule(L.LightningDataModule):
@@ -212,11 +242,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self._checked = False
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
-        """List the training records (nominal only) and the test records, in a fixed order.
-
-        Raises:
-            UserError: If the data set is missing or its layout is wrong.
-        """
+        """List the training records (nominal only) and the test records, in a fixed order."""
         raise TypeError(f"{type(self).__name__} must define load_records().")
 
     def categories(self) -> list[str]:
@@ -241,21 +267,19 @@ class AnomalyDataModule(L.LightningDataModule):
         return self._listed()[2]
 
     def _listed(self) -> tuple[list[Record], list[Record], list[Record]]:
+        """Training, test and predict records."""
         if self._lists is None:
             train, test = self.load_records()
             predict = self.load_predict_records()
             if self.on_broken == "skip":
-                train, test, others = self._readable(train, test, predict or [])
-                predict = None if predict is None else others
+                broken = self._find_broken([*train, *test, *(predict or [])])
+                train, test = ([r for r in part if r not in broken] for part in (train, test))
+                predict = predict and [r for r in predict if r not in broken]
             self._lists = self._draw_shots(train), test, test if predict is None else predict
         return self._lists
 
     def require(self, stage: str) -> None:
-        """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty.
-
-        Raises:
-            UserError: If it is.
-        """
+        """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty."""
         train, test, predict = self._listed()
         if not {"fit": train, "predict": predict}.get(stage, test):
             name = "training" if stage == "fit" else stage
@@ -279,40 +303,34 @@ class AnomalyDataModule(L.LightningDataModule):
         order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
         return [train[i] for i in sorted(order[: self.shots])]
 
-    def _readable(self, *parts: list[Record]) -> list[list[Record]]:
+    def _find_broken(self, records: list[Record]) -> set[Record]:
+        """Decode every file, and say which records cannot be read."""
+
         def problem(record: Record) -> str | None:
             try:
-                image = record.image()
-                record.mask((image.height, image.width))
+                record.read()
             except UserError as error:
                 return str(error)
             return None
 
-        records = [record for part in parts for record in part]
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             found = pool.map(problem, records)
             problems = list(tqdm(found, "Checking images", len(records), delay=2, unit=" images"))
         self.skipped = [text for text in problems if text is not None]
         if self.skipped:
             log.warning("%d files are left out (on_broken: skip):\n  %s", len(self.skipped), "\n  ".join(self.skipped))
-        broken = {id(record) for record, text in zip(records, problems, strict=True) if text is not None}
-        return [[record for record in part if id(record) not in broken] for part in parts]
+        return {record for record, text in zip(records, problems, strict=True) if text is not None}
 
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
         if stage == "validate" and self.validation == "none":
-            raise UserError(
-                "this data module has no validation set; set data.validation=test to validate on the test set."
-            )
+            raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
         module = self.trainer.lightning_module if self.trainer is not None else None
         transform = self.transform or getattr(module, "transform", None)
         if not isinstance(transform, Preprocessing):
             transform = Preprocessing()
         self.require(stage)
-        train, test, predict = self._listed()
-        self.train_set = ImageDataset(train, transform)
-        self.test_set = ImageDataset(test, transform)
-        self.predict_set = ImageDataset(predict, transform)
+        self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self._listed())
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
 
@@ -338,19 +356,15 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
-        return self._loader(self.predict_set, self._dealt_to_all(self.predict_set))
+        data, trainer = self.predict_set, self.trainer
+        sampler: DistributedSampler[Sample] | None = None
+        if trainer is not None and 0 < len(data) < trainer.world_size:
+            # gives each process an image, though there are too few, which Lightning's own sampler refuses;
+            # images given to more than one process count once (`PatchCore`)
+            sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
+        return self._loader(data, sampler)
 
-    def _dealt_to_all(self, data: ImageDataset) -> Sampler[int] | None:
-        """What gives each of several processes an image where there are too few: Lightning's sampler refuses that.
-
-        Images given to more than one process count once (`AnomalyModule`).
-        """
-        trainer = self.trainer
-        if trainer is None or not 0 < len(data) < trainer.world_size:
-            return None
-        return DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
-
-    def _loader(self, data: ImageDataset, sampler: Sampler[int] | None = None) -> DataLoader[Sample]:
+    def _loader(self, data: ImageDataset, sampler: DistributedSampler[Sample] | None = None) -> DataLoader[Sample]:
         return DataLoader(
             data,
             sampler=sampler,

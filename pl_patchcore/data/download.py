@@ -25,7 +25,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -51,6 +51,7 @@ _BROKEN = (
 )
 
 log = logging.getLogger(__name__)
+_bar = partial(tqdm, unit="B", unit_scale=True, mininterval=0.5)
 
 
 def fetch_archive(
@@ -60,7 +61,6 @@ def fetch_archive(
     sha256: str | None = None,
     name: str | None = None,
     strip: bool = False,
-    only: Sequence[str] = (),
     by_hand: str = "",
     timeout: float = 30.0,
     progress: bool = True,
@@ -75,31 +75,15 @@ def fetch_archive(
         url: Address of the archive: http, https or file.
         folder: Folder to make; must not exist.
         sha256: Checksum of the archive, 64 hexadecimal digits; None skips the check and logs what the sum is.
-        name: File name of the archive beside ``folder``, ending with .tar, .tar.gz, .tar.xz or .zip; None takes the
-            last part of ``url``.
+        name: File name of the archive beside ``folder``; None takes the last part of ``url``.
         strip: Leave out the one folder at the top of the archive that holds all others.
-        only: Files or folders to unpack, as they are named below ``folder``; empty unpacks all.
         by_hand: How a person gets the archive, for error messages: "register at ... and fetch ...".
         timeout: Seconds that connecting, or waiting for more bytes, may take.
         progress: Show bars with bytes, rate and time left.
 
-    Returns:
-        ``folder`` as a path.
-
     Raises:
-        UserError: If ``folder`` exists, the archive cannot be had, has another checksum, is broken or hostile, lacks
-            what ``only`` names, the disk is full, or another process is fetching it.
-
-    Example:
-        >>> import shutil, tempfile
-        >>> with tempfile.TemporaryDirectory() as name:
-        ...     root = Path(name)
-        ...     (root / "tiles-1.0").mkdir()
-        ...     (root / "tiles-1.0" / "readme.txt").touch()
-        ...     archive = Path(shutil.make_archive(str(root / "packed"), "zip", root, "tiles-1.0"))
-        ...     made = fetch_archive(archive.as_uri(), root / "tiles", strip=True, progress=False)
-        ...     [path.name for path in made.iterdir()]
-        ['readme.txt']
+        UserError: If ``folder`` exists, the archive cannot be had, has another checksum, is broken or hostile, the
+            disk is full, or another process is fetching it.
     """
     folder = Path(folder).absolute()
     name = unquote(PurePosixPath(urlsplit(url).path).name) if name is None else name
@@ -114,16 +98,23 @@ def fetch_archive(
         with _alone(archive):
             if folder.exists() or folder.is_symlink():
                 raise UserError(f"{folder}: is there already and is never overwritten; move it away or use it.")
-            if archive.exists():
+            if by_person := archive.exists():
                 log.info("%s: is there, nothing is downloaded.", archive)
-                _check_sum(archive, sha256, "delete it and run again to download it, or " + remedy)
             else:
-                _download(url, archive, sha256, remedy, timeout, progress)
-            _unpack(archive, folder, strip, only, progress, f"delete {archive} and run again, or {remedy}")
+                _download(url, archive, remedy, timeout, progress)
+            with archive.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if sha256 is None:
+                log.warning("%s: no checksum is known for it, so it was not checked; its sha256 is %s.", archive, found)
+            elif found != sha256.lower():
+                if not by_person:
+                    archive.unlink()
+                advice = "delete it and run again to download it" if by_person else "it was removed: run again"
+                raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {advice}, or {remedy}.")
+            _unpack(archive, folder, strip, progress, f"delete {archive} and run again, or {remedy}")
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
-        ) from error
+        message = f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
+        raise UserError(message) from error
     return folder
 
 
@@ -149,11 +140,7 @@ def _alone(archive: Path) -> Iterator[None]:
 
 
 class _FailedTry(Exception):
-    """A try at the network that failed; ``again`` says whether another one may do better."""
-
-    def __init__(self, what: str, again: bool = True) -> None:
-        super().__init__(what)
-        self.again = again
+    """A try at the network that failed: the reason, and whether another try may do better."""
 
 
 class _NoFTP(FTPHandler):
@@ -163,7 +150,7 @@ class _NoFTP(FTPHandler):
         raise URLError("ftp is not accepted")
 
 
-def _download(url: str, archive: Path, sha256: str | None, remedy: str, timeout: float, progress: bool) -> None:
+def _download(url: str, archive: Path, remedy: str, timeout: float, progress: bool) -> None:
     """Bring ``url`` to ``archive`` through ``<archive>.partial``, in as many tries as it takes."""
     part = archive.with_name(f"{archive.name}.partial")
     note = part.with_name(f"{part.name}.note")
@@ -174,22 +161,17 @@ def _download(url: str, archive: Path, sha256: str | None, remedy: str, timeout:
                     _one_try(url, out, note, archive, timeout, progress)
                     break
                 except _FailedTry as failure:
-                    if pause is None or not failure.again or url.startswith("file:"):
-                        raise UserError(f"{url}: cannot be downloaded ({failure}); {remedy}.") from failure
-                    log.warning("%s: %s; trying again in %g s.", url, failure, pause)
+                    reason, again = failure.args
+                    if pause is None or not again or url.startswith("file:"):
+                        raise UserError(f"{url}: cannot be downloaded ({reason}); {remedy}.") from failure
+                    log.warning("%s: %s; trying again in %g s.", url, reason, pause)
                     time.sleep(pause)
     finally:
         if not part.stat().st_size:
             part.unlink()
             note.unlink(missing_ok=True)
-    try:
-        _check_sum(part, sha256, f"it was removed: run again, or {remedy}")
-    except UserError:
-        part.unlink()
-        raise
-    finally:
-        note.unlink(missing_ok=True)
     part.replace(archive)
+    note.unlink(missing_ok=True)
 
 
 def _one_try(url: str, out: IO[bytes], note: Path, archive: Path, timeout: float, progress: bool) -> None:
@@ -197,18 +179,21 @@ def _one_try(url: str, out: IO[bytes], note: Path, archive: Path, timeout: float
     have = out.seek(0, 2)
     noted_url, _, version = note.read_text(encoding="utf-8").partition("\n") if note.exists() else ("", "", "")
     resume = bool(have and version and noted_url == url)
-    with _answer(url, {"Range": f"bytes={have}-", "If-Range": version} if resume else {}, timeout) as response:
+    conditions = {"Range": f"bytes={have}-", "If-Range": version} if resume else {}
+    request = Request(url, headers={"User-Agent": "pl-patchcore", **conditions})
+    with _network(build_opener(_NoFTP).open, request, timeout=timeout) as response:
         headers = response.headers
         same = resume and _version(headers) in ("", version)
         span = headers.get("Content-Range", "")
-        if response.status == 416 and same and span == f"bytes */{have}":
-            return
+        total: int | None
         if response.status in (206, 416):
+            if same and response.status == 416 and span == f"bytes */{have}":
+                return
             found = re.fullmatch(rf"bytes {have}-\d+/(\d+)", span)
             if response.status == 416 or not same or not found:
                 out.truncate(0)
-                raise _FailedTry("the file has changed since its first part came; that part was dropped")
-            total: int | None = int(found[1])
+                raise _FailedTry("the file has changed since its first part came; that part was dropped", True)
+            total = int(found[1])
         else:  # the whole file: a first try, a changed file, or a server that knows no ranges
             out.truncate(0)
             have = 0
@@ -216,28 +201,19 @@ def _one_try(url: str, out: IO[bytes], note: Path, archive: Path, timeout: float
             length = headers.get("Content-Length", "")
             total = int(length) if length.isdecimal() else None
         _check_space(archive, 0 if total is None else total - have)
-        with tqdm(
-            desc=archive.name,
-            total=total,
-            initial=have,
-            disable=not progress,
-            unit="B",
-            unit_scale=True,
-            mininterval=0.5,
-        ) as bar:
-            for block in _blocks(response):
+        with _bar(desc=archive.name, total=total, initial=have, disable=not progress) as bar:
+            while block := _network(response.read1, _BLOCK):  # read1: keeps what came before a connection breaks
                 out.write(block)
                 bar.update(len(block))
     size = out.seek(0, 2)
     if not size or total not in (None, size):
-        raise _FailedTry(f"{size} of {total or 'unknown'} bytes came")
+        raise _FailedTry(f"{size} of {total or 'unknown'} bytes came", True)
 
 
-def _answer(url: str, headers: dict[str, str], timeout: float) -> Any:
-    """Open ``url``: the response, or that of status 416."""
-    request = Request(url, headers={"User-Agent": "pl-patchcore", **headers})
+def _network(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call what may fail for reasons of the network; an answer of status 416 is returned."""
     try:
-        return build_opener(_NoFTP).open(request, timeout=timeout)
+        return call(*args, **options)
     except HTTPError as error:
         if error.code == 416:
             return error
@@ -248,27 +224,10 @@ def _answer(url: str, headers: dict[str, str], timeout: float) -> Any:
         raise _FailedTry(_line(reason), not isinstance(reason, ssl.SSLCertVerificationError)) from error
 
 
-def _blocks(response: Any) -> Iterator[bytes]:
-    try:
-        while block := response.read1(_BLOCK):  # read1: what has come is kept when the connection breaks
-            yield block
-    except (OSError, http.client.HTTPException) as error:
-        raise _FailedTry(_line(error)) from error
-
-
 def _version(headers: http.client.HTTPMessage) -> str:
     """What tells two versions of a file apart; a weak ETag (``W/...``) does not by the byte."""
     tag = str(headers.get("ETag", "W/"))
     return str(headers.get("Last-Modified", "")) if tag.startswith("W/") else tag
-
-
-def _check_sum(path: Path, sha256: str | None, remedy: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 is None:
-        log.warning("%s: no checksum is known for it, so it was not checked; its sha256 is %s.", path, found)
-    elif found != sha256.lower():
-        raise UserError(f"{path}: its sha256 is {found}, not {sha256.lower()}; {remedy}.")
 
 
 def _check_space(path: Path, size: int) -> None:
@@ -292,22 +251,25 @@ class _Member(NamedTuple):
     open: Callable[[], IO[bytes]]
 
 
-def _unpack(archive: Path, folder: Path, strip: bool, only: Sequence[str], progress: bool, remedy: str) -> None:
+def _unpack(archive: Path, folder: Path, strip: bool, progress: bool, remedy: str) -> None:
     """Write the members of ``archive`` beside ``folder``, then give them its name."""
     staging = folder.with_name(f"{folder.name}.unpacking")
-    if staging.exists():
-        shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        with _members(archive) as members:
-            placed = _placed(archive, members, strip, only)
+        zipped = archive.name.endswith(".zip")
+        with zipfile.ZipFile(archive) if zipped else tarfile.open(archive) as packed:
+            members = _zip_members(packed) if isinstance(packed, zipfile.ZipFile) else _tar_members(packed)
+            placed = _placed(archive, members, strip)
             total = sum(member.size for _, member in placed)
             _check_space(folder, total)
             staging.mkdir()
-            with tqdm(
-                desc=folder.name, total=total, disable=not progress, unit="B", unit_scale=True, mininterval=0.5
-            ) as bar:
+            with _bar(desc=folder.name, total=total, disable=not progress) as bar:
                 for parts, member in placed:
-                    _write(member, staging.joinpath(*parts))
+                    path = staging.joinpath(*parts)
+                    (path if member.kind == "folder" else path.parent).mkdir(parents=True, exist_ok=True)
+                    if member.kind == "file":
+                        with member.open() as source, path.open("wb") as out:
+                            shutil.copyfileobj(source, out, _BLOCK)
                     bar.update(member.size)
         for path in (staging, *staging.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -320,57 +282,35 @@ def _unpack(archive: Path, folder: Path, strip: bool, only: Sequence[str], progr
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(member: _Member, path: Path) -> None:
-    if member.kind == "folder":
-        path.mkdir(parents=True, exist_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with member.open() as source, path.open("wb") as out:
-        shutil.copyfileobj(source, out, _BLOCK)
+def _zip_members(packed: zipfile.ZipFile) -> list[_Member]:
+    members = []
+    for info in packed.infolist():
+        mode = info.external_attr >> 16  # 0 where the archive was not made under Unix
+        plain = stat.S_IFMT(mode) in (0, stat.S_IFREG)
+        kind = "folder" if info.is_dir() else "file" if plain else "link" if stat.S_ISLNK(mode) else "device"
+        members.append(_Member(info.filename, kind, info.file_size, partial(packed.open, info)))
+    return members
 
 
-@contextmanager
-def _members(archive: Path) -> Iterator[list[_Member]]:
-    """List the archive, reading a .tar to its end: what is cut short or fails its own checksum shows here."""
-    if archive.name.endswith(".zip"):
-        with zipfile.ZipFile(archive) as packed:
-            yield [_Member(m.filename, _zip_kind(m), m.file_size, partial(packed.open, m)) for m in packed.infolist()]
-        return
-    with tarfile.open(archive) as tar:
-        members = tar.getmembers()  # ends without a word at a header that is cut or nonsense
-        file = cast(IO[bytes], tar.fileobj)
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("its end is missing")
-        while file.read(_BLOCK):
-            pass  # .gz and .xz keep a checksum at the end
-        yield [
-            _Member(m.name, _tar_kind(m), m.size, cast(Callable[[], IO[bytes]], partial(tar.extractfile, m)))
-            for m in members
-        ]
+def _tar_members(tar: tarfile.TarFile) -> list[_Member]:
+    """List a .tar, reading it to its end: what is cut short or fails its own checksum shows here."""
+    members = []
+    for info in tar.getmembers():  # ends without a word at a header that is cut or nonsense
+        link = info.issym() or info.islnk()
+        kind = "folder" if info.isdir() else "file" if info.isreg() else "link" if link else "device"
+        read = cast(Callable[[], IO[bytes]], partial(tar.extractfile, info))
+        members.append(_Member(info.name, kind, info.size, read))
+    file = cast(IO[bytes], tar.fileobj)
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("its end is missing")
+    while file.read(_BLOCK):
+        pass  # .gz and .xz keep a checksum at the end
+    return members
 
 
-def _tar_kind(member: tarfile.TarInfo) -> str:
-    if member.isdir():
-        return "folder"
-    if member.isreg():
-        return "file"
-    return "link" if member.issym() or member.islnk() else "device"
-
-
-def _zip_kind(member: zipfile.ZipInfo) -> str:
-    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made under Unix
-    if member.is_dir():
-        return "folder"
-    if kind in (0, stat.S_IFREG):
-        return "file"
-    return "link" if kind == stat.S_IFLNK else "device"
-
-
-def _placed(
-    archive: Path, members: list[_Member], strip: bool, only: Sequence[str]
-) -> list[tuple[tuple[str, ...], _Member]]:
-    """Check every member, and say where below the folder the wanted ones go."""
+def _placed(archive: Path, members: list[_Member], strip: bool) -> list[tuple[tuple[str, ...], _Member]]:
+    """Check every member, and say where below the folder it goes."""
     placed = []
     for member in members:
         path = PureWindowsPath(member.name)  # takes / and \ as separators, and knows drives
@@ -383,17 +323,8 @@ def _placed(
     if strip:
         tops = sorted({parts[0] for parts, _ in placed})
         if len(tops) != 1 or any(len(parts) == 1 and member.kind == "file" for parts, member in placed):
-            raise UserError(
-                f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; unpack it without strip."
-            )
+            raise UserError(f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; set strip=False.")
         placed = [(parts[1:], member) for parts, member in placed]
     if not any(member.kind == "file" for _, member in placed):
         raise UserError(f"{archive}: holds no file; give the archive of the data set.")
-    if not only:
-        return placed
-    wanted = [PurePosixPath(path).parts for path in only]
-    for tree in wanted:
-        if not any(parts[: len(tree)] == tree for parts, _ in placed):
-            tops = sorted({parts[0] for parts, _ in placed if parts})
-            raise UserError(f"{archive}: holds no {'/'.join(tree)}; at its top are {', '.join(tops[:30])}.")
-    return [(parts, member) for parts, member in placed if any(parts[: len(tree)] == tree for tree in wanted)]
+    return placed

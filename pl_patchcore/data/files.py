@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
+
+from pl_patchcore.errors import UserError
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def list_images(folder: Path, recursive: bool = False) -> list[Path]:
+def list_images(folder: Path, recursive: bool = False, remedy: str | None = None) -> list[Path]:
     """List the image files in a folder by their suffix, upper or lower case, in the order of their names.
 
     Hidden files (as some systems leave everywhere) are passed over; other files that are no images are counted in
@@ -20,23 +21,23 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
 
     Args:
         folder: The folder.
-        recursive: Also those in folders inside, links followed.
+        recursive: Also those in folders inside, links followed, each folder once.
+        remedy: What to do where there is no such folder, or no image in it; None returns an empty list then.
+
+    Raises:
+        UserError: In that case.
     """
-    files = sorted(_walk(folder, recursive))
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if others := [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]:
-        log.info("%s: %d files that are no images are passed over, such as %s.", folder, len(others), others[0].name)
-    return images
-
-
-def _walk(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Files that are not hidden; links to folders are followed, each folder is visited once."""
-    seen = set()
+    if remedy is not None and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {remedy}.")
+    files, seen = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(here)
-        if place in seen:  # a link back
-            folders.clear()
-            continue
+        folders[:] = [n for n in sorted(folders) if recursive and place not in seen and not n.startswith(".")]
+        files += [Path(here, name) for name in names if place not in seen and not name.startswith(".")]
         seen.add(place)
-        folders[:] = [name for name in sorted(folders) if recursive and not name.startswith(".")]
-        yield from (Path(here, name) for name in names if not name.startswith("."))
+    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    if remedy is not None and not images:
+        raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)}); {remedy}.")
+    if others := sorted(set(files) - set(images)):
+        log.info("%s: %d files that are no images are passed over, such as %s.", folder, len(others), others[0].name)
+    return images

@@ -10,14 +10,13 @@ from __future__ import annotations
 import csv
 import unicodedata
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
-from pl_patchcore.data.files import IMAGE_SUFFIXES, list_images
+from pl_patchcore.data.files import list_images
 from pl_patchcore.errors import UserError
 
 _LABELS = {"nominal": 0, "0": 0, "anomalous": 1, "1": 1}
@@ -35,7 +34,7 @@ class FolderDataModule(AnomalyDataModule):
             suffix (``scratch/01.jpg``: ``scratch/01.png`` or ``scratch/01_mask.png``). Above mid-grey is defect.
         manifest: CSV file in place of the folders, with a header line. Columns: ``path`` (relative to the CSV file);
             ``label``, ``nominal`` or ``anomalous``; and as wanted ``split`` (``train`` or ``test``; without it nominal
-            images are parted by ``test_share``), ``defect``, ``category``, ``mask``.
+            images are split by ``test_share``), ``defect``, ``category``, ``mask``.
         predict: Folder of images, or one image, for ``predict``; nothing else is needed then. None predicts the test
             images.
         test_share: Share of the nominal images held out for the test, in [0, 1).
@@ -90,11 +89,11 @@ class FolderDataModule(AnomalyDataModule):
         if "test_nominal" in self.folders:
             test = [Record(path, 0, NOMINAL, self.category) for path in self._images("test_nominal")]
         else:
-            train, test = self._part(train)
+            train, test = self._split(train)
         if "anomalous" in self.folders:
-            test += self._anomalous()
+            test += self._anomalous(self.folders["anomalous"])
         seen: set[Path] = set()
-        for record in chain(train, test):
+        for record in (*train, *test):
             if (place := record.path.resolve()) in seen:
                 raise UserError(f"{record.path}: is named twice; nominal, test and anomalous images must lie apart.")
             seen.add(place)
@@ -106,23 +105,17 @@ class FolderDataModule(AnomalyDataModule):
             return None
         if not self.predict.exists():
             raise UserError(f"{self.predict}: no such file or folder; set data.predict to the images to score.")
-        paths = list_images(self.predict, recursive=True) if self.predict.is_dir() else [self.predict]
-        if not paths:
-            raise UserError(f"{self.predict}: holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        paths = [self.predict]
+        if self.predict.is_dir():
+            paths = list_images(self.predict, recursive=True, remedy="look at data.predict")
         return [Record(path, -1, "unknown", self.category) for path in paths]
 
     def _images(self, name: str) -> list[Path]:
-        folder = self.folders[name]
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; set data.{name} to a folder of images.")
-        images = list_images(folder, recursive=True)
-        if not images:
-            raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)}); look at data.{name}.")
-        return images
+        return list_images(self.folders[name], recursive=True, remedy=f"set data.{name} to a folder of images")
 
-    def _anomalous(self) -> list[Record]:
-        folder, images = self.folders["anomalous"], self._images("anomalous")
-        masks = self._masks(images) if "masks" in self.folders else {}
+    def _anomalous(self, folder: Path) -> list[Record]:
+        images = self._images("anomalous")
+        masks = self._masks(images, folder) if "masks" in self.folders else {}
         records = []
         for path in images:
             inside = path.relative_to(folder).parts
@@ -130,35 +123,25 @@ class FolderDataModule(AnomalyDataModule):
             records.append(Record(path, 1, defect, self.category, masks.get(path)))
         return records
 
-    def _masks(self, images: Sequence[Path]) -> dict[Path, Path]:
+    def _masks(self, images: Sequence[Path], root: Path) -> dict[Path, Path]:
         """Mask of each image: exactly one, and none left over."""
-        folder, root = self.folders["masks"], self.folders["anomalous"]
-        masks: dict[str, Path] = {}
-        for path in self._images("masks"):
-            key = _key(path, folder).removesuffix("_mask")
-            if key in masks:
-                raise UserError(f"{path}: is a second mask beside {masks[key]}; leave one.")
-            masks[key] = path
-        found: dict[str, Path] = {}
-        for path in images:
-            key = _key(path, root)
-            if key in found:
-                raise UserError(f"{path}: has the same name as {found[key]}; rename one, so that its mask is known.")
-            if key not in masks:
-                raise UserError(
-                    f"{path}: has no mask {folder / path.relative_to(root).with_suffix('.png')}; "
-                    "add it, or use data.manifest, where an image may go without."
-                )
-            found[key] = path
-        if stray := sorted(set(masks) - set(found)):
+        folder = self.folders["masks"]
+        masks = _by_name(self._images("masks"), folder, "_mask")
+        named = _by_name(images, root)
+        if missing := [path for name, path in named.items() if name not in masks]:
+            raise UserError(
+                f"{missing[0]}: has no mask {folder / missing[0].relative_to(root).with_suffix('.png')}; "
+                "add it, or use data.manifest, where an image may go without."
+            )
+        if stray := sorted(set(masks) - set(named)):
             raise UserError(f"{masks[stray[0]]}: belongs to no image in {root}; remove it, or put the image back.")
-        return {path: masks[key] for key, path in found.items()}
+        return {path: masks[name] for name, path in named.items()}
 
-    def _part(self, nominal: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    def _split(self, nominal: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         number = round(self.test_share * len(nominal))
-        aside = set(np.random.default_rng(self.split_seed).permutation(len(nominal))[:number].tolist())
-        train = [record for i, record in enumerate(nominal) if i not in aside]
-        return train, [record for i, record in enumerate(nominal) if i in aside]
+        tested = set(np.random.default_rng(self.split_seed).permutation(len(nominal))[:number].tolist())
+        train = [record for i, record in enumerate(nominal) if i not in tested]
+        return train, [record for i, record in enumerate(nominal) if i in tested]
 
     def _read_manifest(self, path: Path) -> tuple[list[Record], list[Record]]:
         if not path.is_file():
@@ -170,39 +153,45 @@ class FolderDataModule(AnomalyDataModule):
         first = text.partition("\n")[0]
         rows = csv.DictReader(text.splitlines(), delimiter=";" if first.count(";") > first.count(",") else ",")
         names = rows.fieldnames or []
-        if strange := [name for name in names if name not in _COLUMNS] or not {"path", "label"} <= set(names):
-            what = f"has a column {strange[0]!r}" if isinstance(strange, list) else "lacks the columns path and label"
+        strange = [f"has a column {name!r}" for name in names if name not in _COLUMNS]
+        if strange or not {"path", "label"} <= set(names):
+            what = (strange or ["lacks the columns path and label"])[0]
             raise UserError(f"{path}: {what}; its first line must name columns of {', '.join(_COLUMNS)}.")
         parts: dict[str, list[Record]] = {"train": [], "test": [], "": []}
         for row in rows:
-            record, split = self._read_line(row, path, rows.line_num)
+            record, split = self._read_line(row, path.parent, f"{path}, line {rows.line_num}")
             parts[split].append(record)
-        train, test = self._part(parts[""])
+        train, test = self._split(parts[""])
         return parts["train"] + train, parts["test"] + test
 
-    def _read_line(self, row: dict[str, Any], manifest: Path, line: int) -> tuple[Record, str]:
-        where = f"{manifest}, line {line}"
+    def _read_line(self, row: dict[str, Any], folder: Path, where: str) -> tuple[Record, str]:
         if None in row or None in row.values():
             raise UserError(f"{where}: has more or fewer fields than the first line.")
-        row = {name: value.strip() for name, value in row.items()}
+        row = dict.fromkeys(_COLUMNS, "") | {name: value.strip() for name, value in row.items()}
         if row["label"] not in _LABELS:
             raise UserError(f"{where}: label must be nominal or anomalous, got {row['label']!r}.")
         label = _LABELS[row["label"]]
-        split = row.get("split") or ("" if label == 0 else "test")
+        split = row["split"] or ("" if label == 0 else "test")
         if split not in ("", "train", "test"):
             raise UserError(f"{where}: split must be train or test, got {split!r}.")
         if label == 1 and split == "train":
             raise UserError(f"{where}: an anomalous image cannot train; set its split to test.")
         if not row["path"]:
             raise UserError(f"{where}: names no path.")
-        image = manifest.parent / row["path"]
-        mask = manifest.parent / row["mask"] if row.get("mask") else None
-        if label == 0 and mask is not None:
+        if label == 0 and row["mask"]:
             raise UserError(f"{where}: a nominal image has no mask; leave it empty.")
-        defect = (row.get("defect") or "anomalous") if label else NOMINAL
-        return Record(image, label, defect, row.get("category") or self.category, mask), split
+        mask = folder / row["mask"] if row["mask"] else None
+        defect = (row["defect"] or "anomalous") if label else NOMINAL
+        return Record(folder / row["path"], label, defect, row["category"] or self.category, mask), split
 
 
-def _key(path: Path, folder: Path) -> str:
-    """Name inside ``folder`` without suffix; accents in one form, as file systems differ in that."""
-    return unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
+def _by_name(paths: Sequence[Path], folder: Path, ending: str = "") -> dict[str, Path]:
+    """Paths by their names inside ``folder``, without suffix and ``ending``."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
+        name = unicodedata.normalize("NFC", name)  # accents in one form, as file systems differ in that
+        if name in found:
+            raise UserError(f"{path}: has the same name as {found[name]}; rename one, so that the mask is known.")
+        found[name] = path
+    return found

@@ -3,15 +3,13 @@
 Layout, as its authors publish it: ``training/videos/SS_NNN.avi`` (nominal; SS is the scene),
 ``testing/frames/SS_NNNN/000.jpg, 001.jpg, ...``, and of each test video ``testing/test_frame_mask/SS_NNNN.npy`` (a 0
 or 1 for each frame) and ``testing/test_pixel_mask/SS_NNNN.npy`` (frames, H, W). The paper gives neither offset nor
-filter: frame k of the mini set is frame 5k of the original here, as it is shown (B-frames in their place). It also
-does not say whether its 12 scenes shared a memory bank: ``scenes`` says which scenes one bank is made of.
+filter: frame k of the mini set is frame 5k of the original here, in the order of display. It also does not say
+whether its 12 scenes shared a memory bank: ``scenes`` says which scenes one bank is made of.
 
 Training frames are decoded while they are read; nothing is written. Each process keeps one video open and goes
-on from where it is, so that frames are best asked for in their order; going back starts again at frame 0. To seek
-would be faster but ends on the right frame with some codecs only. So each loader process decodes what the others
-return, too: 0.4 ms a frame of 480x856 pixels (MPEG-4 or H.264, one core), 2 ms an image of the mini set however
-many loader processes there are, and 1 ms for its colours. To write the frames to lossless files first would gain
-nothing: each takes about 0.5 MB (27 GB in all) and 9 ms to read.
+on from where it is, so that frames are best asked for in their order; going back starts again at frame 0. (Seeking
+ends on the right frame with some codecs only.) So each loader process also decodes what the others return: 0.4 ms a
+frame of 480x856 pixels (MPEG-4 or H.264, one core), and 1 ms for the colours of a frame that is returned.
 """
 
 from __future__ import annotations
@@ -21,8 +19,6 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +30,7 @@ from PIL import Image
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.errors import UserError
-from pl_patchcore.preprocessing import UNKNOWN, check_image
+from pl_patchcore.preprocessing import UNKNOWN, check_image, read_image
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +46,13 @@ _HELP = (
 class VideoRecord(Record):
     """A frame of a training video; ``path`` is the video's, with the frame's number behind it."""
 
-    def image(self) -> Image.Image:
-        """Decode the frame, RGB."""
-        return _decode(self.path.parent, int(self.path.name))
+    def read(self) -> tuple[Image.Image, np.ndarray]:
+        """Decode the frame, RGB; its mask is all nominal."""
+        image = _decode(self.path.parent, int(self.path.name))
+        return image, np.zeros((image.height, image.width), np.uint8)
 
     def check(self) -> None:
-        """Check that the video is whole; it was read through when its frames were counted.
-
-        Raises:
-            UserError: If the file is shorter than its header says.
-        """
+        """Refuse a file that is shorter than its header says; it was read through when its frames were counted."""
         video = self.path.parent
         with video.open("rb") as file:
             start, size = file.read(8), video.stat().st_size
@@ -67,32 +60,32 @@ class VideoRecord(Record):
             raise UserError(f"{video}: is cut short, {size} bytes of {whole}; replace the file.")
 
 
-@dataclass(frozen=True)
 class FrameRecord(Record):
     """A frame of a test video; ``mask_path`` holds the masks of the whole video."""
 
-    def mask(self, size: tuple[int, int]) -> np.ndarray:
-        """Ground truth, uint8 ``size``: 0 nominal, 1 anomalous, 255 unknown (label 1, but no pixel marked).
+    def read(self) -> tuple[Image.Image, np.ndarray]:
+        """Read the frame and its mask; one with label 1 and no pixel marked is unknown everywhere.
 
         Raises:
-            UserError: If the mask has another size, or marks pixels of a frame whose label is 0.
+            UserError: If a file cannot be read, the mask has another size, or marks pixels of a frame of label 0.
         """
-        assert self.mask_path is not None
-        frame = int(self.path.stem)
-        mask: np.ndarray = (_array(self.mask_path)[frame] != 0).astype(np.uint8)  # this frame is all that is read
-        if mask.shape != size:
-            raise self._mismatch(mask.shape, size)
-        if mask.any() == (self.label == 1):
-            return mask
-        if self.label == 1:
-            return np.full(size, UNKNOWN, np.uint8)
-        raise UserError(
-            f"{self.mask_path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both files."
-        )
+        image = read_image(self.path)
+        return image, self._mask((image.height, image.width))
 
     def check(self) -> None:
         """Check the image's header, and its mask."""
-        self.mask(check_image(self.path))
+        self._mask(check_image(self.path))
+
+    def _mask(self, size: tuple[int, int]) -> np.ndarray:
+        path, frame = Path(str(self.mask_path)), int(self.path.stem)
+        mask: np.ndarray = (_array(path)[frame] != 0).astype(np.uint8)  # this frame is all that is read
+        if mask.shape != size:
+            raise self.mismatch(mask.shape, size)
+        if mask.any() and self.label == 0:
+            raise UserError(
+                f"{path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both files."
+            )
+        return mask if mask.any() or self.label == 0 else np.full(size, UNKNOWN, np.uint8)
 
 
 class MSTCDataModule(AnomalyDataModule):
@@ -123,18 +116,21 @@ class MSTCDataModule(AnomalyDataModule):
         super().__init__(**loading)
         if frame_step < 1:
             raise UserError(f"frame_step must be at least 1, got {frame_step}.")
+        listed = scenes if isinstance(scenes, list | tuple) else [scenes]
+        if scenes != "all" and (not listed or not all(str(scene).isdecimal() for scene in listed)):
+            raise UserError(f"scenes must be 'all', a number such as 1 or '01', or a list of numbers, got {scenes!r}.")
         self.root = Path(root)
-        self.scenes = None if scenes == "all" else _numbers(scenes)
+        self.scenes = None if scenes == "all" else sorted({f"{int(scene):02d}" for scene in listed})
         self.frame_step = frame_step
 
     def categories(self) -> list[str]:
         """Name the scenes under ``root`` that have both training and test videos, whichever are chosen."""
-        test = self._tests()
-        return [scene for scene in self._videos() if scene in test]
+        test = self._by_scene(_FRAMES, "*/")
+        return [scene for scene in self._by_scene(_VIDEOS, "*.avi") if scene in test]
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
         """List the frames by scene, video and number; each training video is read through to count its frames."""
-        videos, tests = self._videos(), self._tests()
+        videos, tests = self._by_scene(_VIDEOS, "*.avi"), self._by_scene(_FRAMES, "*/")
         found = tuple(sum(map(len, part.values())) for part in (videos, tests))
         if found[0] < _ORIGINAL[0] or found[1] < _ORIGINAL[1]:
             log.warning(
@@ -142,7 +138,7 @@ class MSTCDataModule(AnomalyDataModule):
             )
         train: list[Record] = []
         test: list[Record] = []
-        for scene in self._chosen():
+        for scene in self.scenes or self.categories():
             if scene not in videos:
                 raise UserError(f"scene {scene} has no video in {self.root / _VIDEOS}; there are {', '.join(videos)}.")
             for video in videos[scene]:
@@ -154,33 +150,34 @@ class MSTCDataModule(AnomalyDataModule):
 
     def describe(self) -> str:
         """One line: the scenes, and the number of images in each set."""
-        return f"scenes {', '.join(self._chosen())}: {super().describe()}"
+        return f"scenes {', '.join(self.scenes or self.categories())}: {super().describe()}"
 
-    def _length(self, video: Path) -> int:
-        try:
-            return _count_frames(video)
-        except UserError:
-            if self.on_broken == "error":
-                raise
-            return 1  # this one frame cannot be read either, and is left out with the reason
-
-    def _chosen(self) -> list[str]:
-        return self.categories() if self.scenes is None else self.scenes
-
-    def _videos(self) -> dict[str, list[Path]]:
-        return self._by_scene(_VIDEOS, (path for path in (self.root / _VIDEOS).glob("*.avi")))
-
-    def _tests(self) -> dict[str, list[Path]]:
-        return self._by_scene(_FRAMES, (path for path in (self.root / _FRAMES).glob("*") if path.is_dir()))
-
-    def _by_scene(self, folder: Path, paths: Iterable[Path]) -> dict[str, list[Path]]:
+    def _by_scene(self, folder: Path, pattern: str) -> dict[str, list[Path]]:
+        """Training or test videos of each scene."""
         scenes = defaultdict(list)
-        for path in sorted(paths):
+        for path in sorted((self.root / folder).glob(pattern)):
             if re.fullmatch(r"\d\d_\d+", path.stem):
                 scenes[path.stem[:2]].append(path)
         if not scenes:
             raise UserError(f"{self.root / folder}: no such folder, or no video SS_NNN of a scene SS in it; {_HELP}.")
         return scenes
+
+    def _length(self, video: Path) -> int:
+        """Number of frames: the packets are counted, as headers may lie; nothing is decoded."""
+        try:
+            with av.open(str(video)) as container:
+                announced = container.streams.video[0].frames
+                frames = sum(packet.size > 0 for packet in container.demux(video=0))
+        except (OSError, FFmpegError, IndexError) as error:  # IndexError: no video in it
+            if self.on_broken == "skip":
+                return 1  # this one frame cannot be read either, and is left out with the reason
+            raise UserError(f"{video}: is no video that can be read ({error}); replace the file.") from error
+        if frames == 0 and self.on_broken == "error":
+            raise UserError(f"{video}: holds no frame; replace the file.")
+        if frames < announced:
+            message = "%s: announces %d frames and holds %d: some were dropped, or are damaged."
+            log.warning(message, video, announced, frames)
+        return max(1, frames)
 
     def _frames(self, folder: Path, scene: str) -> list[Record]:
         """Records of a test video; its labels and masks must be as many as its frames."""
@@ -210,62 +207,38 @@ class _Video:
 
     def __init__(self, path: Path) -> None:
         self.path, self.process, self.number = path, os.getpid(), -1
-        self._container = av.open(str(path))
-        stream = self._container.streams.video[0]
+        self.container = av.open(str(path))
+        stream = self.container.streams.video[0]
         stream.thread_count = 1  # loader processes are many already, and a fork waits for threads it has not
-        self._frames = self._container.decode(stream)  # in the order they are shown
-        self._to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
-
-    def image(self, number: int) -> Image.Image:
-        """Decode up to frame ``number``."""
-        while self.number < number:
-            self._frame = next(self._frames)
-            self.number += 1
-        return Image.fromarray(self._to_rgb.reformat(self._frame, format="rgb24", threads=1).to_ndarray())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._container.close()
+        self.frames = self.container.decode(stream)  # in the order of display
+        self.frame: av.VideoFrame | None = None  # the one of that number
+        self.to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
 
 
-_open = threading.local()  # the video each thread reads
+_opened = threading.local()  # the video that each thread reads
 
 
 def _decode(path: Path, number: int) -> Image.Image:
-    """Frame ``number`` of a video, as it is shown, RGB."""
-    video: _Video | None = getattr(_open, "video", None)
+    """Frame ``number`` of a video, RGB."""
+    video: _Video | None = getattr(_opened, "video", None)
     try:
         # a video opened before a fork shares its place in the file with the other processes
         if video is None or (video.path, video.process) != (path, os.getpid()) or video.number > number:
             if video is not None:
-                video.close()
-            video = _open.video = _Video(path)
-        return video.image(number)
+                _opened.video = None  # not to be used again, whatever becomes of the next one
+                video.container.close()
+            video = _opened.video = _Video(path)
+        while video.number < number:
+            video.frame = next(video.frames)
+            video.number += 1
+        assert video.frame is not None
+        return Image.fromarray(video.to_rgb.reformat(video.frame, format="rgb24", threads=1).to_ndarray())
     except StopIteration:
         raise UserError(f"{path}: ends before frame {number} is decoded; replace or re-encode the file.") from None
     except FFmpegError as error:
         raise UserError(
             f"{path}: frame {number} cannot be decoded ({error.strerror}); replace or re-encode it."
         ) from error
-
-
-def _count_frames(path: Path) -> int:
-    """Number of frames: the packets are counted, as headers may lie; nothing is decoded.
-
-    Raises:
-        UserError: If the file is no video.
-    """
-    try:
-        with av.open(str(path)) as container:
-            announced = container.streams.video[0].frames
-            frames = sum(packet.size > 0 for packet in container.demux(video=0))
-    except (OSError, FFmpegError, IndexError) as error:  # IndexError: no video in it
-        raise UserError(f"{path}: is no video that can be read ({error}); replace the file.") from error
-    if frames == 0:
-        raise UserError(f"{path}: holds no frame; replace the file.")
-    if frames < announced:
-        log.warning("%s: announces %d frames and holds %d: some were dropped, or are damaged.", path, announced, frames)
-    return frames
 
 
 def _array(path: Path) -> np.ndarray:
@@ -279,11 +252,3 @@ def _array(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: holds several arrays; restore the file.")
     return array
-
-
-def _numbers(scenes: str | int | list[str | int]) -> list[str]:
-    """Scene names, ``01`` and so on, in order."""
-    listed = scenes if isinstance(scenes, list | tuple) else [scenes]
-    if not listed or not all(str(scene).isdecimal() for scene in listed):
-        raise UserError(f"scenes must be 'all', a number such as 1 or '01', or a list of numbers, got {scenes!r}.")
-    return sorted({f"{int(scene):02d}" for scene in listed})

@@ -89,11 +89,9 @@ class MTDDataModule(AnomalyDataModule):
 
     def _images(self, kind: str) -> list[Path]:
         folder = self.root / f"MT_{kind}" / "Imgs"
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {_HELP}.")
         images = sorted(folder.glob("*.jpg"))
         if not images:
-            raise UserError(f"{folder}: holds no .jpg image; {_HELP}.")
+            raise UserError(f"{folder}: {'holds no .jpg image' if folder.is_dir() else 'no such folder'}; {_HELP}.")
         return images
 
     def _training_names(self, nominal: list[Record]) -> set[str]:

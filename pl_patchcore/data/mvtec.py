@@ -85,43 +85,32 @@ class MVTecDataModule(AnomalyDataModule):
         folder = self.root / self.category
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; choose one of {', '.join(self.categories())}.")
-        train = [Record(path, 0, NOMINAL, self.category) for path in self._images(folder / "train" / "good")]
         defects = sorted(path.name for path in (folder / "test").glob("*") if path.is_dir() and path.name != "good")
-        test = [Record(path, 0, NOMINAL, self.category) for path in self._images(folder / "test" / "good")]
+        train, test = (
+            [Record(path, 0, NOMINAL, self.category) for path in list_images(folder / split / "good", remedy=_HELP)]
+            for split in ("train", "test")
+        )
+        nominal = len(test)
         for defect in defects:
-            images = self._images(folder / "test" / defect)
+            images = list_images(folder / "test" / defect, remedy=_HELP)
             masks = self._masks(folder / "ground_truth" / defect, images)
             test += [Record(path, 1, defect, self.category, masks[path.stem]) for path in images]
-        self._compare_counts(len(train), test)
+        found = (len(train), nominal, len(test) - nominal)
+        published = COUNTS.get(self.category)
+        if published is not None and found != published:
+            log.warning(
+                "%s: %d training, %d nominal and %d anomalous test images, where the published set has %d, %d and %d; "
+                "its figures cannot be compared with published ones.",
+                *(folder, *found, *published),
+            )
         return train, test
-
-    @staticmethod
-    def _images(folder: Path) -> list[Path]:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {_HELP}.")
-        images = list_images(folder)
-        if not images:
-            raise UserError(f"{folder}: holds no image; {_HELP}.")
-        return images
 
     @staticmethod
     def _masks(folder: Path, images: list[Path]) -> dict[str, Path]:
         """Masks by the stem of the image they belong to, one for each image and none left over."""
         masks = {path.stem.removesuffix("_mask"): path for path in list_images(folder)}
-        stems = {path.stem for path in images}
         if missing := [path for path in images if path.stem not in masks]:
             raise UserError(f"{missing[0]}: has no mask {folder / (missing[0].stem + '_mask.png')}; {_HELP}.")
-        if stray := sorted(set(masks) - stems):
+        if stray := sorted(set(masks) - {path.stem for path in images}):
             raise UserError(f"{masks[stray[0]]}: belongs to no image; put the image back or remove the mask.")
         return masks
-
-    def _compare_counts(self, train: int, test: list[Record]) -> None:
-        published = COUNTS.get(str(self.category))
-        nominal = sum(record.label == 0 for record in test)
-        found = (train, nominal, len(test) - nominal)
-        if published is not None and found != published:
-            log.warning(
-                "%s: %d training, %d nominal and %d anomalous test images, where the published set has %d, %d and %d; "
-                "its figures cannot be compared with published ones.",
-                *(self.root / str(self.category), *found, *published),
-            )

@@ -1,15 +1,14 @@
 """Generated data set: photographs of textures -> nominal crops, and crops with drawn defects.
 
 For trying everything where no data set is at hand. The photographs (brick, gravel, grass; 512x512, grey) come with
-scikit-image. Training crops are taken from the left half, test crops from the right half, and mirrored at random:
-the brick wall is seen from its middle, so that its right half is a mirrored left half. Each image is made when
-it is read, from the seed, its set and its number alone; nothing is written unless `SyntheticDataModule.export` is
-called. The figures say that the pipeline works, and nothing about a method's worth on real defects.
+scikit-image. Training crops are taken from the left half, test crops from the right half, and mirrored at random
+(the brick wall is photographed from its middle: its right half is a mirrored left half). Each image is made when it
+is read, from the seed, its set and its number alone. The figures tell that the pipeline works, and nothing about a
+method's worth on real defects.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -73,11 +72,8 @@ def draw_blur(image: Array, rng: Rng) -> tuple[Array, Array]:
 
 
 DEFECTS: dict[str, Callable[[Array, Rng], tuple[Array, Array]]] = {
-    "scratch": draw_scratch,
-    "stain": draw_stain,
-    "foreign": draw_foreign,
-    "blur": draw_blur,
-}
+    "scratch": draw_scratch, "stain": draw_stain, "foreign": draw_foreign, "blur": draw_blur
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,19 +88,11 @@ class SyntheticRecord(Record):
     size: int = 192
     seed: int = 0
 
-    def image(self) -> Image.Image:
-        """Make the image, RGB."""
-        return self.make()[0]
-
-    def mask(self, size: tuple[int, int]) -> np.ndarray:
-        """The drawn defect, uint8 ``size``: 1 where it covers at least half of the surface."""
-        return self.make()[1]
-
     def check(self) -> None:
         """Nothing can be missing."""
 
-    def make(self) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Make image and mask together."""
+    def read(self) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """Make the image, RGB, and its mask: 1 where the drawn defect covers at least half of the surface."""
         rng = np.random.default_rng([self.seed, zlib.crc32(self.path.as_posix().encode())])
         photograph = _photograph(self.category)
         part = photograph[:, :_SPLIT] if "train" in self.path.parts else photograph[:, _SPLIT:]
@@ -159,17 +147,12 @@ class SyntheticDataModule(AnomalyDataModule):
             raise UserError(f"texture must be one of {', '.join(TEXTURES)}, got {texture!r}.")
         if not 64 <= image_size <= 256:
             raise UserError(f"image_size must be from 64 to 256 pixels (half a photograph), got {image_size}.")
-        for name, number in (("train_images", train_images), ("test_nominal", test_nominal)):
-            if number < 1:
-                raise UserError(f"{name} must be at least 1, got {number}.")
-        if test_per_defect < 0:
-            raise UserError(f"test_per_defect must be 0 or more, got {test_per_defect}.")
+        numbers = {"train_images": train_images, "test_nominal": test_nominal, "test_per_defect": test_per_defect}
+        for name, number in numbers.items():
+            if number < (least := 0 if name == "test_per_defect" else 1):
+                raise UserError(f"{name} must be at least {least}, got {number}.")
         self.texture, self.image_size, self.seed = texture, image_size, seed
-        self.train_images, self.test_nominal, self.test_per_defect = (
-            train_images,
-            test_nominal,
-            test_per_defect,
-        )
+        self.train_images, self.test_nominal, self.test_per_defect = train_images, test_nominal, test_per_defect
 
     def categories(self) -> list[str]:
         """The textures."""
@@ -183,14 +166,9 @@ class SyntheticDataModule(AnomalyDataModule):
         return train, test
 
     def export(self, folder: str | Path) -> Path:
-        """Write the data set in the layout of MVTec AD.
+        """Write the data set into ``folder / texture``, in the layout of MVTec AD, and return that.
 
-        Args:
-            folder: Where to put ``<texture>/train/good``, ``<texture>/test/<defect>`` and
-                ``<texture>/ground_truth/<defect>``.
-
-        Returns:
-            ``folder / texture``, complete: it is written under another name beside it, then renamed.
+        It is written under another name beside it, then renamed, so that it is complete.
 
         Raises:
             UserError: If it is there already.
@@ -199,32 +177,25 @@ class SyntheticDataModule(AnomalyDataModule):
         if target.exists():
             raise UserError(f"{target}: exists already; remove it, or export to another folder.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{self.texture}-", dir=target.parent))
-        try:
-            for record in (record for part in self.records for record in part):
-                assert isinstance(record, SyntheticRecord)
-                image, mask = record.make()
+        with tempfile.TemporaryDirectory(prefix=f".{self.texture}-", dir=target.parent) as place:
+            partial = Path(place, self.texture)
+            for record in (*self.records[0], *self.records[1]):
+                image, mask = record.read()
                 split, kind, name = record.path.parts[-3:]
-                self._save(image, partial / split / kind / name)
+                files = {partial / split / kind / name: image}
                 if record.label == 1:
                     truth = partial / "ground_truth" / kind / f"{record.path.stem}_mask.png"
-                    self._save(Image.fromarray(mask * 255), truth)
-            partial.chmod(0o755)
+                    files[truth] = Image.fromarray(mask * 255)
+                for path, picture in files.items():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    picture.save(path)
             partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         return target
 
     def _record(self, split: str, defect: str, number: int) -> Record:
         folder = "good" if defect == NOMINAL else defect  # MVTec's word
         path = Path("synthetic", self.texture, split, folder, f"{number:03d}.png")
         return SyntheticRecord(path, int(defect != NOMINAL), defect, self.texture, size=self.image_size, seed=self.seed)
-
-    @staticmethod
-    def _save(image: Image.Image, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
 
 
 def _damage(image: Array, draw: Callable[[Array, Rng], tuple[Array, Array]], rng: Rng) -> tuple[Array, Array]:

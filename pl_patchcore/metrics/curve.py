@@ -3,7 +3,7 @@
 One curve serves all figures. Lowering a threshold covers anomalous pixels (or images) and nominal ones; each
 distinct anomalous score is a row: how many, of which weight, and how many nominal ones lie above it or tie with
 it. AUROC weighs all anomalous pixels alike, PRO weighs each by 1 / area of its region; average precision and F1
-count. Rows come from sorted scores (`exact_curve`) or from bins (`streaming.binned_curve`). In a bin that holds
+count. Rows come from sorted scores (`exact_curve`) or from bins (`streaming.binned_curves`). In a bin that holds
 several distinct values the order is unknown, and the true figure lies between all ties counted for and all
 against: each function returns the middle and half the distance, which is 0 for exact rows.
 
@@ -24,7 +24,10 @@ ROUNDING = 1e-12  # allowance for float64 sums, part of every reported bound of 
 
 
 class Figure(NamedTuple):
-    """A figure and the largest distance of the true value from it (0: exact)."""
+    """A figure in [0, 1] and the largest distance of the true value from it (0: exact).
+
+    Both are NaN where there is nothing anomalous or nothing nominal.
+    """
 
     value: float
     bound: float
@@ -54,14 +57,10 @@ class Curve(NamedTuple):
     mixed: Tensor
     nominal: int
 
-
-def descending(
-    scores: Tensor, anomalous: Tensor, weights: Tensor, above: Tensor, at_least: Tensor, mixed: Tensor, nominal: int
-) -> Curve:
-    """Curve of rows that are given by ascending score."""
-    return Curve(
-        scores.flip(0), anomalous.flip(0), weights.flip(0), above.flip(0), at_least.flip(0), mixed.flip(0), nominal
-    )
+    @property
+    def exact(self) -> bool:
+        """Whether the rows come from sorted scores, not from bins."""
+        return self.weights.is_floating_point()
 
 
 def sort_scores(parts: Sequence[Tensor]) -> Tensor:
@@ -96,26 +95,19 @@ def exact_curve(
         ([9.0, 2.0], [1, 2], [0, 1], [0, 2])
     """
     anomalous = anomalous.detach()
-    weights = torch.ones(len(anomalous), dtype=torch.float64) if weights is None else weights.cpu()
+    weights = torch.ones(len(anomalous), dtype=torch.float64) if weights is None else weights.double().cpu()
     on_cpu = anomalous.device.type == "cpu"  # where NumPy sorts faster
     order = torch.from_numpy(np.argsort(anomalous.numpy())) if on_cpu else anomalous.argsort()
     scores, row, counts = torch.unique_consecutive(anomalous[order], return_inverse=True, return_counts=True)
     row, counts = row.cpu(), counts.cpu()
-    summed = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, row, weights.double()[order.cpu()])
+    summed = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, row, weights[order.cpu()])
     above, at_least = torch.zeros_like(counts), torch.zeros_like(counts)
     for part in nominal:
         ascending = part if ordered else sort_scores([part])
         above += (len(part) - torch.searchsorted(ascending, scores, right=True)).cpu()
         at_least += (len(part) - torch.searchsorted(ascending, scores)).cpu()
-    return descending(
-        scores.cpu(),
-        counts,
-        summed,
-        above,
-        at_least,
-        torch.zeros(len(scores), dtype=torch.bool),
-        sum(map(len, nominal)),
-    )
+    columns = scores.cpu(), counts, summed, above, at_least, torch.zeros(len(scores), dtype=torch.bool)
+    return Curve._make([*(column.flip(0) for column in columns), sum(map(len, nominal))])
 
 
 def curve_area(
@@ -137,12 +129,9 @@ def curve_area(
     Args:
         above: Number of nominal ones above each anomalous one, ``(P,)``, int64.
         at_least: Number of nominal ones above or equal to each, ``(P,)``, int64.
-        total: Number of nominal ones.
+        total: Number of nominal ones; without any, or without anomalous ones, the figure is NaN.
         weights: Weight of each anomalous one, ``(P,)``; they need not sum to 1. None weighs all alike.
         fpr_limit: Share of nominal ones at which the integral ends, in (0, 1].
-
-    Returns:
-        Figure in [0, 1]; NaN where there is nothing anomalous or nothing nominal.
 
     Example:
         >>> curve_area(torch.tensor([0, 1]), torch.tensor([1, 1]), total=2)  # one tied, one below one of two
@@ -159,15 +148,9 @@ def curve_area(
 
 
 def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Figure:
-    """Area under the curve up to a false-positive rate, divided by that rate (see `curve_area`).
+    """Area under the curve up to the false-positive rate ``fpr_limit``, divided by it (see `curve_area`).
 
-    Args:
-        curve: Ranked scores.
-        fpr_limit: False-positive rate at which the integral ends, in (0, 1].
-        weighted: Use the curve's weights (PRO); otherwise every anomalous pixel weighs the same (AUROC).
-
-    Returns:
-        Figure in [0, 1] and its bound; both NaN where there is nothing anomalous or nothing nominal.
+    With the curve's weights (PRO) where ``weighted``; otherwise every anomalous pixel weighs the same (AUROC).
 
     Example:
         >>> area(exact_curve([torch.tensor([40.0, 42.0])], torch.tensor([42.0, 70.0])))
@@ -176,7 +159,7 @@ def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Fig
     weights = curve.weights if weighted else curve.anomalous
     ties_for = torch.where(curve.mixed, curve.above, curve.at_least)
     best = curve_area(curve.above, ties_for, curve.nominal, weights, fpr_limit)
-    if _is_exact(curve):
+    if curve.exact:
         return Figure(best, best * 0)
     ties_against = torch.where(curve.mixed, curve.at_least, curve.above)
     worst = curve_area(ties_against, curve.at_least, curve.nominal, weights, fpr_limit)
@@ -185,15 +168,41 @@ def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Fig
     return Figure((best + worst) / 2, (best - worst) / 2 + unit + ROUNDING)
 
 
+def auroc(nominal: Tensor, anomalous: Tensor) -> float:
+    """Area under the ROC curve of nominal scores ``(n,)`` and anomalous ones ``(P,)``, ties counted as half.
+
+    Both are floating point, of one dtype and device; NaN where either is empty. Cost: sorting ``nominal``.
+
+    Example:
+        >>> auroc(torch.tensor([40.0, 42.0]), torch.tensor([42.0, 70.0]))
+        0.875
+    """
+    return area(exact_curve([nominal], anomalous)).value
+
+
+def pro(nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3) -> float:
+    """Per-region overlap up to a false-positive rate (defined at `single.PRO`).
+
+    Args:
+        nominal: Scores of all nominal pixels, ``(n,)``, floating point.
+        anomalous: Scores of the anomalous pixels, ``(P,)``.
+        areas: Area in pixels of the region that each anomalous pixel belongs to, ``(P,)`` (`regions.pixel_areas`).
+        fpr_limit: False-positive rate at which the integral ends, in (0, 1].
+
+    Example:
+        >>> nominal, anomalous = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 5.0, 0.0])
+        >>> pro(nominal, anomalous, areas=torch.tensor([2, 2, 1]))  # one region found, one missed
+        0.5
+    """
+    return area(exact_curve([nominal], anomalous, areas.double().reciprocal()), fpr_limit, weighted=True).value
+
+
 def average_precision(curve: Curve) -> Figure:
     """Mean, over all anomalous pixels (or images), of the precision at the threshold that just covers each.
 
     The step-wise sum of scikit-learn's `average_precision_score`, without interpolation. In a mixed bin with p
     anomalous ones, t above it and f nominal ones down to its end, the j-th has precision ``(t + j) / (t + j + f)``
     at least, which is concave in j, so that p times the mean of first and last bounds their sum from below.
-
-    Returns:
-        Figure in [0, 1] and its bound; both NaN where there is nothing anomalous or nothing nominal.
 
     Example:
         >>> average_precision(exact_curve([torch.tensor([1.0, 2.0])], torch.tensor([1.5, 3.0]))).value
@@ -205,7 +214,7 @@ def average_precision(curve: Curve) -> Figure:
     above, at_least = curve.above.numpy(), curve.at_least.numpy()
     covered = np.cumsum(count)
     best = covered / (covered + np.where(mixed, above, at_least))
-    if _is_exact(curve):
+    if curve.exact:
         return Figure(float((best * count).sum() / covered[-1]), 0.0)
     first = covered - count + 1
     last = covered / (covered + at_least)
@@ -218,9 +227,8 @@ def best_f1(curve: Curve) -> tuple[Figure, float]:
     """Largest F1 over all thresholds. It looks at the ground truth: an oracle, no operating point.
 
     Returns:
-        F1 in [0, 1] with its bound, and the threshold that reaches it (score >= threshold is called anomalous; of
-        several the highest); NaN where there is nothing anomalous or nothing nominal. With bins, the F1 and the
-        threshold belong together, and the true best F1 lies between it and it plus the bound.
+        F1, and the threshold that reaches it (score >= threshold is called anomalous; of several the highest). With
+        bins, the two belong together, and the true best F1 lies between the F1 and the F1 plus its bound.
 
     Example:
         >>> best_f1(exact_curve([torch.tensor([1.0, 2.0])], torch.tensor([1.5, 3.0])))
@@ -232,7 +240,7 @@ def best_f1(curve: Curve) -> tuple[Figure, float]:
     reached = 2 * covered / (covered[-1] + covered + curve.at_least.numpy())
     at = int(reached.argmax())
     value, bound = float(reached[at]), 0.0
-    if not _is_exact(curve):
+    if not curve.exact:
         false = np.where(curve.mixed.numpy(), curve.above.numpy(), curve.at_least.numpy())
         bound = float((2 * covered / (covered[-1] + covered + false)).max()) - value + ROUNDING
     return Figure(value, bound), float(curve.scores[at])
@@ -255,7 +263,3 @@ def curve_points(curve: Curve, *, weighted: bool = False) -> tuple[Tensor, Tenso
     share = torch.stack([before, covered], dim=1).flatten()
     zero, one = fpr.new_zeros(1), fpr.new_ones(1)
     return torch.cat([zero, fpr, one]), torch.cat([zero, share, one])
-
-
-def _is_exact(curve: Curve) -> bool:
-    return curve.weights.is_floating_point()

@@ -1,8 +1,7 @@
 """Scores, maps and ground truth of a test set -> all figures: overall, for each defect type, for each category.
 
-What the LightningModule feeds while it tests: one pass, one state. Pixels are kept apart by (label, defect type,
-category), and each row of figures is the curve of a union of those. Reads what `anomaly_map.py` returns; next:
-`report/`.
+One pass, one state. Pixels are kept apart by (label, defect type, category), and each row of figures is the curve of
+a union of those. Reads what `anomaly_map.py` returns; next: `named.py`, which gives defect types their names.
 """
 
 from __future__ import annotations
@@ -15,18 +14,17 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, Figure, area, average_precision, best_f1, exact_curve
-from pl_patchcore.metrics.pro import check_fpr_limit
+from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve
 from pl_patchcore.metrics.regions import pixel_areas
-from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, select
-from pl_patchcore.metrics.streaming import Cell
-from pl_patchcore.metrics.thresholds import exceeds
+from pl_patchcore.metrics.single import check_fpr_limit, exceeds
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric
+from pl_patchcore.metrics.streaming import Cell, select
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
 Row = dict[str, Any]
 SMALL_LIMITS = (0.05, 0.01)  # of PRO, beside the main one
-COLUMNS = ("label", "group", "category", "lost", "nominal_pixels", "counted_pixels", "alarms", "alarm")
+COLUMNS = ("label", "group", "category", "lost", "nominal_pixels", "pixel_alarms", "alarm")  # int64, of each image
 
 
 class AnomalyEvaluation(PixelMetric):
@@ -37,14 +35,12 @@ class AnomalyEvaluation(PixelMetric):
     images, nominal and anomalous. Pixels whose mask is 255 (unknown) count in no pixel figure. Figures of images are
     always exact.
 
-    ``image_threshold`` and ``pixel_threshold`` (attributes, None at first) are counted against while images are
-    added, so set them before: an image or pixel is an alarm when its score > threshold.
-
     Args:
         fpr_limit: False-positive rate at which the integral of ``pro`` ends, in (0, 1].
-        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and pixel figures come
-            with the bounds of their errors. ``auto`` is exact up to ``pixel_limit`` pixels, and streaming beyond.
-        pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
+        mode: See `PixelMetric`; in streaming mode pixel figures come with the bounds of their errors.
+        pixel_limit: See `PixelMetric`.
+        image_threshold: A nominal image is a false alarm when its score > threshold; None counts none.
+        pixel_threshold: The same for nominal pixels.
 
     Example:
         >>> metric = AnomalyEvaluation()
@@ -59,14 +55,17 @@ class AnomalyEvaluation(PixelMetric):
         {4: 1.0, 5: 0.0}
     """
 
-    image_scores: list[Tensor]
-    images: list[Tensor]
-    image_threshold: float | None = None
-    pixel_threshold: float | None = None
-
-    def __init__(self, fpr_limit: float = 0.3, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
+    def __init__(
+        self,
+        fpr_limit: float = 0.3,
+        mode: Mode = "auto",
+        pixel_limit: int = PIXEL_LIMIT,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+    ) -> None:
         super().__init__(mode, pixel_limit, columns=3)
         self.fpr_limit = check_fpr_limit(fpr_limit)
+        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         self.add_list("image_scores")
         self.add_list("images", torch.int64, columns=len(COLUMNS))
 
@@ -109,8 +108,7 @@ class AnomalyEvaluation(PixelMetric):
                 )
         nominal, anomalous = masks == 0, masks == 1
         sizes = [chosen.flatten(1).sum(dim=1) for chosen in (nominal, anomalous)]
-        stray = int(sizes[1][labels == 0].sum())
-        if stray:
+        if stray := int(sizes[1][labels == 0].sum()):
             raise UserError(
                 f"masks of nominal images must hold no 1, got {stray} such pixels; label the image 1 or clear its mask."
             )
@@ -119,15 +117,13 @@ class AnomalyEvaluation(PixelMetric):
         self.keep(cell, select(maps, nominal), select(maps, anomalous), pixel_areas(masks)[0])
 
         lost = (labels == 1) & (sizes[1] == 0) & (masks != UNKNOWN).flatten(1).any(dim=1)
-        nothing = torch.zeros_like(labels)
-        counted, alarms, alarm = nothing, nothing, nothing - 1  # -1: no threshold was known
+        pixel_alarms = alarm = torch.zeros_like(labels)
         if self.pixel_threshold is not None:
-            counted = sizes[0]
-            alarms = (exceeds(maps, self.pixel_threshold) & nominal).flatten(1).sum(dim=1)
+            pixel_alarms = (exceeds(maps, self.pixel_threshold) & nominal).flatten(1).sum(dim=1)
         if self.image_threshold is not None:
-            alarm = exceeds(scores, self.image_threshold)
-        rows = (labels, groups, categories, lost, sizes[0], counted, alarms, alarm)
-        self.append("images", torch.stack([row.long() for row in rows], dim=1))
+            alarm = exceeds(scores, self.image_threshold).long()
+        columns = (labels, groups, categories, lost.long(), sizes[0], pixel_alarms, alarm)
+        self.append("images", torch.stack(columns, dim=1))
         self.append("image_scores", scores.clone())
 
     @one_thread()
@@ -142,7 +138,7 @@ class AnomalyEvaluation(PixelMetric):
               ``oracle_pixel_f1``, ``oracle_pixel_f1_threshold``, ``pro``, ``pro_0.05``, ``pro_0.01``; in streaming
               mode each figure has its bound beside it, ``pixel_auroc_bound`` and so on (not for the threshold);
             - ``image_false_alarm_rate`` and ``pixel_false_alarm_rate``, shares of the nominal images and nominal
-              pixels above the thresholds, for those thresholds that are set (NaN unless set before the first update);
+              pixels above the thresholds, for those thresholds that are set;
             - ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a known mask that
               holds no anomalous pixel any more: resize and crop took the defect away);
 
@@ -154,8 +150,8 @@ class AnomalyEvaluation(PixelMetric):
         curve, bounds = self.curves(), self.streams()
 
         def row(members: Tensor, cells: Callable[[Cell], bool]) -> Row:
-            found = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)), bounds)
-            return self._image_row(scores[members], images[members]) | found
+            pixels = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)), bounds)
+            return self._image_row(scores[members], images[members]) | pixels
 
         def of_group(name: int) -> Row:
             return row((label == 0) | (group == name), lambda cell: cell[0] == 0 or cell[1] == name)
@@ -164,17 +160,17 @@ class AnomalyEvaluation(PixelMetric):
             return row(category == name, lambda cell: cell[2] == name)
 
         overall = row(label >= 0, lambda _: True)
-        categories = sorted(set(category.tolist()))
+        categories = category.unique().tolist()
         return {
             **overall,
-            "by_group": {name: of_group(name) for name in sorted(set(group[label == 1].tolist()))},
+            "by_group": {name: of_group(name) for name in group[label == 1].unique().tolist()},
             "by_category": {name: of_category(name) if len(categories) > 1 else overall for name in categories},
         }
 
     def _image_row(self, scores: Tensor, images: Tensor) -> Row:
         columns = dict(zip(COLUMNS, images.unbind(1), strict=True))
-        nominal, anomalous = columns["label"] == 0, columns["label"] == 1
-        curve = exact_curve([scores[nominal]], scores[anomalous])
+        nominal, pixels = columns["label"] == 0, int(columns["nominal_pixels"].sum())
+        curve = exact_curve([scores[nominal]], scores[~nominal])
         f1, threshold = best_f1(curve)
         figures = {
             "image_auroc": area(curve).value,
@@ -183,22 +179,16 @@ class AnomalyEvaluation(PixelMetric):
             "oracle_image_f1_threshold": threshold,
         }
         if self.image_threshold is not None:
-            alarm = columns["alarm"][nominal]
-            known = len(alarm) > 0 and int(alarm.min()) >= 0
-            figures["image_false_alarm_rate"] = float(alarm.double().mean()) if known else math.nan
+            figures["image_false_alarm_rate"] = float(columns["alarm"][nominal].double().mean())
         if self.pixel_threshold is not None:
-            pixels, counted = int(columns["nominal_pixels"].sum()), int(columns["counted_pixels"].sum())
-            known = 0 < pixels == counted
-            figures["pixel_false_alarm_rate"] = int(columns["alarms"].sum()) / pixels if known else math.nan
-        return {name: self.figure(value) for name, value in figures.items()} | {
-            "nominal": int(nominal.sum()),
-            "anomalous": int(anomalous.sum()),
-            "lost": int(columns["lost"].sum()),
-        }
+            figures["pixel_false_alarm_rate"] = int(columns["pixel_alarms"].sum()) / pixels if pixels else math.nan
+        counts = {"nominal": nominal.sum(), "anomalous": (~nominal).sum(), "lost": columns["lost"].sum()}
+        row = {name: self.figure(value) for name, value in figures.items()}
+        return row | {name: int(number) for name, number in counts.items()}
 
     def _pixel_row(self, curve: Curve, anomalous_images: Curve, bounds: bool) -> Row:
         f1, threshold = best_f1(curve)
-        figures: dict[str, Figure] = {
+        figures = {
             "pixel_auroc": area(curve),
             "pixel_auroc_anomalous": area(anomalous_images),
             "pixel_average_precision": average_precision(curve),

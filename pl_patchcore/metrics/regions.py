@@ -19,7 +19,8 @@ CORNERS = np.ones((3, 3))  # 8 neighbours
 
 
 @lru_cache(maxsize=256)  # 65 KB for a mask of 256x256 that is a quarter anomalous
-def _areas(packed: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+def mask_areas(packed: bytes, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """Area of each anomalous pixel's region, and the number of regions, of a mask by `np.packbits`."""
     mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=shape[0] * shape[1]).reshape(shape)
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     frame = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # in half the time
@@ -48,7 +49,7 @@ def pixel_areas(masks: Tensor) -> tuple[Tensor, Tensor]:
     """
     areas, regions = [np.empty(0, np.int32)], []
     for mask in (masks == 1).cpu().numpy():
-        area, number = _areas(np.packbits(mask).tobytes(), mask.shape) if mask.any() else (areas[0], 0)
+        area, number = mask_areas(np.packbits(mask).tobytes(), mask.shape) if mask.any() else (areas[0], 0)
         areas.append(area)
         regions.append(number)
     return torch.from_numpy(np.concatenate(areas)), torch.tensor(regions, dtype=torch.int64)

@@ -1,9 +1,9 @@
 """Scores and ground truth -> checked states of the metrics, exact or streaming.
 
 `ScoreMetric` checks what comes in and gathers states over processes; `PixelMetric` keeps pixels, exactly up to a
-number of them and in a histogram beyond. Reads raw scores: finite numbers of any range, never clamped, normalised
-or passed through a sigmoid (as torchmetrics' own AUROC does with scores outside [0, 1], which turns large ones
-into ties). Next: `auroc.py`, `pro.py`, `thresholds.py`.
+number of them and in a histogram beyond. Raw scores are finite numbers of any range, never clamped, normalised or
+passed through a sigmoid (as torchmetrics' own AUROC does with scores outside [0, 1], which turns large ones into
+ties). Next: `single.py`, `evaluation.py`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pl_patchcore.metrics.streaming import (
     Histogram,
     Pixels,
     add_pixels,
-    binned_curve,
-    cell_bins,
+    binned_curves,
     empty_histogram,
     pack,
+    select,
     unpack,
 )
 from pl_patchcore.preprocessing import UNKNOWN
@@ -37,11 +37,10 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "exact", "streaming"]
 PIXEL_LIMIT = 2**26  # 1,024 maps of 256x256: 268 MB kept, twice that while the figures are computed
-GROUP = len(Histogram._fields)  # tensors of one histogram
 FLUSH = 2**20  # pixels that streaming mode collects before it adds them to its bins: 4 MB
-
 LABELS = {0: "nominal", 1: "anomalous"}
 MASKS = {**LABELS, UNKNOWN: "unknown"}
+PIXELS = ("segments", "nominal", "anomalous", "areas")  # states that hold pixels as they came
 
 
 class ScoreMetric(Metric):
@@ -54,6 +53,8 @@ class ScoreMetric(Metric):
     is_differentiable = False
     higher_is_better: bool | None = True
     full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,18 +80,12 @@ class ScoreMetric(Metric):
         state: Tensor | list[Tensor] = getattr(self, name)
         return dim_zero_cat(state) if len(state) else self._empty[name].to(self.device)
 
-    def sync(
-        self,
-        dist_sync_fn: Callable[..., Any] | None = None,
-        process_group: Any = None,
-        should_sync: bool = True,
-        distributed_available: Callable[[], bool] | None = None,
-    ) -> None:
+    def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all processes (see `torchmetrics.Metric.sync`)."""
-        available = distributed_available or self.distributed_available_fn
-        if should_sync and not self._is_synced and callable(available) and available():
+        available = kwargs.get("distributed_available") or self.distributed_available_fn
+        if kwargs.get("should_sync", True) and callable(available) and available():
             self.before_sync()
-        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
+        super().sync(*args, **kwargs)
 
     def before_sync(self) -> None:
         """Bring states to a form that can be gathered; only called where there are several processes."""
@@ -98,7 +93,7 @@ class ScoreMetric(Metric):
             if len(getattr(self, name)) == 0:
                 setattr(self, name, [self.joined(name)])
 
-    def check_scores(self, name: str, scores: Tensor, dims: str | None) -> Tensor:
+    def check_scores(self, name: str, scores: Tensor, dims: str | None = None) -> Tensor:
         """Check raw scores of shape ``dims`` (None: any); returns them in float32 on the metric's device.
 
         Raises:
@@ -138,16 +133,8 @@ class ScoreMetric(Metric):
         return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one value, or one for each epoch (see `torchmetrics.Metric.plot`).
-
-        Args:
-            val: What ``compute`` or ``forward`` returned, or a list of such; None computes.
-            ax: Matplotlib axes to draw in; None makes new ones.
-
-        Returns:
-            Figure and axes.
-        """
-        return self._plot(val, ax)
+        """Plot ``val`` (None: what ``compute`` returns) in the axes ``ax`` (see `torchmetrics.Metric.plot`)."""
+        return self._plot(val, ax)  # torchmetrics' documented way
 
 
 class PixelMetric(ScoreMetric):
@@ -157,16 +144,13 @@ class PixelMetric(ScoreMetric):
     cells can be had from one pass.
 
     Args:
-        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory; figures come with a
-            bound of their error. ``auto`` is exact up to ``pixel_limit`` pixels, and streaming beyond.
+        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
+            ``error_bound`` says how far the true value may be. ``auto`` is exact up to ``pixel_limit`` pixels, and
+            streaming beyond.
         pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
         columns: Numbers that name a cell, 1 or more.
     """
 
-    nominal: list[Tensor]
-    anomalous: list[Tensor]
-    areas: list[Tensor]
-    segments: list[Tensor]
     packed: list[Tensor]
     dense: list[Tensor]
     weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
@@ -179,11 +163,11 @@ class PixelMetric(ScoreMetric):
         if pixel_limit < 0:
             raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
         self.mode, self.pixel_limit, self.columns = mode, pixel_limit, columns
-        # kept as they are: all pixels, or in streaming mode those that wait for the histogram
+        # as they came: all pixels, or in streaming mode those that wait for the histogram
+        self.add_list("segments", torch.int64, columns=columns + 2)  # cell, numbers of nominal and anomalous pixels
         self.add_list("nominal")
         self.add_list("anomalous")
         self.add_list("areas", torch.int32)  # of each anomalous pixel's region
-        self.add_list("segments", torch.int64, columns=columns + 2)  # cell, numbers of nominal and anomalous pixels
         # in bins: as rows, which other processes can be sent, or as the tensors of a histogram
         self.add_list("packed", torch.int64, columns=columns + 6)
         self.add_state("dense", [], dist_reduce_fx=None)
@@ -198,60 +182,42 @@ class PixelMetric(ScoreMetric):
             anomalous: Scores of the anomalous pixels, run after run, float32.
             areas: Area of the region of each anomalous pixel (1 where regions do not matter), int32.
         """
-        for name, values in (("segments", segments), ("nominal", nominal), ("anomalous", anomalous), ("areas", areas)):
+        for name, values in zip(PIXELS, (segments, nominal, anomalous, areas), strict=True):
             getattr(self, name).append(values.to(self.device))
-        if self.mode != "exact":
-            waiting = sum(map(len, self.nominal)) + sum(map(len, self.anomalous))
-            binned = self.mode == "streaming" or self._binned()
-            if waiting > (FLUSH if binned else self.pixel_limit):
-                if not binned:
-                    log.info(
-                        "more than %d pixels: %s goes on in streaming mode, with bounded memory and error.",
-                        self.pixel_limit,
-                        type(self).__name__,
-                    )
-                self.fold()
-
-    def streams(self) -> bool:
-        """Whether figures come from bins; called after states are gathered, it is the same for any processes."""
-        if self.mode != "auto":
-            return self.mode == "streaming"
-        if self._binned():
-            return True
-        return sum(len(self.joined(name)) for name in ("nominal", "anomalous")) > self.pixel_limit
-
-    def fold(self) -> None:
-        """Put all pixels kept as they are into the histogram."""
-        histogram = self._merged()
-        columns = [getattr(self, name) for name in ("segments", "nominal", "anomalous", "areas")]
-        batches = zip(*columns, strict=True) if isinstance(self.segments, list) else [columns]
-        self.dense = []
-        self.dense = list(add_pixels(histogram, [part for batch in batches for part in _cells(*batch)]))
-        self.segments, self.nominal, self.anomalous, self.areas = [], [], [], []
-
-    def curves(self) -> Callable[[Callable[[Cell], bool]], Curve]:
-        """What gives the curve of all pixels of the cells that a condition holds for."""
-        if not self.streams():
-            return _exact_curves(_cells(*(self.joined(n) for n in ("segments", "nominal", "anomalous", "areas"))))
-        self.fold()
-        cells = cell_bins(Histogram(*self.dense))
-        return lambda chosen: binned_curve(bins for cell, bins in cells.items() if chosen(cell))
+        binned = self._binned()
+        if self.mode == "exact" or self._waiting() <= (FLUSH if binned else self.pixel_limit):
+            return
+        if not binned:
+            text = "more than %d pixels: %s goes on in streaming mode, with bounded memory and error."
+            log.info(text, self.pixel_limit, type(self).__name__)
+        self._fold()
 
     def keep_flat(self, scores: Tensor, truth: Tensor, areas: Tensor | None = None) -> None:
         """Keep scores of any shape, all of one cell (see `keep`)."""
         nominal, anomalous = select(scores, truth == 0), select(scores, truth == 1)
         areas = torch.ones(len(anomalous), dtype=torch.int32) if areas is None else areas
         sizes = [*[0] * self.columns, len(nominal), len(anomalous)]
-        self.keep(torch.tensor([sizes]), nominal, anomalous, areas)
+        self.keep(torch.tensor([sizes], dtype=torch.int64), nominal, anomalous, areas)
+
+    def streams(self) -> bool:
+        """Whether figures come from bins; called after states are gathered, it is the same for any processes."""
+        return self._binned() or (self.mode == "auto" and self._waiting() > self.pixel_limit)
+
+    def curves(self) -> Callable[[Callable[[Cell], bool]], Curve]:
+        """What gives the curve of all pixels of the cells that a condition holds for."""
+        if not self.streams():
+            return exact_curves(self._pixels())
+        self._fold()
+        return binned_curves(Histogram(*self.dense))
+
+    def whole_curve(self) -> Curve:
+        """Curve of all pixels."""
+        return self.curves()(lambda _: True)
 
     def curve(self) -> tuple[Tensor, Tensor]:
-        """Corners of the curve of all updates, over all processes.
-
-        Returns:
-            False-positive rate, ascending, and share covered at it; each float64, on the CPU, of one length.
-        """
+        """Corners of the curve of all updates, over all processes (see `curve.curve_points`)."""
         with self.sync_context():
-            return curve_points(self.curves()(lambda _: True), weighted=self.weighted)
+            return curve_points(self.whole_curve(), weighted=self.weighted)
 
     def report(self, figure: Figure) -> Tensor:
         """Value of a figure; remembers its bound."""
@@ -265,50 +231,55 @@ class PixelMetric(ScoreMetric):
 
     def before_sync(self) -> None:
         """Bring states to a form that can be gathered: bins travel as rows."""
-        if self.mode == "streaming" or self._binned():
-            self.fold()
+        if self._binned():
+            self._fold()
             self.packed, self.dense = [pack(Histogram(*self.dense))], []
         super().before_sync()
 
     def _binned(self) -> bool:
-        return bool(self.dense) or any(map(len, self.packed))
+        return self.mode == "streaming" or bool(self.dense) or any(map(len, self.packed))
 
-    def _merged(self) -> Histogram:
-        if len(self.dense) == GROUP and not any(map(len, self.packed)):
-            return Histogram(*self.dense)
-        groups = [Histogram(*self.dense[start : start + GROUP]) for start in range(0, len(self.dense), GROUP)]
-        rows = torch.cat([self.joined("packed"), *map(pack, groups)])
-        self.packed = []
-        return unpack(rows) if len(rows) else empty_histogram(self.columns, self.device)
+    def _waiting(self) -> int:
+        states: list[Tensor | list[Tensor]] = [getattr(self, name) for name in ("nominal", "anomalous")]
+        return sum(len(state) if isinstance(state, Tensor) else sum(map(len, state)) for state in states)
+
+    def _pixels(self) -> list[Pixels]:
+        segments, nominal, anomalous, areas = (self.joined(name) for name in PIXELS)
+        *cells, sizes, anomalous_sizes = segments.T.tolist()
+        names = list(zip(*cells, strict=True))
+        runs = [Pixels(*run, None) for run in zip(names, nominal.split(sizes), strict=True)]
+        regions = zip(names, anomalous.split(anomalous_sizes), areas.split(anomalous_sizes), strict=True)
+        return [part for part in (*runs, *(Pixels(*region) for region in regions)) if len(part.scores)]
+
+    def _fold(self) -> None:
+        """Put all pixels kept as they came into the histogram, and all histograms into one."""
+        size = len(Histogram._fields)  # public, in spite of its name
+        histograms = [Histogram(*self.dense[start : start + size]) for start in range(0, len(self.dense), size)]
+        packed, self.packed, self.dense = self.joined("packed"), [], []
+        if len(histograms) != 1 or len(packed):
+            rows = torch.cat([packed, *map(pack, histograms)])
+            histograms = [unpack(rows) if len(rows) else empty_histogram(self.columns, self.device)]
+        pixels = self._pixels()
+        for name in PIXELS:
+            setattr(self, name, [])
+        self.dense = list(add_pixels(histograms[0], pixels))
 
 
-def select(values: Tensor, chosen: Tensor) -> Tensor:
-    """``values[chosen]``, a copy; on the CPU by NumPy, which is several times faster."""
-    if values.device.type != "cpu":
-        return values[chosen]
-    return torch.from_numpy(values.numpy()[chosen.numpy()])
-
-
-def _cells(segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> list[Pixels]:
-    *cells, nominal_sizes, anomalous_sizes = segments.T.tolist()
-    names = list(zip(*cells, strict=True))
-    runs = zip(names, nominal.split(nominal_sizes), strict=True)
-    parts = [Pixels(name, scores, None) for name, scores in runs if len(scores)]
-    regions = zip(names, anomalous.split(anomalous_sizes), areas.split(anomalous_sizes), strict=True)
-    return parts + [Pixels(*region) for region in regions if len(region[1])]
-
-
-def _exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], Curve]:
-    cells = sorted({part.cell for part in parts})
-    nominal = {cell: [p.scores for p in parts if p.areas is None and p.cell == cell] for cell in cells}
-    ascending = {cell: sort_scores(scores) for cell, scores in nominal.items() if scores}
-    regions = [part for part in parts if part.areas is not None]
+def exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], Curve]:
+    """What gives the curve of all pixels of the cells that a condition holds for, by sorting each cell once."""
+    nominal: dict[Cell, list[Tensor]] = {}
+    for part in parts:
+        if part.areas is None:
+            nominal.setdefault(part.cell, []).append(part.scores)
+    ascending = {cell: sort_scores(scores).cpu() for cell, scores in nominal.items()}
 
     def curve(chosen: Callable[[Cell], bool]) -> Curve:
-        own = [part for part in regions if chosen(part.cell)]
-        scores = torch.cat([torch.empty(0), *(part.scores.cpu() for part in own)])
-        areas = torch.cat([torch.empty(0), *(part.areas.cpu() for part in own if part.areas is not None)])
-        ranked = [scores.cpu() for cell, scores in ascending.items() if chosen(cell)]
+        own = [part for part in parts if part.areas is not None and chosen(part.cell)]
+        scores = torch.cat([torch.empty(0, dtype=torch.float32), *(part.scores.cpu() for part in own)])
+        areas = torch.cat(
+            [torch.empty(0, dtype=torch.int32), *(part.areas.cpu() for part in own if part.areas is not None)]
+        )
+        ranked = [scores for cell, scores in ascending.items() if chosen(cell)]
         return exact_curve(ranked, scores, areas.double().reciprocal(), ordered=True)
 
     return curve

@@ -7,18 +7,18 @@ most 16, where a bin is a single float32. It is a function of the set of buckets
 bins coarser adds neighbours up. So the histogram depends on the scores alone: not on their order, their batches or
 the number of processes, bit for bit.
 
-Scores within a factor of two get 2^17 bins, as scores in a narrow band do (300 +- 3 meets 4 buckets); the worst input
-(every float32 bucket met) still gets 2^8 bins for each factor of two. Measured bounds: 1e-5 for continuous scores
-within a factor of two, 7e-5 for a normal distribution around 0. So few bins stay in the processor's cache, which is
-half of the speed. A bin remembers whether it met more than one score: one that holds a single value adds no error.
-Weights of anomalous pixels, 1 / area of the region, are summed in int64 as multiples of 2^-40.
+Scores within a factor of two get 2^17 bins (300 +- 3 meets 4 buckets); the worst input (every float32 bucket met)
+still gets 2^8 bins for each factor of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5
+for a normal distribution around 0. So few bins stay in the processor's cache, which is half of the speed. A bin
+remembers whether it met more than one score: one that holds a single value adds no error. Weights of anomalous
+pixels, 1 / area of the region, are summed in int64 as multiples of 2^-40.
 
-Everything is torch and runs on the scores' device. Next: `state.py`.
+Everything runs on the scores' device. Next: `state.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, descending
+from pl_patchcore.metrics.curve import Curve
 
 BINS = 2**17  # 4 MB: 28 bytes a bin
 APART = 8  # times as many where many cells share them, each named by several numbers
@@ -74,9 +74,14 @@ class Histogram(NamedTuple):
 
 def nonzero(flags: Tensor) -> Tensor:
     """Indices of the true ``flags`` ``(n,)``; on the CPU by NumPy, which is several times faster."""
-    if flags.device.type != "cpu":
-        return flags.nonzero().flatten()
-    return torch.from_numpy(np.flatnonzero(flags.numpy()))
+    on_cpu = flags.device.type == "cpu"
+    return torch.from_numpy(np.flatnonzero(flags.numpy())) if on_cpu else flags.nonzero().flatten()
+
+
+def select(values: Tensor, chosen: Tensor) -> Tensor:
+    """``values[chosen]``, a copy; on the CPU by NumPy, which is several times faster."""
+    on_cpu = values.device.type == "cpu"
+    return torch.from_numpy(values.numpy()[chosen.numpy()]) if on_cpu else values[chosen]
 
 
 def score_keys(scores: Tensor) -> Tensor:
@@ -119,35 +124,34 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
     """
     pieces = [piece for part in parts for piece in _pieces(part)]
     if not len(histogram.buckets) and pieces:  # the first piece has most buckets: the others need not wait for room
-        histogram = _grow(histogram, _met(histogram, pieces[:1]))
-    histogram = _add(histogram, pieces)
+        histogram = _grow(histogram, pieces[:1])
+    if late := _add_known(histogram, pieces):
+        histogram = _grow(histogram, late)
+        _add_known(histogram, late)
     if any(part.areas is not None for part in parts):
         _check_weights(histogram.weights)
     return histogram
 
 
-def _add(histogram: Histogram, pieces: Sequence[Pixels]) -> Histogram:
-    late = _add_known(histogram, pieces)
-    return _add(_grow(histogram, _met(histogram, late)), late) if late else histogram
-
-
-def _add_known(histogram: Histogram, pieces: Iterable[Pixels]) -> list[Pixels]:
+def _add_known(histogram: Histogram, pieces: Sequence[Pixels]) -> list[Pixels]:
     """Add ``pieces`` in place; returns those, left out, that have a new bucket: rare after the first."""
-    starts: dict[Cell, Tensor] = {}
+    first = {cell: _first_bins(histogram, cell) for cell in {piece.cell for piece in pieces}}
     late = []
     for piece in pieces:
         cell, scores, areas = piece
-        if cell not in starts:
-            starts[cell] = _first_bins(histogram, cell)
         keys = score_keys(scores)
-        bins = starts[cell].index_select(0, (keys >> 16) + 2**15)
+        bins = first[cell].index_select(0, (keys >> 16) + 2**15)
         if bool(bins.min() < 0):
             late.append(piece)
             continue
         lower = keys & 0xFFFF
         bins += lower >> (16 - histogram.bits)
         _note(histogram.single, bins, lower + 1)
-        _count(histogram.nominal if areas is None else histogram.anomalous, bins)
+        column = histogram.nominal if areas is None else histogram.anomalous
+        if column.device.type == "cpu":
+            np.add.at(column.numpy(), bins.numpy(), 1)  # half the time of torch's scatter_add_
+        else:
+            column.scatter_add_(0, bins, torch.ones_like(bins))
         if areas is not None:
             histogram.weights.scatter_add_(0, bins, (UNIT + areas.long() // 2) // areas.long())
     return late
@@ -160,11 +164,8 @@ def pack(histogram: Histogram) -> Tensor:
     """
     filled = histogram.single.nonzero().flatten()
     position = (filled & (2**histogram.bits - 1)) << (16 - histogram.bits)
-    counts = [column[filled].long() for column in histogram[1:]]
-    return torch.cat(
-        [histogram.buckets[filled >> histogram.bits], torch.stack([position, *counts], dim=1)],
-        dim=1,
-    )
+    columns = torch.stack([position, *(column[filled].long() for column in histogram[1:])], dim=1)
+    return torch.cat([histogram.buckets[filled >> histogram.bits], columns], dim=1)
 
 
 def unpack(rows: Tensor) -> Histogram:
@@ -181,72 +182,60 @@ def unpack(rows: Tensor) -> Histogram:
     return merged
 
 
-class Bins(NamedTuple):
-    """Populated bins of one cell by ascending key: as `Histogram`, and nominal pixels below each bin ``(n + 1,)``."""
-
-    keys: Tensor
-    below: Tensor
-    anomalous: Tensor
-    weights: Tensor
-    single: Tensor
-
-
-def cell_bins(histogram: Histogram) -> dict[Cell, Bins]:
-    """Split a histogram by cell, on the CPU; ``anomalous`` and ``weights`` are empty where a cell has none."""
-    histogram = Histogram(*(column.cpu() for column in histogram))
-    bits = histogram.bits
-    cells, sizes = torch.unique_consecutive(histogram.buckets[:, :-1], dim=0, return_counts=True)
-    result, start = {}, 0
-    for cell, size in zip(cells.tolist(), sizes.tolist(), strict=True):
-        filled = histogram.single[start << bits : start + size << bits].nonzero().flatten() + (start << bits)
-        keys = (histogram.buckets[:, -1][filled >> bits] << 16) + ((filled & (2**bits - 1)) << (16 - bits))
-        nominal, anomalous, weights, single = (column[filled] for column in histogram[1:])
-        if not anomalous.any():
-            anomalous = weights = anomalous[:0].clone()
-        below = torch.cat([nominal.new_zeros(1), nominal.cumsum(0)])
-        result[tuple(cell)] = Bins(keys, below, anomalous, weights, single)
-        start += size
-    return result
-
-
-def binned_curve(cells: Iterable[Bins]) -> Curve:
-    """Curve of the pixels of several cells together.
+def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Curve]:
+    """Curves of the pixels of several cells together.
 
     Returns:
-        One row for each bin that holds anomalous pixels; ``mixed`` where it holds more than one distinct score,
-        nominal ones counted too; weights in units of 2^-40.
+        Function of a condition on cells. Its curve has one row for each bin that holds anomalous pixels of the cells
+        chosen; ``mixed`` where it holds more than one distinct score, nominal ones counted too; weights in units of
+        2^-40.
     """
-    cells = list(cells)
-    found = [(cell, cell.anomalous.nonzero().flatten()) for cell in cells]
-    empty = torch.empty(0, dtype=torch.int64)
-    keys, row = torch.unique(torch.cat([empty, *(cell.keys[at] for cell, at in found)]), return_inverse=True)
-    anomalous, weights, above, at_least = (torch.zeros_like(keys) for _ in range(4))
-    anomalous.index_add_(0, row, torch.cat([empty, *(cell.anomalous[at] for cell, at in found)]))
-    weights.index_add_(0, row, torch.cat([empty, *(cell.weights[at] for cell, at in found)]))
-    single = torch.zeros_like(keys)
-    for cell in cells:
-        at = torch.searchsorted(cell.keys, keys)
-        here = at.clamp(max=max(len(cell.keys) - 1, 0))
-        same = cell.keys[here] == keys
-        above += cell.below[-1] - cell.below[at + same]
-        at_least += cell.below[-1] - cell.below[at]
-        single = _either(single, cell.single[here] * same)
-    mixed = single == MIXED
-    scores = key_scores((torch.where(mixed, keys, (keys & ~0xFFFF) + single - 1) - 2**31).int())
-    nominal = sum(int(cell.below[-1]) for cell in cells)
-    return descending(scores, anomalous, weights, above, at_least, mixed, nominal)
+    buckets, *columns = (column.cpu() for column in histogram)
+    filled = nonzero(columns[-1] != 0)
+    bucket, inside = filled >> histogram.bits, filled & (2**histogram.bits - 1)
+    keys = (buckets[bucket, -1] << 16) + (inside << (16 - histogram.bits))
+    order = keys.argsort(stable=True)
+    cells, place = torch.unique(buckets[:, :-1], dim=0, return_inverse=True)
+    cell, keys, filled = place[bucket[order]], keys[order].numpy(), filled[order]
+    nominal, anomalous, weights, single = (column[filled].numpy() for column in columns)
+
+    def curve(chosen: Callable[[Cell], bool]) -> Curve:
+        own = nonzero(torch.tensor([chosen(tuple(name)) for name in cells.tolist()], dtype=torch.bool)[cell]).numpy()
+        first = np.flatnonzero(np.diff(keys[own], prepend=-1))  # of each distinct bin
+        counts = np.add.reduceat(nominal[own], first)
+        positive = np.add.reduceat(anomalous[own], first)
+        above = counts.sum() - counts.cumsum()
+        one, other = (end.reduceat(single[own], first) for end in (np.minimum, np.maximum))
+        mixed = (one != other) | (one == MIXED)
+        key = keys[own][first]
+        key = np.where(mixed, key, (key & ~0xFFFF) + one - 1) - 2**31
+        scores = key_scores(torch.from_numpy(key.astype(np.int32))).numpy()
+        columns = scores, positive, np.add.reduceat(weights[own], first), above, above + counts, mixed
+        at = np.flatnonzero(positive)[::-1]  # by descending score
+        return Curve._make([*(torch.from_numpy(column[at]) for column in columns), int(counts.sum())])
+
+    return curve
 
 
 def _zeros(buckets: Tensor) -> Histogram:
+    """Histogram of these buckets, without pixels."""
     budget = BINS if buckets.shape[1] == 2 else APART * BINS
     size, device = max(budget, len(buckets)), buckets.device
     nominal, anomalous, weights = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3))
     return Histogram(buckets, nominal, anomalous, weights, torch.zeros(size, dtype=torch.int32, device=device))
 
 
-def _grow(histogram: Histogram, met: Tensor) -> Histogram:
-    """Make room for the buckets ``met``, with coarser bins where the budget asks for it; in place."""
-    buckets, place = torch.unique(torch.cat([histogram.buckets, met]), dim=0, return_inverse=True)
+def _grow(histogram: Histogram, pieces: Sequence[Pixels]) -> Histogram:
+    """Make room for the buckets of ``pieces``, with coarser bins where the budget asks for it; in place."""
+    met: dict[Cell, Tensor] = {}
+    for cell, scores, _ in pieces:
+        met.setdefault(cell, torch.zeros(2**16, dtype=torch.bool, device=scores.device))
+        met[cell].index_fill_(0, (score_keys(scores) >> 16).long() + 2**15, True)
+    rows = [histogram.buckets]
+    for cell, flags in met.items():
+        upper = flags.nonzero()
+        rows.append(torch.cat([upper.new_tensor(cell).expand(len(upper), -1), upper], dim=1))
+    buckets, place = torch.unique(torch.cat(rows), dim=0, return_inverse=True)
     old, place = len(histogram.buckets), place[: len(histogram.buckets)]
     grown = Histogram(buckets, *histogram[1:]) if len(buckets) <= len(histogram.nominal) else _zeros(buckets)
     if old:
@@ -266,22 +255,6 @@ def _pieces(part: Pixels) -> Iterator[Pixels]:
         yield Pixels(part.cell, part.scores[start:end], None if part.areas is None else part.areas[start:end])
 
 
-def _met(histogram: Histogram, pieces: Sequence[Pixels]) -> Tensor:
-    """Buckets of ``pieces`` that the histogram lacks, ``(V, C + 1)``."""
-    lacking: dict[Cell, Tensor] = {}
-    for cell, scores, _ in pieces:
-        if cell not in lacking:
-            lacking[cell] = _first_bins(histogram, cell)
-        upper = (score_keys(scores) >> 16) + 2**15
-        new = nonzero(lacking[cell].index_select(0, upper) == -1)
-        lacking[cell][upper[new].long()] = -2
-    rows = []
-    for cell, first in lacking.items():
-        upper = (first == -2).nonzero()
-        rows.append(torch.cat([upper.new_tensor(cell).expand(len(upper), -1), upper], dim=1))
-    return torch.cat(rows)
-
-
 def _note(single: Tensor, bins: Tensor, keys: Tensor) -> None:
     """Note the keys met in ``bins`` (see `Histogram.single`); one bin may come several times."""
     held = single.index_select(0, bins)
@@ -290,19 +263,6 @@ def _note(single: Tensor, bins: Tensor, keys: Tensor) -> None:
         bins, keys, held = (values.index_select(0, news) for values in (bins, keys, held))
         single.scatter_(0, bins, torch.where(held == 0, keys, MIXED))  # of several, any one stays,
         single[bins[single.index_select(0, bins) != keys]] = MIXED  # and the others find it there
-
-
-def _either(single: Tensor, other: Tensor) -> Tensor:
-    """`Histogram.single` of two histograms together."""
-    kept = torch.where(single == 0, other, single)
-    return torch.where((other != 0) & (other != kept), MIXED, kept)
-
-
-def _count(column: Tensor, bins: Tensor) -> None:
-    if column.device.type == "cpu":
-        np.add.at(column.numpy(), bins.numpy(), 1)  # half the time of torch's scatter_add_
-    else:
-        column.scatter_add_(0, bins, torch.ones_like(bins))
 
 
 def _first_bins(histogram: Histogram, cell: Cell) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
 
-_SHOWN = 20_000  # rows drawn, and measured
+SHOWN = 20_000  # patch features drawn and measured, at most
 
 
 def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> None:
@@ -32,17 +32,17 @@ def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(features), generator=generator).to(features.device)
-    drawn = features[order[:_SHOWN]].float()
+    drawn = features[order[:SHOWN]].float()  # (n, d)
     mean = drawn.mean(0)
-    _, _, axes = torch.pca_lowrank(drawn - mean, q=min(2, *drawn.shape), center=False)
+    _, _, axes = torch.pca_lowrank(drawn - mean, q=min(2, *drawn.shape), center=False)  # (d, 2)
     picture = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(picture)
     panels = picture.subplots(1, 2, sharex=True, sharey=True)
     for panel, (name, chosen) in zip(panels, (("coreset", rows), ("random", order[: len(rows)])), strict=True):
-        bank = MemoryBank()
-        bank.fill(features[chosen].float())
+        picked, bank = features[chosen].float(), MemoryBank()
+        bank.fill(picked)
         distance = bank(drawn)[0][:, 0]
-        for points, size, colour in ((drawn, 2, "0.8"), (features[chosen].float(), 6, "tab:red")):
+        for points, size, colour in ((drawn, 2, "0.8"), (picked, 6, "tab:red")):
             flat = ((points - mean) @ axes).cpu().numpy()
             flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
             panel.scatter(flat[:, 0], flat[:, 1], s=size, c=colour, linewidths=0, rasterized=True)
@@ -58,6 +58,8 @@ def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> 
 class CoverageReport(Callback):
     """Draws ``coverage.png`` when a fit ends: the coreset in its patch features, beside a random one.
 
+    Reads the module's ``selected``: projected patch features and the rows picked, or None.
+
     Args:
         draw: Whether to draw it.
     """
@@ -65,21 +67,14 @@ class CoverageReport(Callback):
     def __init__(self, draw: bool = False) -> None:
         self.draw = draw
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have the model keep its projected patch features until fit ends."""
-        pl_module.keep_selected = self.draw  # type: ignore[assignment]
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, while the model still holds its patch features."""
+        """Draw, while the module still holds its patch features."""
         folder = output_folder(trainer)
-        selected = getattr(pl_module, "selected", None)
         if not self.draw or not trainer.is_global_zero:
             return
-        if selected is None:
-            plain_console().print(
-                "No coverage.png: there is one only for a single model with a greedy coreset, fitted by one process."
-            )
-            return
-        features, rows = selected
-        draw_coverage(features, rows, folder / "coverage.png")
-        plain_console().print(f"Written to {folder}: coverage.png")
+        said = "No coverage.png: there is one only for a single model with a greedy coreset, fitted by one process."
+        if (selected := getattr(pl_module, "selected", None)) is not None:
+            features, rows = selected
+            draw_coverage(features, rows, folder / "coverage.png")
+            said = f"Written to {folder}: coverage.png"
+        plain_console().print(said)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pl_patchcore.preprocessing import UNKNOWN
 from pl_patchcore.report.files import whole_file
 
-_GROUPS = {  # group: (label, sign of the score)
+GROUPS = {  # group: (label, sign of the score)
     "most_anomalous": (1, 1),
     "missed": (1, -1),
     "least_anomalous": (0, -1),
@@ -51,7 +51,7 @@ class Gallery:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.groups: dict[str, list[Shown]] = {name: [] for name in _GROUPS}
+        self.groups: dict[str, list[Shown]] = {name: [] for name in GROUPS}
         self.seen: list[tuple[float, int]] = []  # score and label of every image
 
     def add(
@@ -66,23 +66,13 @@ class Gallery:
     ) -> None:
         """Consider an image, the ``order``-th; tensors are copied to main memory only if it is kept."""
         self.seen.append((score, label))
-        for name, (wanted, sign) in _GROUPS.items():
-            if wanted != label:
-                continue
-            place = len(self.seen) if order is None else order
-            key = sign * score, -place  # of equals, the first
-            group = self.groups[name]
-            if len(group) < self.size or (group and key > (group[0].rank, group[0].order)):
-                kept = Shown(
-                    rank=key[0],
-                    order=key[1],
-                    score=score,
-                    title=title,
-                    image=image.cpu().clone(),
-                    anomaly_map=anomaly_map.float().cpu().clone(),
-                    mask=None if mask is None else mask.cpu().clone(),
-                )
-                self._keep(group, kept)
+        place = len(self.seen) if order is None else order
+        for name, (wanted, sign) in GROUPS.items():
+            group, rank = self.groups[name], (sign * score, -place)  # of equals, the first
+            full = len(group) == self.size
+            if wanted == label and (not full or (group and rank > (group[0].rank, group[0].order))):
+                kept = image.cpu().clone(), anomaly_map.float().cpu().clone()
+                self._keep(group, Shown(*rank, score, title, *kept, None if mask is None else mask.cpu().clone()))
 
     def _keep(self, group: list[Shown], item: Shown) -> None:
         (heapq.heappush if len(group) < self.size else heapq.heappushpop)(group, item)
@@ -111,7 +101,7 @@ class Gallery:
             return 0
         values = np.concatenate([item.anomaly_map.numpy().ravel() for item in shown])
         low, high = float(values.min()), float(np.quantile(values, 0.995))
-        for name in _GROUPS:
+        for name in GROUPS:
             for old in folder.glob(f"{name}_*.png"):
                 if old.stem.removeprefix(f"{name}_").isdigit():  # others are the user's own
                     old.unlink()

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
 
-_CALIBRATED = ("anomalous", "normalized", "p_value")
+CALIBRATED = ("anomalous", "normalized", "p_value")  # columns of a calibrated model
 
 
 class PredictionWriter(Callback):
@@ -31,89 +31,76 @@ class PredictionWriter(Callback):
 
     def __init__(self, maps: bool = False) -> None:
         self.maps = maps
-        self._file: IO[str] | None = None
+        self.file: IO[str] | None = None  # open while images are scored
+        self.numbers: list[int] = []  # number in the data set of each image written
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the file under a temporary name."""
         folder = output_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self._several = trainer.world_size > 1
-        rank = f"-{trainer.global_rank}" if self._several else ""
-        self._path = folder / "predictions.csv"
-        self._partial = folder / f"predictions{rank}.csv.partial"
-        self._maps = folder / "maps"
-        if self.maps and trainer.local_rank == 0:
-            self._path.unlink(missing_ok=True)  # it names the maps that go now
-            for old in self._maps.glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
-                old.unlink(missing_ok=True)  # machines may share the folder
+        if self.maps and trainer.local_rank == 0:  # machines may share the folder
+            (folder / "predictions.csv").unlink(missing_ok=True)  # it names the maps that go now
+            for old in (folder / "maps").glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
+                old.unlink(missing_ok=True)
         trainer.strategy.barrier()  # nobody writes a map before the old ones are gone
-        self._file = self._partial.open("w", newline="", encoding="utf-8")
-        self._csv = csv.writer(self._file)
-        self._columns = _CALIBRATED if pl_module.image_threshold is not None else ()
-        self._csv.writerow(["path", "score", *self._columns, *(["map"] if self.maps else [])])
-        self._images = 0
-        self._order: list[int] = []  # number in the data set of each image, where there are several processes
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        self.file = (folder / f"predictions{rank}.csv.partial").open("w", newline="", encoding="utf-8")
+        self.numbers = []
+        calibrated = CALIBRATED if pl_module.image_threshold is not None else ()
+        csv.writer(self.file).writerow(["path", "score", *calibrated, *(["map"] if self.maps else [])])
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Write a batch."""
-        columns = [outputs[name].tolist() for name in ("score", *self._columns)]
+        if self.file is None:
+            return
+        columns = [outputs[name].tolist() for name in ("score", *CALIBRATED) if name in outputs]
         for i, values in enumerate(zip(*columns, strict=True)):
-            number = int(outputs["index"][i]) if self._several else self._images
+            number = int(outputs["index"][i]) if trainer.world_size > 1 else len(self.numbers)
             path = outputs["path"][i] if "path" in outputs else str(number)
             row = [path, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
             if self.maps:
-                row.append(self._write_map(outputs, i, path, number))
-            self._csv.writerow(row)
-            self._images += 1
-            if self._several:
-                self._order.append(number)
+                target = Path(self.file.name).parent / "maps" / f"{number:06d}-{Path(path).stem}.npy"
+                _write_map(outputs, i, target)
+                row.append(f"maps/{target.name}")
+            csv.writer(self.file).writerow(row)
+            self.numbers.append(number)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the file its name."""
-        self._close()
-        if self._several:
-            self._put_together(trainer, pl_module)
-        if trainer.is_global_zero:
-            self._partial.replace(self._path)
-        if trainer.is_global_zero:
-            plain_console().print(f"{self._images} anomaly scores written to {self._path}")
-
-    def _put_together(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather all processes' rows in the first one's file."""
-        with self._partial.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        parts = pl_module.processes().objects((self._order, rows))  # type: ignore[operator]
-        if not trainer.is_global_zero:
-            self._partial.unlink()
+        """Put the rows of all processes into one file, and give it its name."""
+        if self.file is None:
             return
-        numbered = [pair for part in parts for pair in zip(*part, strict=True)]
-        with self._partial.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *(row for _, row in sorted(numbered, key=lambda pair: pair[0]))])
-        self._images = len(numbered)
+        partial, images = Path(self.file.name), len(self.numbers)
+        self._close()
+        if trainer.world_size > 1:
+            with partial.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+            shares = pl_module.processes().objects((self.numbers, rows))  # type: ignore[operator]
+            if not trainer.is_global_zero:
+                partial.unlink()
+                return
+            numbered = sorted((pair for share in shares for pair in zip(*share, strict=True)), key=lambda pair: pair[0])
+            images = len(numbered)
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([header, *(row for _, row in numbered)])
+        partial.replace(partial.parent / "predictions.csv")
+        plain_console().print(f"{images} anomaly scores written to {partial.parent / 'predictions.csv'}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave an unfinished file under its temporary name."""
         self._close()
 
-    def _write_map(self, outputs: dict[str, Any], i: int, path: str, number: int) -> str:
-        heat = outputs["anomaly_map"][i]
-        if "crop_box" in outputs:
-            size = outputs["original_size"][i].tolist()
-            heat = to_original(heat, (size[0], size[1]), tuple(outputs["crop_box"][i].tolist()))
-        target = self._maps / f"{number:06d}-{Path(path).stem}.npy"
-        with whole_file(target) as partial:
-            np.save(partial, heat.float().cpu().numpy())
-        return f"{self._maps.name}/{target.name}"
-
     def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def _write_map(outputs: dict[str, Any], i: int, target: Path) -> None:
+    heat = outputs["anomaly_map"][i]
+    if "crop_box" in outputs:
+        height, width = outputs["original_size"][i].tolist()
+        heat = to_original(heat, (height, width), tuple(outputs["crop_box"][i].tolist()))
+    with whole_file(target) as partial:
+        np.save(partial, heat.float().cpu().numpy())

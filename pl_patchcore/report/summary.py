@@ -15,16 +15,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.table import Table
-from torch import Tensor
 
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
 from pl_patchcore.report.pictures import Gallery
 
-_FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
-
-_ALARMS = {
+FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
+ALARMS = {
     "image_false_alarm_rate": "nominal images above the threshold, share",
     "pixel_false_alarm_rate": "nominal pixels above the threshold, share",
 }
@@ -47,72 +45,50 @@ class TestReport(Callback):
         if pictures < 0:
             raise UserError(f"pictures must be 0 or more, got {pictures}.")
         self.pictures = pictures
-        self._reset()
-
-    def _reset(self) -> None:
-        self._gallery = Gallery(self.pictures)
-        self._seconds, self._images, self._started = 0.0, 0, 0.0
+        self.gallery = Gallery(pictures)
+        self.seconds, self.images, self.started = 0.0, 0, 0.0
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the last test."""
-        self._reset()
+        self.gallery = Gallery(self.pictures)
+        self.seconds, self.images = 0.0, 0
 
     def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        _finish()
-        self._started = time.perf_counter()
+        self.started = _now()
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Stop the clock; consider the batch's images for pictures."""
-        _finish()
-        self._seconds += time.perf_counter() - self._started
+        self.seconds += _now() - self.started
         scores = outputs["score"].tolist()
-        batch = {name: value[: len(scores)] for name, value in as_batch(batch).items()}
-        self._images += len(scores)
+        self.images += len(scores)
         if not self.pictures:
             return
+        batch = {name: value[: len(scores)] for name, value in as_batch(batch).items()}
         labels = torch.as_tensor(batch["label"]).tolist()
-        images: Tensor = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
+        pictures = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
         for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
             order = int(outputs["index"][i])
             name = Path(batch["path"][i]).name if "path" in batch else f"image {order}"
             kind = batch["defect"][i] if "defect" in batch else ("nominal", "anomalous")[label]
             mask = batch["mask"][i] if "mask" in batch else None
-            self._gallery.add(score, label, f"{name} ({kind})", images[i], outputs["anomaly_map"][i], mask, order)
+            self.gallery.add(score, label, f"{name} ({kind})", pictures[i], outputs["anomaly_map"][i], mask, order)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and write."""
         folder = output_folder(trainer)
-        others = pl_module.processes().objects(self._gallery)[1:]  # type: ignore[operator]
+        others = pl_module.processes().objects(self.gallery)[1:]  # type: ignore[operator]
         if not trainer.is_global_zero:
             return
         for gallery in others:
-            self._gallery.merge(gallery)
+            self.gallery.merge(gallery)
+        seconds = self.seconds / max(1, self.images)
+        _write_json(folder / "metrics.json", pl_module, seconds)
+        written = self.gallery.write(folder / "pictures", pl_module.image_threshold, pl_module.pixel_threshold)  # type: ignore[arg-type]
         figures: dict[str, dict[str, Any]] = pl_module.figures  # type: ignore[assignment]
         categories: dict[str, dict[str, Any]] = pl_module.figures_by_category  # type: ignore[assignment]
-        seconds = self._seconds / max(1, self._images)
-        with whole_file(folder / "metrics.json") as partial:
-            content = {
-                **_for_json(figures["all"]),
-                "defects": {name: _for_json(row) for name, row in figures.items() if name != "all"},
-                "categories": {name: _for_json(row) for name, row in categories.items()},
-                "seconds_per_image": seconds,
-                "memory_bank": pl_module.bank_shape,
-                "image_threshold": pl_module.image_threshold,
-                "pixel_threshold": pl_module.pixel_threshold,
-                "model": dict(pl_module.hparams),
-            }
-            partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        thresholds = pl_module.image_threshold, pl_module.pixel_threshold
-        written = self._gallery.write(folder / "pictures", *thresholds)  # type: ignore[arg-type]
         console = plain_console()
         console.print(_table("defect", figures, seconds))
         if len(categories) > 1:
@@ -123,29 +99,45 @@ class TestReport(Callback):
                 "anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small specks."
             )
         console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
-        for key, name in _ALARMS.items():
+        for key, name in ALARMS.items():
             if not math.isnan(rate := figures["all"].get(key, math.nan)):
                 console.print(f"{name} {rate:.4g}", highlight=False)
-        for key, name in _FIGURES.items():
+        for key, name in FIGURES.items():
             console.print(f"{name} {figures['all'][key]:.4f}", highlight=False)
 
 
-def _finish() -> None:
+def _now() -> float:
+    """Seconds, once the GPU has done its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def _for_json(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+def _write_json(path: Path, pl_module: Any, seconds: float) -> None:
+    def plain(row: dict[str, Any]) -> dict[str, Any]:
+        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+    content = {
+        **plain(pl_module.figures["all"]),
+        "defects": {name: plain(row) for name, row in pl_module.figures.items() if name != "all"},
+        "categories": {name: plain(row) for name, row in pl_module.figures_by_category.items()},
+        "seconds_per_image": seconds,
+        "memory_bank": pl_module.bank_shape,
+        "image_threshold": pl_module.image_threshold,
+        "pixel_threshold": pl_module.pixel_threshold,
+        "model": dict(pl_module.hparams),
+    }
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _table(what: str, figures: dict[str, dict[str, Any]], seconds: float) -> Table:
-    table = Table(what, *_FIGURES.values(), "nominal", "anomalous", "s / image")
+    table = Table(what, *FIGURES.values(), "nominal", "anomalous", "s / image")
     table.columns[0].overflow = "fold"  # a defect type's name is never cut short
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in figures.items():
-        values = ["–" if math.isnan(row[key]) else f"{row[key]:.4f}" for key in _FIGURES]
+        values = ["–" if math.isnan(row[key]) else f"{row[key]:.4f}" for key in FIGURES]
         per_image = f"{seconds:.4f}" if name == "all" else ""
         table.add_row(name, *values, str(row["nominal"]), str(row["anomalous"]), per_image, end_section=name == "all")
     return table

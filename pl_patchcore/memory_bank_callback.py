@@ -1,8 +1,8 @@
 """A memory bank on the features of any LightningModule's encoder, at the end of its training.
 
-`MemoryBankCallback` takes a copy of the trained encoder, makes it the backbone of a `PatchCore`, and fits that with a
-Trainer of its own on the devices, and in the processes, of the user's Trainer. Reads the encoder and nominal images,
-returns a fitted `PatchCore`, also as a checkpoint. Next: `patchcore.py`.
+`MemoryBankCallback` takes a copy of the trained encoder, makes it the backbone of a `PatchCore`, and fits that on the
+device, and in the processes, of the user's Trainer. Reads the encoder and nominal images, returns a fitted `PatchCore`,
+also as a checkpoint. Next: `patchcore.py`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ import copy
 import difflib
 import inspect
 import logging
+import multiprocessing
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from tqdm import tqdm
 
-from pl_patchcore.data.base import as_batch
-from pl_patchcore.distributed import on_first_process
+from pl_patchcore.checkpoint import write_checkpoint
+from pl_patchcore.data.base import AnomalyDataModule, as_batch
+from pl_patchcore.distributed import OwnImages, Processes, on_first_process
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import refuse_unknown
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report.files import whole_file
 
@@ -57,8 +62,8 @@ class MemoryBankCallback(L.Callback):
             module should be one that the Trainer has not got. None: the Trainer's own training loader, which must then
             hold nominal images only. Mind that loader's augmentations, which would go into the memory bank, and its
             ``drop_last``, which leaves images out; a loader without either is better.
-        path: File to write the `PatchCore` to; None: ``patchcore.ckpt`` in the Trainer's ``log_dir``. An earlier one
-            is replaced.
+        path: File to write the `PatchCore` to; None: ``patchcore.ckpt`` in the Trainer's ``log_dir``, or
+            ``patchcore_<encoder>.ckpt`` where several callbacks have no path. An earlier one is replaced.
         options: Other arguments of `PatchCore`, such as ``coreset_ratio``. ``resize``, ``crop``, ``mean`` and ``std``
             change nothing in images that a loader gives; they should say what it does, for ``patchcore.transform``
             to bring new images to the same form. ``save_backbone`` is True here unless given.
@@ -87,25 +92,29 @@ class MemoryBankCallback(L.Callback):
         path: str | Path | None = None,
         **options: Any,
     ) -> None:
-        known = inspect.signature(PatchCore).parameters.keys() - {"backbone", "layers", "weights"}
-        for name in options:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, 1, 0)[0]
-                raise UserError(f"MemoryBankCallback has no option {name!r}; did you mean {nearest!r} of PatchCore?")
+        known = [name for name in inspect.signature(PatchCore).parameters if name not in ("backbone", "layers", "weights")]
+        refuse_unknown(options, known, "MemoryBankCallback")
         self.encoder, self.layers, self.data = encoder, layers, data
-        self._asked = path
+        self.asked_path = path
         self.options = {"save_backbone": True} | options
         self.patchcore: PatchCore | None = None
         self.path: Path | None = None
         self._trial: PatchCore | None = None  # until the first batch has been looked at
+        self._made_in = os.getpid()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what would fail only after training."""
+        if stage != "fit":
+            return
+        if not isinstance(trainer, L.Trainer):
+            raise UserError(
+                f"MemoryBankCallback works in a Trainer of the package lightning, got {type(trainer).__module__}; "
+                "import lightning as L in place of pytorch_lightning."
+            )
         self.patchcore = self.path = None
-        _check_strategy(trainer)
+        self._check_strategy(trainer)
         with isolate_rng():
             self._trial = self._model(pl_module)
-            self._trial.check_processes(trainer.world_size)
             if isinstance(self.data, L.LightningDataModule):
                 self._trial = None  # its loaders are made when they are needed
             elif self.data is not None:
@@ -121,15 +130,15 @@ class MemoryBankCallback(L.Callback):
 
     def _try(self, batch: Any) -> None:
         model, self._trial = self._trial, None
-        assert model is not None
         if batch is None:
             raise UserError("MemoryBankCallback: data has no batch; give it a loader of nominal images.")
         try:
             images = as_batch(batch)["image"]
         except UserError as error:
             raise UserError(f"MemoryBankCallback: {error} Give it a loader of nominal images as data.") from error
-        with torch.no_grad():
-            model.patch_features(images[:1].cpu().float())
+        if model is not None:
+            with torch.no_grad():
+                model.model.members[0].patch_features(images[:1].cpu())
 
     def _model(self, module: L.LightningModule) -> PatchCore:
         try:
@@ -148,60 +157,85 @@ class MemoryBankCallback(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit a `PatchCore` on the encoder, and write it."""
         log.info("fitting a memory bank on %s.%s of this training.", type(pl_module).__name__, self.encoder)
-        self._trial, own = None, self.data is None
-        short = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        with isolate_rng():
-            model = self._model(pl_module)
-            inner = L.Trainer(
-                **_devices_of(trainer),
-                max_epochs=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=trainer.progress_bar_callback is not None,
-                limit_train_batches=trainer.limit_train_batches if own or short else None,
-                limit_val_batches=0,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=not own and trainer._accelerator_connector.use_distributed_sampler,
-                default_root_dir=trainer.default_root_dir,
-            )
-            inner.fit(model, trainer.train_dataloader if own else self.data)
+        self._trial, short = None, bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        with isolate_rng(), torch.autocast(trainer.strategy.root_device.type, enabled=False):
+            model = self._model(pl_module).to(trainer.strategy.root_device)
+            self._fit(model, trainer)
         if not short:
-            path = Path(self._asked or Path(trainer.log_dir or trainer.default_root_dir) / "patchcore.ckpt")
+            path = Path(self.asked_path or self._default_path(trainer))
             with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
-                inner.save_checkpoint(partial, weights_only=True)  # called by all processes, written by the first
+                if trainer.is_global_zero:
+                    write_checkpoint(model, partial)
             trainer.strategy.barrier()
             self.path = path
             log.info("PatchCore on the trained encoder: %s", path)
-        model.trainer = None
-        self.patchcore = model.eval()
+        self.patchcore = model.cpu()
 
+    def _fit(self, model: PatchCore, trainer: L.Trainer) -> None:
+        loader, batches = self._loader(model, trainer)
+        own_images = OwnImages(loader, trainer.global_rank, trainer.world_size)
+        processes = Processes(trainer.strategy.root_device, alone=trainer.world_size == 1)
+        features = model.patch_features
+        for weight in features.network.state_dict().values():
+            weight.copy_(processes.broadcast(weight))  # batch norms differ between processes
+        features.identify()
+        neighbours = trainer.num_devices if trainer.world_size > 1 else 1
+        fitting = model.start_fitting(loader, batches or float("inf"), processes, neighbours)
+        shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        try:
+            for batch in tqdm(islice(loader, batches), "Memory bank", batches, disable=not shown, unit=" batches"):
+                own = own_images.of(as_batch(batch))
+                if len(own["image"]):
+                    fitting.add(own["image"].to(trainer.strategy.root_device), own["index"].cpu())
+            fitting.select(shown=shown)
+        finally:
+            fitting.close()
+        model.model.calibration.tell(model.false_alarm_rate)
 
-def _check_strategy(trainer: L.Trainer) -> None:
-    strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-    if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
-        raise UserError(
-            f"MemoryBankCallback needs the whole encoder in each process, {type(strategy).__name__} may part it; take "
-            "strategy ddp, or fit a PatchCore(backbone=encoder) after training, on the loaded checkpoint."
-        )
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        raise UserError(
-            "MemoryBankCallback does not work in processes that end with training (ddp_spawn, ddp_notebook): its "
-            "patchcore would end with them; take strategy ddp, or devices=1."
-        )
+    def _loader(self, model: PatchCore, trainer: L.Trainer) -> tuple[Any, int | None]:
+        """The loader of this process's share, and how many of its batches to take; None where that is not known."""
+        limit = int(trainer.num_training_batches) if trainer.num_training_batches < float("inf") else None
+        if self.data is None:
+            return trainer.train_dataloader, limit
+        data = self.data
+        if isinstance(data, L.LightningDataModule):
+            if isinstance(data, AnomalyDataModule):
+                data.transform = data.transform or model.transform
+            if trainer.local_rank == 0:
+                data.prepare_data()
+            trainer.strategy.barrier()
+            data.setup("fit")
+            data = data.train_dataloader()
+        if trainer.world_size > 1 and isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+            sampler = DistributedSampler(data.dataset, trainer.world_size, trainer.global_rank, shuffle=False)  # type: ignore[arg-type,var-annotated]
+            options = {"num_workers": data.num_workers, "collate_fn": data.collate_fn, "sampler": sampler}
+            data = DataLoader(data.dataset, data.batch_size or 1, **options)  # type: ignore[arg-type]
+        try:
+            batches: int | None = len(data)
+        except TypeError:
+            batches = None
+        if trainer.fast_dev_run and limit is not None:  # type: ignore[attr-defined]
+            batches = limit if batches is None else min(limit, batches)
+        return data, batches
 
+    def _default_path(self, trainer: L.Trainer) -> Path:
+        others = [
+            callback for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, MemoryBankCallback) and callback.asked_path is None
+        ]  # fmt: skip
+        name = "patchcore.ckpt" if len(others) == 1 else f"patchcore_{self.encoder}.ckpt"
+        return Path(trainer.log_dir or trainer.default_root_dir) / name
 
-def _devices_of(trainer: L.Trainer) -> dict[str, Any]:
-    """Arguments of another Trainer on the same devices, in the same processes."""
-    strategy: Any = trainer.strategy
-    joined: Any = "auto"
-    if isinstance(strategy, DDPStrategy):
-        joined = DDPStrategy(
-            cluster_environment=strategy.cluster_environment, process_group_backend=strategy.process_group_backend
-        )
-    return {
-        "accelerator": trainer.accelerator,
-        "devices": trainer.device_ids if strategy.root_device.type == "cuda" else trainer.num_devices,
-        "num_nodes": trainer.num_nodes,
-        "strategy": joined,
-    }
+    def _check_strategy(self, trainer: L.Trainer) -> None:
+        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
+            raise UserError(
+                f"MemoryBankCallback needs the whole encoder in each process, {type(strategy).__name__} may split it; "
+                "take strategy ddp, or fit a PatchCore(backbone=encoder) after training, on the loaded checkpoint."
+            )
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid == self._made_in:
+            raise UserError(
+                "MemoryBankCallback does not work in processes that end with training (ddp_spawn, ddp_notebook): its "
+                "patchcore would end with them; take strategy ddp, or devices=1."
+            )

@@ -1,0 +1,52 @@
+"""Arguments of `PatchCore` -> its model: the parts joined, once, or for each member of an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pl_patchcore.anomaly_map import AnomalyScorer
+from pl_patchcore.coreset import CoresetOptions
+from pl_patchcore.ensemble import EnsembleModel
+from pl_patchcore.memory_bank import MemoryBank
+from pl_patchcore.model import PatchCoreModel
+from pl_patchcore.options import EnsembleOptions, PatchOptions, options_of
+from pl_patchcore.patch_features import PatchFeatures
+
+
+def build_model(
+    settings: Mapping[str, Any], ensemble: EnsembleOptions, seed: int, size: tuple[int, int] | None
+) -> PatchCoreModel | EnsembleModel:
+    """Build the model of a `PatchCore`.
+
+    Args:
+        settings: Its arguments that a member of an ensemble may have of its own (`options.MEMBER_ARGUMENTS`).
+        ensemble: The ensemble's options.
+        seed: Seed of random weights, projection and selection.
+        size: Height and width of the images to come, if known.
+
+    Raises:
+        UserError: For a value out of range, an unknown name, or weights that cannot be had or do not fit.
+    """
+    if ensemble.members is None:
+        return _single(settings, seed, size)
+    return EnsembleModel([_single({**settings, **m}, seed, size) for m in ensemble.members], ensemble.combine)
+
+
+def _single(s: Mapping[str, Any], seed: int, size: tuple[int, int] | None) -> PatchCoreModel:
+    patches = options_of(PatchOptions, s["patches"])
+    features = PatchFeatures(
+        s["backbone"],
+        s["layers"],
+        None if s["weights"] is None else str(s["weights"]),
+        s["patch_size"],
+        patches.stride,
+        patches.layer_dim,
+        patches.feature_dim,
+        seed,
+        size,
+    )
+    bank = MemoryBank(s["search"], s["bank_dtype"])
+    scorer = AnomalyScorer(s["num_neighbors"], s["distance"], s["reweighting_neighbors"], s["sigma"])
+    coreset = CoresetOptions(s["coreset_method"], s["coreset_ratio"], s["coreset_size"], s["projection_dim"], seed)
+    return PatchCoreModel(features, bank, scorer, coreset)

@@ -1,0 +1,131 @@
+"""What `patchcore.py` needs of Lightning beside its hooks: saving without optimiser steps, an anchor, cleaning up.
+
+The one place that counts steps in Lightning's loop and calls its checkpoint callbacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pl_patchcore.checkpoint import read_checkpoint
+from pl_patchcore.errors import UserError
+
+LOGGED = ("train/images", "epoch", "step")  # what callbacks can monitor while a fit runs
+
+
+class Anchor(nn.Module):
+    """The one trainable parameter, which DDP asks for; outside the state dict, by the methods that torch documents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros((), dtype=torch.float32), requires_grad=False)
+
+    def _save_to_state_dict(self, *args: Any) -> None: ...
+
+    def _load_from_state_dict(self, *args: Any) -> None: ...
+
+
+class _Releases(Protocol):
+    def release(self) -> None: ...
+
+
+class ReleaseOnException(L.Callback):
+    """What a module does when a run of it fails or is interrupted: modules have no such hook.
+
+    Frees what it has collected, and says of a damaged ``ckpt_path`` what `read_checkpoint` says: Lightning has no hook
+    between the choice of a checkpoint and its loading.
+    """
+
+    def __init__(self, module: _Releases) -> None:
+        self.module = module
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Free it; look at the checkpoint."""
+        if pl_module is not self.module:
+            return
+        self.module.release()
+        path = trainer.ckpt_path
+        if path is not None and "://" not in str(path) and isinstance(exception, Exception):
+            read_checkpoint(path)  # raises, if it was that
+
+
+def refuse_monitors(trainer: L.Trainer) -> None:
+    """Refuse callbacks that monitor what there is not before a fit ends.
+
+    Raises:
+        UserError: If there is one.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor not in LOGGED:
+            raise UserError(
+                f"{type(callback).__name__} monitors {monitor!r}, but PatchCore has no figures before fit ends; "
+                "take monitor out (the finished model is what gets saved)."
+            )
+
+
+def begin_without_steps(module: L.LightningModule) -> None:
+    """Take no optimiser step from now on; ``global_step`` stays as it is.
+
+    To be called in ``on_train_start``, after Lightning's refusals of clipping and accumulation, which concern modules
+    that step by themselves.
+    """
+    loop = module.trainer.fit_loop.epoch_loop
+    module.automatic_optimization = False
+    steps = loop.automatic_optimization.optim_progress.optimizer_steps
+    loop.manual_optimization.optim_step_progress.total.completed = steps
+
+
+def save_by_callbacks(module: L.LightningModule, *, saved: bool) -> None:
+    """Count the batches as steps, and have the checkpoint callbacks save, which hold back while there is no step.
+
+    Args:
+        module: A fitted module.
+        saved: Whether a callback has saved since the last batch.
+    """
+    trainer, loop = module.trainer, module.trainer.fit_loop.epoch_loop
+    module.automatic_optimization = True
+    # Lightning has no public way to count a step without an optimiser; this is the counter that it saves by
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed += loop.batch_progress.current.processed
+    epoch, step = torch.tensor(trainer.current_epoch), torch.tensor(trainer.global_step)
+    metrics = trainer.callback_metrics | {"epoch": epoch, "step": step}
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            # Its public hooks were tried: with every_n_train_steps, train_time_interval and every_n_epochs they save
+            # nothing at the end of the only epoch. tests/test_trainer.py notices when these two methods go.
+            callback._save_topk_checkpoint(trainer, metrics)
+            callback._save_last_checkpoint(trainer, metrics)
+        elif not saved:  # of another class; it may have held back, too
+            callback.on_train_epoch_end(trainer, module)
+            callback.on_train_end(trainer, module)
+
+
+def single_loader(loaders: Any) -> Any:
+    """The loader of a test or validation.
+
+    Raises:
+        UserError: If there are several.
+    """
+    several = loaders if isinstance(loaders, Sequence) else [loaders]
+    if len(several) > 1:
+        raise UserError(
+            f"{len(several)} loaders to test on, but figures are of one set of images: call test once for each loader, "
+            "or give one loader over torch.utils.data.ConcatDataset."
+        )
+    return several[0] if several else None
+
+
+def whole_loader(loader: Any) -> Any:
+    """A loader of the whole data set, apart from the one that Lightning has begun; the same on every process."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    return DataLoader(
+        loader.dataset, loader.batch_size or 1, num_workers=loader.num_workers, collate_fn=loader.collate_fn
+    )

@@ -1,0 +1,107 @@
+"""Batches of a test, with the names of their defect types and categories -> figures by name.
+
+Reads batches as `data/base.py` makes them; next: `report/`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pl_patchcore.distributed import Processes
+from pl_patchcore.errors import UserError
+from pl_patchcore.metrics.evaluation import AnomalyEvaluation, Row
+from pl_patchcore.metrics.state import Mode
+from pl_patchcore.preprocessing import UNKNOWN
+
+Rows = dict[str, Row]
+
+
+class TestFigures:
+    """Figures of one test, by the names of defect types and categories; built when a test starts.
+
+    Args:
+        image_threshold: See `AnomalyEvaluation`.
+        pixel_threshold: See `AnomalyEvaluation`.
+        mode: See `AnomalyEvaluation`.
+        device: Where figures are computed: that of the anomaly maps.
+
+    Example:
+        >>> figures = TestFigures()
+        >>> batch = {"label": [0, 1], "defect": ["nominal", "scratch"], "mask": torch.tensor([[[0, 0]], [[0, 1]]])}
+        >>> figures.add(batch, torch.tensor([2.0, 9.0]), torch.tensor([[[1.0, 2.0]], [[1.0, 9.0]]]))
+        >>> by_defect, by_category = figures.compute(Processes())
+        >>> {name: row["pro"] for name, row in by_defect.items()}, by_category
+        ({'all': 1.0, 'scratch': 1.0}, {})
+    """
+
+    __test__ = False  # no test class, whatever its name suggests to pytest
+
+    def __init__(
+        self,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+        mode: Mode = "auto",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        made = AnomalyEvaluation(mode=mode, image_threshold=image_threshold, pixel_threshold=pixel_threshold)
+        self.evaluation = made.to(device)
+        self.defects: dict[int, str] = {}
+        self.categories: dict[int, str] = {}
+
+    def add(self, batch: dict[str, Any], scores: Tensor, maps: Tensor) -> None:
+        """Add the images of a batch.
+
+        Args:
+            batch: ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``.
+            scores: Anomaly scores, ``(B,)``.
+            maps: Anomaly maps, ``(B, H, W)``.
+
+        Raises:
+            UserError: If there is no label, or one of `AnomalyEvaluation.update`.
+        """
+        if "label" not in batch:
+            raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
+        if not len(scores):
+            return
+        labels = torch.as_tensor(batch["label"], device=scores.device)
+        masks = batch.get("mask")
+        masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8) if masks is None else masks
+        defects = batch.get("defect", ["anomalous"] * len(scores))
+        groups, categories = _numbers(defects), None
+        self.defects |= {g: d for g, d, y in zip(groups.tolist(), defects, labels.tolist(), strict=True) if y == 1}
+        if "category" in batch:
+            categories = _numbers(batch["category"])
+            self.categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
+        self.evaluation.update(scores, maps, labels, masks, groups, categories)
+
+    def compute(self, processes: Processes) -> tuple[Rows, Rows]:
+        """Figures of all processes, which must all call this.
+
+        Returns:
+            A row of plain numbers for ``all`` images and for each defect type, and one for each category (none where
+            batches do not name them); the keys of a row are those of `AnomalyEvaluation.compute`.
+        """
+        overall = self.evaluation.compute()
+        defects: dict[int, str] = {}
+        categories: dict[int, str] = {}
+        for others in processes.objects((self.defects, self.categories)):
+            defects, categories = defects | others[0], categories | others[1]
+        by_defect = {defects[number]: _plain(row) for number, row in overall["by_group"].items()}
+        rows = overall["by_category"] if categories else {}
+        by_category = {categories.get(number, str(number)): _plain(row) for number, row in rows.items()}
+        return {"all": _plain(overall)} | dict(sorted(by_defect.items())), dict(sorted(by_category.items()))
+
+
+def _numbers(names: Sequence[str]) -> Tensor:
+    """Number of each name, the same on every process."""
+    return torch.tensor([zlib.crc32(name.encode()) for name in names], dtype=torch.int64)
+
+
+def _plain(row: Row) -> Row:
+    found = {key: value for key, value in row.items() if not isinstance(value, dict)}
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in found.items()}

@@ -1,0 +1,249 @@
+"""Scores or maps, and the ground truth -> one figure each: AUROC, PRO, average precision, best F1, false alarms.
+
+The arithmetic is in `curve.py`, the states are in `state.py`; next: `evaluation.py`, which has all figures in one
+pass. Pixel metrics leave out pixels whose mask is 255 (unknown), and in streaming mode have an ``error_bound`` after
+``compute``. Scores that are NaN or infinite raise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pl_patchcore.errors import UserError
+from pl_patchcore.metrics.curve import Curve, Figure, area, average_precision, best_f1
+from pl_patchcore.metrics.regions import pixel_areas
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, ScoreMetric
+from pl_patchcore.numerics import one_thread
+
+
+def check_fpr_limit(fpr_limit: float) -> float:
+    """Return ``fpr_limit`` if it is in (0, 1], else raise a `UserError`."""
+    if not 0 < fpr_limit <= 1:
+        raise UserError(f"fpr_limit must be in (0, 1], got {fpr_limit}; published PRO figures use 0.3.")
+    return fpr_limit
+
+
+def exceeds(scores: Tensor, threshold: float) -> Tensor:
+    """Whether float32 ``scores`` exceed a float64 ``threshold``, compared as real numbers.
+
+    Example:
+        >>> exceeds(torch.tensor([0.1, 0.2]), 0.1).tolist()  # the float32 next to 0.1 is 0.100000001
+        [True, True]
+    """
+    lower = np.float32(threshold)
+    if float(lower) > threshold:
+        lower = np.nextafter(lower, np.float32(-np.inf))
+    return scores > float(lower)  # no float32 lies between the two
+
+
+class CurveMetric(PixelMetric):
+    """Base of the metrics that are one figure of the curve of all pixels (or images).
+
+    Args:
+        mode: See `PixelMetric`.
+        pixel_limit: See `PixelMetric`.
+    """
+
+    fpr_limit = 1.0
+
+    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
+        super().__init__(mode, pixel_limit)
+
+    def of_curve(self, curve: Curve) -> Figure:
+        """The figure: the area under the curve, unless a subclass has another."""
+        return area(curve, self.fpr_limit, weighted=self.weighted)
+
+    @one_thread()
+    def compute(self) -> Tensor:
+        """Figure of all updates, 0-d float64."""
+        return self.report(self.of_curve(self.whole_curve()))
+
+
+class ImageAUROC(CurveMetric):
+    """AUROC of the images' anomaly scores, always exact; NaN without nominal or without anomalous images.
+
+    Equal scores count as half, so that constant scores give 0.5.
+
+    Example:
+        >>> metric = ImageAUROC()
+        >>> metric.update(torch.tensor([20.0, 30.0, 70.0]), torch.tensor([0, 0, 1]))
+        >>> metric.compute().item()
+        1.0
+    """
+
+    def __init__(self) -> None:
+        super().__init__(mode="exact")
+
+    @one_thread()
+    def update(self, scores: Tensor, labels: Tensor) -> None:
+        """Add images: raw scores ``(B,)`` and labels ``(B,)``, 0 or 1, else a `UserError`."""
+        scores = self.check_scores("scores", scores, "B")
+        self.keep_flat(scores, self.check_truth("labels", labels, LABELS, scores))
+
+
+class PixelAUROC(CurveMetric):
+    """AUROC of the pixels of all images; NaN without nominal or without anomalous pixels.
+
+    Equal scores count as half.
+
+    Args:
+        anomalous_only: Take only images with an anomalous pixel, as some published figures do: nominal images
+            enter neither with their pixels nor otherwise.
+        mode: See `PixelMetric`.
+        pixel_limit: See `PixelMetric`.
+
+    Example:
+        >>> metric = PixelAUROC()
+        >>> metric.update(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[0, 1, 255]]]))
+        >>> metric.compute().item(), metric.error_bound
+        (1.0, 0.0)
+    """
+
+    def __init__(self, anomalous_only: bool = False, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
+        super().__init__(mode, pixel_limit)
+        self.anomalous_only = anomalous_only
+
+    @one_thread()
+    def update(self, maps: Tensor, masks: Tensor) -> None:
+        """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
+        maps = self.check_scores("maps", maps, "B H W")
+        masks = self.check_truth("masks", masks, MASKS, maps)
+        if self.anomalous_only:
+            chosen = (masks == 1).flatten(1).any(dim=1)
+            maps, masks = maps[chosen], masks[chosen]
+        self.keep_flat(maps, masks)
+
+
+class PRO(CurveMetric):
+    """Per-region overlap of all images (also known as AUPRO); NaN without nominal pixels or without regions.
+
+    The mean over all regions of the share of the region covered, against the false-positive rate (the share covered
+    of **all** nominal pixels of **all** images given, nominal images among them), integrated to a rate of 0.3 with
+    the end point interpolated, and divided by 0.3 (Bergmann et al. 2020). A region is a connected component of
+    mask == 1 in one image (8 neighbours). So PRO is the area under a ROC curve whose anomalous pixels weigh 1 / area
+    of their region. Published tables differ: the official PatchCore numbers take anomalous images only, and such
+    figures cannot be compared with these.
+
+    For anyone with anomaly maps and masks: scores may have any range, larger meaning more anomalous. An anomalous
+    image whose mask is empty adds nominal pixels and no region; constant scores give ``fpr_limit / 2``.
+
+    Args:
+        fpr_limit: False-positive rate at which the integral ends, in (0, 1]; 0.05 and 0.01 are in use too.
+        mode: See `PixelMetric`.
+        pixel_limit: See `PixelMetric`.
+
+    Example:
+        >>> maps = torch.tensor([[[1.0, 2.0, 9.0], [3.0, 8.0, 4.0]]])  # (B, H, W)
+        >>> masks = torch.tensor([[[1, 0, 1], [0, 0, 0]]])  # two regions of one pixel
+        >>> metric = PRO(fpr_limit=1.0)
+        >>> metric.update(maps, masks)
+        >>> metric.compute().item()  # one above all nominal pixels, one below
+        0.5
+        >>> streaming = PRO(fpr_limit=1.0, mode="streaming")
+        >>> abs(streaming(maps, masks).item() - 0.5) <= streaming.error_bound < 1e-9
+        True
+    """
+
+    weighted = True
+
+    def __init__(self, fpr_limit: float = 0.3, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
+        super().__init__(mode, pixel_limit)
+        self.fpr_limit = check_fpr_limit(fpr_limit)
+
+    @one_thread()
+    def update(self, maps: Tensor, masks: Tensor) -> None:
+        """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
+        maps = self.check_scores("maps", maps, "B H W")
+        masks = self.check_truth("masks", masks, MASKS, maps)
+        self.keep_flat(maps, masks, pixel_areas(masks)[0])
+
+
+class AveragePrecision(CurveMetric):
+    """Average precision: mean precision at the thresholds that just cover each anomalous pixel or image.
+
+    The step-wise sum of scikit-learn's ``average_precision_score``. NaN without nominal or without anomalous ones;
+    constant scores give the share of anomalous ones. Limits and modes count scores: see `PixelMetric`.
+
+    Example:
+        >>> metric = AveragePrecision()
+        >>> metric.update(torch.tensor([1.0, 1.5, 2.0, 3.0]), torch.tensor([0, 1, 0, 1]))
+        >>> metric.compute().item()
+        0.8333333333333333
+    """
+
+    @one_thread()
+    def update(self, scores: Tensor, truth: Tensor) -> None:
+        """Add raw scores of any shape, and the truth of each, 0, 1 or 255, else a `UserError`."""
+        scores = self.check_scores("scores", scores)
+        self.keep_flat(scores, self.check_truth("truth", truth, MASKS, scores))
+
+    def of_curve(self, curve: Curve) -> Figure:
+        """Average precision."""
+        return average_precision(curve)
+
+
+class BestF1(AveragePrecision):
+    """Largest F1 over all thresholds: an oracle, since it takes the threshold from the ground truth.
+
+    A score is called anomalous from the threshold on (score >= threshold). NaN without nominal or without anomalous
+    ones. In streaming mode F1 and threshold belong together, and no threshold's F1 is larger by more than
+    ``error_bound``.
+
+    Example:
+        >>> metric = BestF1()
+        >>> metric.update(torch.tensor([1.0, 1.5, 2.0, 3.0]), torch.tensor([0, 1, 0, 1]))
+        >>> {name: value.item() for name, value in metric.compute().items()}
+        {'oracle_f1': 0.8, 'oracle_threshold': 1.5}
+    """
+
+    @one_thread()
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """``oracle_f1`` of all updates and its ``oracle_threshold``, 0-d float64."""
+        figure, threshold = best_f1(self.whole_curve())
+        return {"oracle_f1": self.report(figure), "oracle_threshold": self.figure(threshold)}
+
+
+class FalseAlarmRate(ScoreMetric):
+    """Share of the nominal pixels or images whose score exceeds a threshold; NaN where there are none.
+
+    Exact, in constant memory, whatever the scores. The threshold should come from held-out nominal data, not from
+    the images counted here.
+
+    Args:
+        threshold: Finite number; a score is an alarm when score > threshold.
+
+    Example:
+        >>> metric = FalseAlarmRate(threshold=2.0)
+        >>> metric.update(torch.tensor([1.0, 2.0, 2.5, 9.0]), torch.tensor([0, 0, 0, 1]))
+        >>> metric.compute().item()
+        0.3333333333333333
+    """
+
+    higher_is_better = False
+    alarms: Tensor
+    nominal: Tensor
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        if not math.isfinite(threshold):
+            raise UserError(f"threshold must be a finite number, got {threshold}.")
+        self.threshold = threshold
+        self.add_state("alarms", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("nominal", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+
+    @one_thread()
+    def update(self, scores: Tensor, truth: Tensor) -> None:
+        """Add raw scores of any shape, and the truth of each, 0, 1 or 255, else a `UserError`."""
+        scores = self.check_scores("scores", scores)
+        nominal = self.check_truth("truth", truth, MASKS, scores) == 0
+        self.alarms += (nominal & exceeds(scores, self.threshold)).sum()
+        self.nominal += nominal.sum()
+
+    @one_thread()
+    def compute(self) -> Tensor:
+        """False-alarm rate of all updates, 0-d float64."""
+        return self.figure(int(self.alarms) / int(self.nominal) if self.nominal else math.nan)

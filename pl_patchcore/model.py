@@ -1,0 +1,118 @@
+"""The whole method as a plain module: images -> anomaly scores and anomaly maps. No Lightning.
+
+`PatchCoreModel` joins the parts in the order of an image's way: patch features, the memory bank, the scorer. It can be
+copied, pickled, saved whole, moved, cast, called from several threads, nested in any module, and exported by
+``torch.export``. `fitting.py` fills its memory bank; `patchcore.py` puts it into Lightning. Source: Roth et al.,
+"Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_patchcore.anomaly_map import AnomalyScorer
+from pl_patchcore.calibration import Calibration
+from pl_patchcore.coreset import CoresetOptions
+from pl_patchcore.errors import UserError
+from pl_patchcore.memory_bank import MemoryBank
+from pl_patchcore.patch_features import PatchFeatures
+
+
+class PatchCoreModel(nn.Module):
+    """Scores images by the distance of their patch features to a memory bank of nominal ones.
+
+    Always in eval mode. All that a fit finds is in buffers, which load by ``load_state_dict`` whatever their size.
+
+    Args:
+        patch_features: Images to patch features: the backbone and its layers.
+        memory_bank: Nearest neighbours; None: an empty bank with exact search.
+        scorer: Distances to scores and maps; None: as in the paper.
+        coreset: Which patch features a fit keeps; None: one in ten, greedy.
+
+    Attributes:
+        input_size: Height and width of the images that it scores, int64 ``(2,)``; zeros: any size.
+        calibration: Scores of nominal images held out from the memory bank.
+
+    Example:
+        >>> from pl_patchcore.fitting import Fitting
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU())
+        >>> model = PatchCoreModel(PatchFeatures(network, ["1"], None))
+        >>> fitting = Fitting(model)
+        >>> for batch in torch.rand(6, 3, 32, 32).split(2):
+        ...     fitting.add(batch)
+        >>> fitting.select()
+        >>> scores, maps = model(torch.rand(4, 3, 32, 32))
+        >>> scores.shape, maps.shape
+        (torch.Size([4]), torch.Size([4, 32, 32]))
+    """
+
+    input_size: Tensor
+
+    def __init__(
+        self,
+        patch_features: PatchFeatures,
+        memory_bank: MemoryBank | None = None,
+        scorer: AnomalyScorer | None = None,
+        coreset: CoresetOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch_features = patch_features
+        self.memory_bank = MemoryBank() if memory_bank is None else memory_bank
+        self.scorer = AnomalyScorer() if scorer is None else scorer
+        self.coreset = CoresetOptions() if coreset is None else coreset
+        self.calibration = Calibration()
+        self.register_buffer("input_size", torch.zeros(2, dtype=torch.int64))
+        self.train(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Score images.
+
+        Args:
+            images: ``(B, 3, H, W)``, of any floating type, normalised.
+
+        Returns:
+            Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, feature distances: 0 and up,
+            without bound.
+
+        Raises:
+            UserError: If the memory bank is empty, or was made from images of another size.
+        """
+        size = images.shape[-2:]
+        if not torch.compiler.is_compiling():  # a recorded graph cannot ask
+            fixed = self.input_size.tolist()
+            if any(fixed) and fixed != list(size):
+                raise UserError(
+                    f"images of {size[0]}x{size[1]} pixels, but the memory bank is from images of "
+                    f"{fixed[0]}x{fixed[1]}; bring them to its size (model.transform does), or fit again."
+                )
+            if not images.shape[0]:
+                none = images.new_zeros(0, *size, dtype=torch.float32)
+                return none.flatten(1).sum(1), none
+        return self.scorer(self.patch_features(images), self.memory_bank, size)  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> PatchCoreModel:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @property
+    def members(self) -> list[PatchCoreModel]:
+        """The models that it consists of: itself (see `EnsembleModel`)."""
+        return [self]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is a memory bank."""
+        return self.memory_bank.size > 0
+
+    @property
+    def bank_shape(self) -> list[Any]:
+        """Rows of the memory bank and numbers in each; empty where there is none."""
+        return list(self.memory_bank.features.shape) if self.fitted else []
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the memory bank depends on, in plain values."""
+        return self.patch_features.identity

@@ -1,0 +1,119 @@
+"""Options in groups, and what became of former arguments."""
+
+import copy
+import inspect
+import dataclasses
+
+import pytest
+
+from pl_patchcore import PatchCore, UserError
+from pl_patchcore.options import (
+    GROUPS,
+    EnsembleOptions,
+    ImageOptions,
+    PatchOptions,
+    StoreOptions,
+    keeps_arguments,
+    options_of,
+    plain_settings,
+    refuse_unknown,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (PatchOptions, {"stride": 0}, r"patches\.stride must be at least 1, got 0\."),
+        (PatchOptions, {"layer_dim": 8}, r"patches\.layer_dim and patches\.feature_dim go together, got 8 and None"),
+        (PatchOptions, {"layer_dim": 8, "feature_dim": 0}, r"patches\.feature_dim must be at least 1, got 0\."),
+        (ImageOptions, {"interpolation": "cubic"}, r"images\.interpolation must be bilinear or bicubic, got 'cubic'"),
+        (ImageOptions, {"mean": [0.5, 0.5]}, r"images\.mean must be three numbers, got \[0\.5, 0\.5\]\."),
+        (ImageOptions, {"std": [1, 1, 0]}, r"images\.std must be three positive numbers, got \[1\.0, 1\.0, 0\.0\]\."),
+        (StoreOptions, {"kind": "tape"}, r"store\.kind must be auto, ram or disk, got 'tape'\."),
+        (StoreOptions, {"dtype": "int8"}, r"store\.dtype must be float32, float16 or bfloat16, got 'int8'\."),
+        (StoreOptions, {"selection_memory": 0}, r"store\.selection_memory must be GiB above 0, got 0"),
+        (EnsembleOptions, {"combine": "max"}, r"ensemble\.combine must be nominal or test_range, got 'max'\."),
+        (EnsembleOptions, {"members": []}, r"ensemble\.members names no model"),
+        (EnsembleOptions, {"members": ["resnet18"]}, r"ensemble\.members must be a list of dicts"),
+        (
+            EnsembleOptions,
+            {"members": [{"layer": ["a"]}]},
+            "member of an ensemble has no argument 'layer'; .* 'layers'",
+        ),
+        (EnsembleOptions, {"members": [{"resize": 32}]}, "has no argument 'resize'"),
+        (EnsembleOptions, {"members": [{"layer_dim": 8}]}, r"layer_dim is now patches\.layer_dim\."),
+        (EnsembleOptions, {"members": [{"patches": {"stride": 0}}]}, r"patches\.stride must be at least 1"),
+        (StoreOptions, {"knd": "ram"}, "store has no argument 'knd'; did you mean 'kind'?"),
+    ],
+)
+def test_groups_check_themselves(kind, values, message):
+    with pytest.raises(UserError, match=message):
+        options_of(kind, values)
+
+
+@pytest.mark.parametrize("kind", GROUPS.values())
+def test_a_group_or_a_dict_of_it(kind):
+    group = kind()
+    assert options_of(kind, group) is group
+    assert options_of(kind, dataclasses.asdict(group)) == group
+    with pytest.raises(UserError, match=f"{kind.group} must be {kind.__name__} or a dict"):
+        options_of(kind, 3)
+
+
+def test_a_plain_string_for_the_store_names_its_kind():
+    with pytest.raises(UserError, match=r"got 'disk'; store=\{'kind': \.\.\.\} sets store\.kind\."):
+        options_of(StoreOptions, "disk")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("store_dir", r"^store_dir is now store\.folder\.$"),
+        ("shard_bank", r"^shard_bank is gone: every process holds the whole memory bank\.$"),
+        ("coreset_ration", r"^PatchCore has no argument 'coreset_ration'; did you mean 'coreset_ratio'\?$"),
+    ],
+)
+def test_former_and_misspelt_arguments(name, message):
+    with pytest.raises(UserError, match=message):
+        PatchCore(**{name: 1})
+    with pytest.raises(UserError, match=message):
+        refuse_unknown([name], ["coreset_ratio", "store"])
+
+
+def test_arguments_of_the_outermost_class_are_kept():
+    class Base:
+        @keeps_arguments
+        def __init__(self, size=1):
+            self.size = size
+
+    class Sub(Base):
+        @keeps_arguments
+        def __init__(self, colour="red", **settings):
+            super().__init__(**settings)
+            self.colour = colour
+
+    sub = copy.deepcopy(Sub(colour="blue", size=2))
+    assert (sub.size, sub.colour, sub.arguments) == (2, "blue", {"colour": "blue", "size": 2})
+    assert Base(3).arguments == {"size": 3}
+    assert list(inspect.signature(Base).parameters) == ["size"]
+    with pytest.raises(UserError, match="Base has no argument 'sise'; did you mean 'size'"):
+        Base(sise=2)
+
+
+class Evil:
+    """What a checkpoint must not have made."""
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"_instantiator": "os.system"}, "x.ckpt: PatchCore has no argument '_instantiator'"),
+        ({"seed": {1}}, "x.ckpt: 'seed' is no plain value"),
+        ({"store": {"kind": Evil()}}, "x.ckpt: 'store' is no plain value"),
+        ({"layers": ["layer1", {"a": Evil}]}, "x.ckpt: 'layers' is no plain value"),
+        ({"backbone": {"class_path": "os.system"}}, "x.ckpt: 'backbone' is no plain value"),
+    ],
+)
+def test_hyper_parameters_are_plain_data(saved, message):
+    with pytest.raises(UserError, match=message):
+        plain_settings(saved, ["seed", "store", "layers", "backbone"], "x.ckpt")
