@@ -25,9 +25,7 @@ class TestFigures:
     """Figures of one test, by the names of defect types and categories; built when a test starts.
 
     Args:
-        image_threshold: See `AnomalyEvaluation`.
-        pixel_threshold: See `AnomalyEvaluation`.
-        mode: See `AnomalyEvaluation`.
+        image_threshold: As ``pixel_threshold`` and ``mode``, see `AnomalyEvaluation`.
         device: Where figures are computed: that of the anomaly maps.
 
     Example:
