@@ -92,7 +92,9 @@ class MemoryBankCallback(L.Callback):
         path: str | Path | None = None,
         **options: Any,
     ) -> None:
-        known = [name for name in inspect.signature(PatchCore).parameters if name not in ("backbone", "layers", "weights")]
+        known = [
+            name for name in inspect.signature(PatchCore).parameters if name not in ("backbone", "layers", "weights")
+        ]
         refuse_unknown(options, known, "MemoryBankCallback")
         self.encoder, self.layers, self.data = encoder, layers, data
         self.asked_path = path

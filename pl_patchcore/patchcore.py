@@ -51,7 +51,7 @@ from pl_patchcore.lightning_parts import (
     single_loader,
     whole_loader,
 )
-from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
+from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import Mode, TestFigures
 from pl_patchcore.options import (
     MEMBER_ARGUMENTS,
@@ -144,7 +144,7 @@ class PatchCore(L.LightningModule):
         distance: Distance = "euclidean",
         reweighting_neighbors: int = 9,
         sigma: float = 4.0,
-        search: Search = "auto",
+        search: str = "auto",
         bank_dtype: BankDtype = "float32",
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,

@@ -17,14 +17,14 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from pl_patchcore.feature_store import FeatureStore
+from pl_patchcore.store_plan import GIB, StorePlan, available_memory, least_at_once
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pl_patchcore
 from pl_patchcore import PatchCore, PatchCoreEnsemble, UserError, collection, feature_store, store_plan
 from pl_patchcore.coreset import random_projection
-from pl_patchcore.feature_store import FeatureStore
-from pl_patchcore.store_plan import GIB, StorePlan, available_memory, least_at_once
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks into /proc")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pl_patchcore.collection import Collection, ExpectedImages
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.calibration import conformal_threshold, draw_held_out
-from pl_patchcore.collection import Collection, ExpectedImages
 from pl_patchcore.data.base import ImageDataset
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"

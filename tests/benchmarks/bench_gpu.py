@@ -16,11 +16,11 @@ import torch
 from bench_coreset import SHARED, compiled_loop, features_of, official_loop
 from bench_search import FAR, product
 from bench_search import tiles as tiles_and_tests
+from pl_patchcore.exact_search import WAYS, ExactSearch
 from rich.console import Console
 from rich.table import Table
 
 from pl_patchcore.coreset import greedy_coreset
-from pl_patchcore.exact_search import WAYS, ExactSearch
 from pl_patchcore.numerics import full_precision
 
 TURNS = 5

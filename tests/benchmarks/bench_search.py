@@ -21,12 +21,12 @@ from statistics import median
 
 import faiss
 import torch
+from pl_patchcore.exact_search import WAYS, ExactSearch
 from rich.console import Console
 from rich.table import Table
 
 from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.coreset import greedy_coreset, random_projection
-from pl_patchcore.exact_search import WAYS, ExactSearch
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import torch
+from pl_patchcore.coreset_bounded import bounded_coreset, least_at_once
+from pl_patchcore.feature_store import FeatureStore
+from pl_patchcore.store_plan import GIB, StorePlan, duration, product_rate
 from rich.console import Console
 from rich.table import Table
 
 from pl_patchcore.coreset import greedy_coreset, random_projection
-from pl_patchcore.coreset_bounded import bounded_coreset, least_at_once
-from pl_patchcore.feature_store import FeatureStore
-from pl_patchcore.store_plan import GIB, StorePlan, duration, product_rate
 
 IMAGES, PATCHES, D = 400, 1024, 1536  # 2.3 GiB in float32
 CPU = torch.device("cpu")
