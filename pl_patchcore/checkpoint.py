@@ -117,7 +117,7 @@ def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
 
     Args:
         checkpoint: A checkpoint of a fitted model.
-        own: The model's identity, with ``preprocessing``. Its weights do not matter where the checkpoint brings its own.
+        own: The model's identity, with ``preprocessing``. Its weights do not matter where the file brings some.
 
     Raises:
         UserError: Naming every difference.

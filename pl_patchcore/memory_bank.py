@@ -56,8 +56,8 @@ class MemoryBank(nn.Module):
         self.register_buffer("seen", torch.tensor(0, dtype=torch.int64))
         self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
         self._prepared: tuple[Tensor, int, Any] | None = None  # features, their version, the search among them
-        self.register_load_state_dict_pre_hook(_make_room)
-        self.register_load_state_dict_post_hook(_after_loading)
+        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @property
     def size(self) -> int:
@@ -115,7 +115,8 @@ class MemoryBank(nn.Module):
         if not prepared or prepared[0] is not features or prepared[1] != features._version:
             prepared = _prepare(self)
         with full_precision(queries.device):
-            return prepared[2](queries, k)
+            found: tuple[Tensor, Tensor] = prepared[2](queries, k)
+            return found
 
     def recall(self, queries: Tensor) -> float:
         """Share of queries for which the approximate search finds a nearest row, and log it; 1 for exact search.

@@ -209,9 +209,10 @@ class MemoryBankCallback(L.Callback):
             data.setup("fit")
             data = data.train_dataloader()
         if trainer.world_size > 1 and isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-            sampler = DistributedSampler(data.dataset, trainer.world_size, trainer.global_rank, shuffle=False)  # type: ignore[arg-type,var-annotated]
-            options = {"num_workers": data.num_workers, "collate_fn": data.collate_fn, "sampler": sampler}
-            data = DataLoader(data.dataset, data.batch_size or 1, **options)  # type: ignore[arg-type]
+            dataset: Any = data.dataset
+            sampler: Any = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
+            options: Any = {"num_workers": data.num_workers, "collate_fn": data.collate_fn, "sampler": sampler}
+            data = DataLoader(dataset, data.batch_size or 1, **options)
         try:
             batches: int | None = len(data)
         except TypeError:

@@ -102,7 +102,7 @@ def shifted_product(rows: Tensor, others: Tensor, shift: Tensor) -> Tensor:
 
 @cache
 def int8_product() -> float:
-    """How many times as fast as a float32 product one of int8 is on this CPU; 0 where its sums saturate, as without VNNI.
+    """How many times as fast as a float32 product one of int8 is on this CPU; 0 where its sums saturate (no VNNI).
 
     Two products of some milliseconds, once a process.
     """
@@ -164,7 +164,7 @@ def _allow_sparse() -> None:
 
 
 def pair_products(a: Tensor, b: Tensor, query: Tensor, row: Tensor) -> Tensor:
-    """``(a[query] * b[row]).sum(1)``, float32 on the CPU, of pairs sorted by query; without copies, six times as fast."""
+    """``(a[query] * b[row]).sum(1)``, float32 on the CPU, of pairs sorted by query; without copies, in a sixth."""
     _allow_sparse()
     ends = F.pad(torch.bincount(query, minlength=len(a)).cumsum(0), (1, 0))
     wanted = torch.sparse_csr_tensor(ends, row, torch.zeros(len(row), dtype=torch.float32), (len(a), len(b)))

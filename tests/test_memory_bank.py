@@ -541,7 +541,7 @@ def test_bad_input():
         found(query * torch.nan)
     with pytest.raises(UserError, match="NaN"):
         found.fill(bank * torch.nan)
-    with pytest.raises(UserError, match="search must be auto, torch, int8 or an index of faiss .* got 'annoy'"):
+    with pytest.raises(UserError, match=r"search must be auto, torch, int8 or an index of faiss .* got 'annoy'"):
         MemoryBank("annoy")
     for gone in ("pca", "bf16", "faiss"):
         with pytest.raises(UserError, match=f"search '{gone}' is gone; use auto"):

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -395,7 +396,7 @@ def test_tuner_finds_a_batch_size(tiny, trainer, expected):
 
 def test_loggers_that_upload_find_the_finished_model(tiny, trainer, tmp_path, expected):
     class Uploads(CSVLogger):
-        found = []
+        found: ClassVar[list[bool]] = []
 
         def after_save_checkpoint(self, callback):
             self.found.append(torch.load(callback.best_model_path, weights_only=True)["patchcore"]["fitted"])

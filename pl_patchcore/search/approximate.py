@@ -20,7 +20,7 @@ _ANY = 161_280  # dimension while none is known: a multiple of most numbers of p
 def check_factory(search: str, dimension: int | None = None, rows: int | None = None) -> None:
     """Refuse an index that faiss cannot build of ``(rows, dimension)``, as far as they are known: `UserError`."""
     try:
-        index = faiss.downcast_index(faiss.index_factory(dimension or _ANY, search))
+        index: Any = faiss.downcast_index(faiss.index_factory(dimension or _ANY, search))  # C++ underneath
     except RuntimeError as error:
         got = f"{search!r}, for {dimension} dimensions" if dimension else f"{search!r}"
         reason = re.split(r"Error: |failed: ", str(error))[-1].strip()
@@ -29,7 +29,8 @@ def check_factory(search: str, dimension: int | None = None, rows: int | None = 
         ) from error
     needed = [1]  # rows that each stage is trained on
     while isinstance(index, faiss.IndexPreTransform):
-        stages = [index.chain.at(i) for i in range(index.chain.size())]  # a C++ vector
+        chain: Any = index.chain  # a C++ vector
+        stages = [chain.at(i) for i in range(chain.size())]
         if any(stage.d_out > stage.d_in for stage in stages):
             raise UserError(f"search {search!r} asks for more dimensions than the {dimension} that there are.")
         needed += [stage.d_in for stage in stages]

@@ -35,8 +35,8 @@ class Int8Filter:
 
     They are the first principal components and, as one more, the length of what these leave out. Distances in them
     never exceed the true ones (triangle inequality, once more for the lengths). A random rotation spreads heavy tails
-    over all of them, so that one step size suits all. Rounding moves a row by a length that is computed, so a row can be
-    the nearest only if its rounded distance is at most the true distance of the row proposed, plus both lengths.
+    over all of them, so that one step size suits all. Rounding moves a row by a length that is computed, so a row can
+    be the nearest only if its rounded distance is at most the true distance of the row proposed, plus both lengths.
     """
 
     def __init__(self, rows: Tensor, length: int) -> None:
