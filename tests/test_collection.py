@@ -19,7 +19,9 @@ EMPTY = torch.empty(0, 0)
 FEATURES = torch.randn(10, 4, 4, D, generator=torch.Generator().manual_seed(0))  # of 10 images
 
 
-def collected(path=None, method="greedy", *, size=20, dim=16, order=range(10), batch=4, expected=10, held=(), **options):
+def collected(
+    path=None, method="greedy", *, size=20, dim=16, order=range(10), batch=4, expected=10, held=(), **options
+):
     """A collection of these images, in batches."""
     coreset = CoresetOptions(method, size=size, projection_dim=dim, seed=3)
     known = None if expected is None else ExpectedImages(expected, len(held), expected)
@@ -140,7 +142,9 @@ def test_plan_is_told(tmp_path, caplog, kind):
     found = collected(tmp_path, kind=kind, held=(1,))
     place = f"on disk in {tmp_path}" if kind == "disk" else "in RAM"
     (line,) = [record.message for record in caplog.records if "collecting" in record.message]
-    assert line.startswith(f"collecting 160 patch features of 48 numbers (float32), 0.00 GiB {place}, their projections")
+    assert line.startswith(
+        f"collecting 160 patch features of 48 numbers (float32), 0.00 GiB {place}, their projections"
+    )
     assert line.endswith("memory bank 20 rows, 0.00 GiB, at most 0.25 GiB of RAM.")
     assert found.planned > 2**28
     found.close()

@@ -24,7 +24,7 @@ from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from pl_patchcore.coreset import Selection, select_coreset
-from pl_patchcore.coreset_shared import select_shared_coreset
+from pl_patchcore.coreset.shared import select_shared_coreset
 from pl_patchcore.distributed import Processes
 
 TURNS, SHARES, COUNTS = 3, (0.01, 0.1), (1, 2, 4)
