@@ -38,7 +38,6 @@ def cases() -> dict[str, tuple[Tensor, int, dict]]:
         "float64": (normal.double(), 40, {}),
         "crowd": (torch.randn(9000, 3, generator=draw), 700, {}),
         "settled": (torch.randn(30000, 4, generator=draw), 200, {}),  # more than a round settles
-        "ties in thousands": (torch.randint(0, 3, (30000, 11), generator=draw).float(), 100, {}),
         "approximate": (normal, 40, {"method": "approximate", "seed": 5}),
         "random": (normal, 40, {"method": "random", "seed": 5}),
         "none": (normal, 40, {"method": "none"}),

@@ -25,12 +25,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from pl_patchcore.distance_bounds import product_type
 from rich.console import Console
 from rich.table import Table
 
 from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.coreset import greedy_coreset
+from pl_patchcore.coreset.distance_bounds import product_type
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 PICKS = 300

@@ -18,13 +18,13 @@ from math import inf
 
 import torch
 from bench_coreset import mixture, peak_memory
-from pl_patchcore.coreset_shared import select_shared_coreset
 from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from pl_patchcore.coreset import Selection, select_coreset
+from pl_patchcore.coreset.shared import select_shared_coreset
 from pl_patchcore.distributed import Processes
 
 TURNS, SHARES, COUNTS = 3, (0.01, 0.1), (1, 2, 4)

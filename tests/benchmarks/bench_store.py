@@ -1,27 +1,27 @@
-"""The feature store: rates measured here, and what a fit at full size would take. Prints tables; `make bench`.
+"""The feature store: rates measured here, and the bytes of a fit at full size. Prints tables; `make bench`.
 
 Full size is the Shanghai videos' training set at 55,000 frames: 1,024 patches of layers 2 and 3 of a wide ResNet-50
-(frames of 256 pixels), or 256 of layers 3 and 4. Such a fit was not run: its rows are arithmetic (`StorePlan`) on the
-rates above them, and say so. The backbone's time is not in them.
+(frames of 256 pixels), or 256 of layers 3 and 4. Such a fit was not run: its rows are arithmetic (`StorePlan`).
 """
 
 import os
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
-from pl_patchcore.coreset_bounded import bounded_coreset, least_at_once
-from pl_patchcore.feature_store import FeatureStore
-from pl_patchcore.store_plan import GIB, StorePlan, duration, product_rate
 from rich.console import Console
 from rich.table import Table
 
 from pl_patchcore.coreset import greedy_coreset, random_projection
+from pl_patchcore.coreset.bounded import bounded_coreset, least_chunk_size
+from pl_patchcore.coreset.plan import GIB, StorePlan
+from pl_patchcore.coreset.store import FeatureStore
+from pl_patchcore.options import StoreDtype, StoreOptions
 
 IMAGES, PATCHES, D = 400, 1024, 1536  # 2.3 GiB in float32
-CPU = torch.device("cpu")
 SETS = {"layers 2+3": (1024, 1536), "layers 3+4": (256, 3072)}
 
 
@@ -29,10 +29,9 @@ def resident() -> int:
     return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
 
 
-def rates(console: Console, folder: str) -> dict[str, float]:
+def rates(console: Console, folder: str) -> None:
     """Bytes a second written and read, rows a second projected."""
     batch = torch.rand(4, 32, 32, D)
-    found: dict[str, float] = {}
     table = Table("store", "dtype", "write, GiB/s", "read 1 % of the rows, s", "resident memory taken, MiB")
     for place in (None, folder):
         for dtype in (torch.float32, torch.bfloat16):
@@ -48,8 +47,6 @@ def rates(console: Console, folder: str) -> dict[str, float]:
             name = str(dtype).removeprefix("torch.")
             table.add_row("RAM" if place is None else "disk", name, f"{size / seconds / GIB:.2f}", f"{read:.2f}",
                           f"{taken:.0f}")  # fmt: skip
-            if place is not None and dtype == torch.float32:
-                found |= {"write": size / seconds, "picks": len(picks) / read}
             store.close()
     console.print(table)
     matrix, image = random_projection(D, 128, 0), batch[0].flatten(0, 1)
@@ -57,9 +54,7 @@ def rates(console: Console, folder: str) -> dict[str, float]:
     start = time.perf_counter()
     for _ in range(30):
         image @ matrix
-    found["project"] = 30 * PATCHES * D / (time.perf_counter() - start)  # numbers a second
-    console.print(f"projection to 128: {found['project'] / D:,.0f} rows of {D} a second")
-    return found
+    console.print(f"projection to 128: {30 * PATCHES / (time.perf_counter() - start):,.0f} rows of {D} a second")
 
 
 def selection(console: Console, rows: int = 40_000, size: int = 400) -> None:
@@ -70,46 +65,36 @@ def selection(console: Console, rows: int = 40_000, size: int = 400) -> None:
     start = time.perf_counter()
     exact = greedy_coreset(points, size)
     middle = time.perf_counter()
-    at_once = least_at_once(rows, size)
-    picks, bound = bounded_coreset(lambda part: points[part], rows, size, at_once)
+    chunk_size = least_chunk_size(rows, size)
+    picks, bound = bounded_coreset(lambda part: points[part], rows, size, chunk_size)
     end = time.perf_counter()
     radii = [max(float(torch.cdist(p, points[k]).amin(1).max()) for p in points.split(4096)) for k in (exact, picks)]
     console.print(
-        f"{size} of {rows:,} rows x 128: exact {middle - start:.1f} s, {at_once:,} rows at once {end - middle:.1f} s; "
+        f"{size} of {rows:,} rows x 128: exact {middle - start:.1f} s, {chunk_size:,} rows at once {end - middle:.1f} s; "
         f"radius {radii[1] / radii[0]:.3f} of exact, promised {bound / radii[0]:.2f}"
     )
 
 
-def paper(console: Console, found: dict[str, float]) -> None:
+def paper(console: Console) -> None:
     """What a full fit would take, by arithmetic."""
-    flops = product_rate(128, CPU)
-    table = Table("55,000 frames, EXTRAPOLATED", "dtype", "bank", "selection", "disk, GiB", "RAM at most, GiB", "write",
-                  "project", "select", "read picks")  # fmt: skip
-    for name, (patches, numbers) in SETS.items():
+    table = Table("55,000 frames, by arithmetic", "dtype", "bank", "selection", "disk, GiB", "RAM at most, GiB")
+    dtypes: tuple[StoreDtype, ...] = ("float32", "float16")
+    for (name, (patches, numbers)), share, dtype, bounded in product(SETS.items(), (0.01, 0.1), dtypes, (False, True)):
         rows = 55_000 * patches
-        for share in (0.01, 0.1):
-            for dtype in (torch.float32, torch.float16):
-                for bounded in (False, True):
-                    bank = int(share * rows)
-                    gib = least_at_once(rows, bank) * 1.01 * (16 * 128 + 96) / GIB if bounded else None
-                    plan = StorePlan(rows, 0, numbers, 128, bank, "disk", "", dtype, gib, 1e15, 1e15, False)
-                    table.add_row(
-                        name, str(dtype).removeprefix("torch."), f"{bank:,}",
-                        "exact" if gib is None else f"bounded, {gib:.1f} GiB", f"{plan.on_disk / GIB:,.0f}",
-                        f"{plan.peak / GIB:.0f}", duration(plan.on_disk / found["write"]),
-                        duration(rows * numbers / found["project"]), duration(plan.seconds(flops)),
-                        duration(bank / found["picks"]),
-                    )  # fmt: skip
-    console.print(f"product of selection: {flops / 1e9:.0f} GFLOP/s in float32")
+        bank = int(share * rows)
+        gib = least_chunk_size(rows, bank) * 1.01 * (16 * 128 + 96) / GIB if bounded else None
+        plan = StorePlan(rows, 0, numbers, 128, bank, StoreOptions("disk", None, dtype, gib), "", 1e15, 1e15)
+        selection = "exact" if gib is None else f"bounded, {gib:.1f} GiB"
+        table.add_row(name, dtype, f"{bank:,}", selection, f"{plan.on_disk / GIB:,.0f}", f"{plan.peak / GIB:.0f}")
     console.print(table)
 
 
 def main(folder: str = tempfile.gettempdir()) -> None:
     console = Console(width=170)
     console.print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    found = rates(console, folder)
+    rates(console, folder)
     selection(console)
-    paper(console, found)
+    paper(console)
 
 
 if __name__ == "__main__":
