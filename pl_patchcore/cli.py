@@ -80,7 +80,7 @@ class Trainer(L.Trainer):
         Raises:
             UserError: If no checkpoint is given, or it is of an ensemble.
         """
-        if ckpt_path is None or not isinstance(model, PatchCore):
+        if not ckpt_path or not isinstance(model, PatchCore) or model.hparams.get("ensemble", {}).get("members"):
             raise UserError("update needs ckpt_path of a single fitted model; an ensemble must be fitted again.")
         checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
@@ -298,7 +298,7 @@ def _check_names(parser: LightningArgumentParser, arguments: Sequence[str]) -> d
     Raises:
         UserError: Naming the option, the file it is in, and the nearest right one.
     """
-    known = {*parser.get_defaults(skip_validation=True).keys(), "config", "c", "h"}
+    known = {*parser.get_defaults().keys(), "config", "c", "h"}
     options: list[tuple[str, Any, str]] = []  # name, value, file
     for argument, following in pairwise([*arguments, ""]):
         if not re.match(r"-+[^\d-]", argument):
