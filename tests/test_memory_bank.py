@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pl_patchcore import MemoryBank, UserError, numerics
-from pl_patchcore.search import exact
+from pl_patchcore import MemoryBank, UserError, memory_bank, numerics
+from pl_patchcore.search import int8_filter
 
 EXACT = ("torch", "int8", "auto")
 
@@ -24,8 +24,8 @@ EXACT = ("torch", "int8", "auto")
 def fast_int8(monkeypatch):
     """As on a processor whose int8 products are fast, whatever this one is: auto, too, takes the filter."""
     if numerics.int8_product():
-        monkeypatch.setattr(exact, "int8_product", lambda: 4.0)
-    monkeypatch.setattr(exact, "_SMALL", 0)
+        monkeypatch.setattr(memory_bank, "int8_product", lambda: 4.0)
+    monkeypatch.setattr(memory_bank, "_SMALL", 0)
 
 
 def brute_force(bank, query, k):
@@ -81,15 +81,15 @@ def multiplied(monkeypatch):
         met.append(len(queries))
         return numerics.shifted_product(queries, rows, shift)
 
-    monkeypatch.setattr(exact, "shifted_product", counting)
+    monkeypatch.setattr(memory_bank, "shifted_product", counting)
     return lambda: sum(met)
 
 
 @pytest.mark.parametrize("search", EXACT)
 @pytest.mark.parametrize("k", [1, 3, 50, 400])
 def test_matches_brute_force(search, k, monkeypatch):
-    monkeypatch.setattr(exact, "_SCORES", 512 * 37)  # several blocks
-    monkeypatch.setattr(exact, "_NUMBERS", 24 * 101)
+    monkeypatch.setattr(memory_bank, "_SCORES", 512 * 37)  # several blocks
+    monkeypatch.setattr(memory_bank, "_NUMBERS", 24 * 101)
     bank, query = made()
     check(bank_of(bank, search), query, k)
 
@@ -183,13 +183,13 @@ def test_masses_of_nearly_equal_rows(search, k):
 def test_far_queries(far, multiplied, monkeypatch):
     """Where the filter would rule out little, a look at a few of them leads to the float32 product at once."""
     met = []
-    scores = exact.Int8Filter.scores
+    scores = int8_filter.Int8Filter.scores
 
     def counting(self, centred, size):
         met.append(len(centred))
         return scores(self, centred, size)
 
-    monkeypatch.setattr(exact.Int8Filter, "scores", counting)
+    monkeypatch.setattr(int8_filter.Int8Filter, "scores", counting)
     bank, query = deep(3000, 600)
     bank -= 2
     query = (query - 2) * far
@@ -224,8 +224,8 @@ def test_one_query_is_answered_as_in_a_batch():
     ids=["fast", "slow", "inexact", "small", "without directions"],
 )
 def test_auto_is_decided_when_the_bank_is_filled(faster, small, directions, message, monkeypatch, caplog, multiplied):
-    monkeypatch.setattr(exact, "int8_product", lambda: faster)
-    monkeypatch.setattr(exact, "_SMALL", small)
+    monkeypatch.setattr(memory_bank, "int8_product", lambda: faster)
+    monkeypatch.setattr(memory_bank, "_SMALL", small)
     bank, query = deep(3000, 300, 400) if directions else torch.randn(2, 3000, 400).unbind()
     with caplog.at_level(logging.INFO, "pl_patchcore"):
         found = bank_of(bank)

@@ -1,1 +1,1 @@
-"""Nearest neighbours in a memory bank: exact (`exact.py`), or by an index of faiss (`approximate.py`)."""
+"""Ways of search beside the plain product of `memory_bank.py`: a filter of small integers, indexes of faiss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import faiss
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.search.exact import ExactSearch
 
 _PROBED = 16  # lists of an inverted file that a query looks into; faiss's own default of 1 misses too much
 _PROPOSED = 16  # rows that an index proposes at least
@@ -20,13 +20,14 @@ _ANY = 161_280  # dimension while none is known: a multiple of most numbers of p
 def check_factory(search: str, dimension: int | None = None, rows: int | None = None) -> None:
     """Refuse an index that faiss cannot build of ``(rows, dimension)``, as far as they are known: `UserError`."""
     try:
-        index: Any = faiss.downcast_index(faiss.index_factory(dimension or _ANY, search))  # C++ underneath
+        made = faiss.index_factory(dimension or _ANY, search)  # kept: what it is cast to does not own it
     except RuntimeError as error:
         got = f"{search!r}, for {dimension} dimensions" if dimension else f"{search!r}"
         reason = re.split(r"Error: |failed: ", str(error))[-1].strip()
         raise UserError(
             f"search must be auto, torch, int8 or an index of faiss such as HNSW32, got {got} ({reason})."
         ) from error
+    index: Any = faiss.downcast_index(made)  # C++ underneath
     needed = [1]  # rows that each stage is trained on
     while isinstance(index, faiss.IndexPreTransform):
         chain: Any = index.chain  # a C++ vector
@@ -58,9 +59,13 @@ def build_index(search: str, features: Tensor) -> Tensor:
 
 
 class ApproximateSearch:
-    """Search by what `build_index` returned among the bank's rows ``(M, D)``; ``name`` is its factory string."""
+    """Search by what `build_index` returned among the bank's rows ``(M, D)``; ``name`` is its factory string.
 
-    def __init__(self, index: Tensor, features: Tensor) -> None:
+    ``exact`` makes the search of those queries for which the index finds too few rows.
+    """
+
+    def __init__(self, index: Tensor, features: Tensor, exact: Callable[[Tensor, str], Any]) -> None:
+        self.exact = exact
         end = int((index == 0).nonzero()[0])
         self.features, self.name = features, bytes(index[:end].tolist()).decode()
         self.index = faiss.deserialize_index(index[end + 1 :].cpu().numpy())
@@ -79,7 +84,7 @@ class ApproximateSearch:
         nearest, rows = nearest[:, :k].float(), rows.gather(1, order[:, :k])
         short = nearest[:, -1].isinf()  # the index finds too few rows
         if short.any():
-            nearest[short], rows[short] = ExactSearch(self.features, "torch")(queries[short], k)
+            nearest[short], rows[short] = self.exact(self.features, "torch")(queries[short], k)
         return nearest, rows
 
 
