@@ -127,7 +127,7 @@ class AnomalyEvaluation(PixelMetric):
         self.append("image_scores", scores.clone())
 
     @one_thread()
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:  # type: ignore[override]
         """Figures of all updates.
 
         Returns:

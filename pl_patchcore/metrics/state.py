@@ -218,7 +218,7 @@ class PixelMetric(ScoreMetric):
         return area(curve, self.fpr_limit, weighted=self.weighted)
 
     @one_thread()
-    def compute(self) -> Any:
+    def compute(self) -> Tensor:
         """Figure of all updates, 0-d float64."""
         return self.report(self.of_curve(self.whole_curve()))
 
