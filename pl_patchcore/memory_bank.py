@@ -1,10 +1,10 @@
 """Memory bank: patch features kept -> nearest neighbours of queries.
 
-Holds the kept rows ``(M, D)`` in buffers that are saved with the model. Search is exact unless an index of faiss is asked
-for (`search/approximate.py`): a cheap product over the whole bank proposes rows, float64 differences decide. A bound of the
-product's error says which rows may be among the nearest. Queries that leave too many in doubt go to the next, more precise
-product: of int8 coordinates (`search/int8_filter.py`), of float32 rows, of float64 ones. All give the same answers. Next:
-`anomaly_map.py`.
+Holds the kept rows ``(M, D)`` in buffers that are saved with the model. Search is exact unless an index of faiss is
+asked for (`search/approximate.py`): a cheap product over the whole bank proposes rows, float64 differences decide. A
+bound of the product's error says which rows may be among the nearest. Queries that leave too many in doubt go to the
+next, more precise product: of int8 coordinates (`search/int8_filter.py`), of float32 rows, of float64 ones. All give
+the same answers. Next: `anomaly_map.py`.
 """
 
 from __future__ import annotations
@@ -136,8 +136,9 @@ class MemoryBank(nn.Module):
         # _version: nothing public tells that a tensor was written to; tensors of inference mode do not have it.
         if not prepared or prepared[0] is not features or prepared[1] != features._version:
             prepared = _prepare(self)
+        search = prepared[2] if prepared else ExactSearch(features, self.search)
         with full_precision(queries.device):
-            found: tuple[Tensor, Tensor] = prepared[2](queries, k)
+            found: tuple[Tensor, Tensor] = search(queries, k)
             return found
 
     def recall(self, queries: Tensor) -> float:
@@ -188,18 +189,19 @@ def _after_loading(bank: MemoryBank, _: object) -> None:
     _prepare(bank)
 
 
-def _prepare(bank: MemoryBank, _: object = None) -> Any:
+def _prepare(bank: MemoryBank) -> tuple[Tensor, int, Any] | None:
     """Prepare the search among the rows as they are now, if there are any."""
+    prepared = None
     with torch.inference_mode(False), full_precision(bank.features.device):
         if bank.features.is_inference():
             bank.features = bank.features.clone()
-        features, bank._prepared = bank.features, None
+        features = bank.features
         if len(features) and not features.is_meta:
-            version = features._version
+            version = features._version  # before the preparation: what is written meanwhile is noticed
             by_index = ApproximateSearch(bank.index, features, ExactSearch) if bank.approximate else None
-            made = by_index or ExactSearch(features, bank.search)
-            bank._prepared = features, version, made
-    return bank._prepared
+            prepared = features, version, by_index or ExactSearch(features, bank.search)
+    bank._prepared = prepared
+    return prepared
 
 
 def _recorded(features: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

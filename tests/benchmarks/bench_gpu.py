@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pl_patchcore.coreset import greedy_coreset
+from pl_patchcore.memory_bank import ExactSearch
 from pl_patchcore.numerics import full_precision
-from pl_patchcore.search.exact import ExactSearch
 
 TURNS = 5
 SCORES = 1 << 26  # of the yardstick's product held at once: as many as search holds on a GPU
