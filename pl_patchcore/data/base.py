@@ -350,7 +350,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Nominal images in data-set order (PatchCore has no use for shuffling)."""
-        return DataLoader(self.train_set, self.batch_size, **self.loading)
+        return DataLoader(self.train_set, batch_size=self.batch_size, **self.loading)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Nothing, or the test set where ``validation="test"`` asks for it."""
@@ -358,7 +358,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Nominal and anomalous images."""
-        return DataLoader(self.test_set, self.batch_size, **self.loading)
+        return DataLoader(self.test_set, batch_size=self.batch_size, **self.loading)
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
@@ -368,4 +368,4 @@ class AnomalyDataModule(L.LightningDataModule):
             # gives each process an image, though there are too few, which Lightning's own sampler refuses;
             # images given to more than one process count once (`PatchCore`)
             sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
-        return DataLoader(data, self.batch_size, sampler=sampler, **self.loading)
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, **self.loading)
