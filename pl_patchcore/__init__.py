@@ -7,7 +7,7 @@ The way of an image, one file a stage::
     backbone.py         name or module           -> a network that gives layers (B, C, h, w)
     patch_features.py   images (B, 3, H, W)      -> patch features (B, h, w, D)
     coreset/            patch features (N, D)    -> the rows kept (M, D): the store, the greedy loop, over processes
-    memory_bank.py      rows kept (M, D)         -> nearest neighbours of queries, by search/
+    memory_bank.py      rows kept (M, D)         -> nearest neighbours of queries, with search/
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
     model.py            joins these: PatchCoreModel, a plain module; ensemble.py several of it
     fitting.py          training images          -> a model with a memory bank

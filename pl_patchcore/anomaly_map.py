@@ -65,7 +65,7 @@ class AnomalyScorer(nn.Module):
             (or its square), from 0 up without bound.
         """
         b, h, w, d = patches.shape
-        nearest, rows = bank(patches.reshape(-1, d), min(self.num_neighbors, bank.size))
+        nearest, rows = bank(patches.reshape(-1, d), min(self.num_neighbors, bank.features.shape[0]))
         distances = nearest.square() if self.distance == "squared" else nearest
         distances = distances.mean(1).view(b, h * w)
         star, patch = distances.max(1)  # equation 6
@@ -90,13 +90,14 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
     Returns:
         float32 ``(B,)`` in [0, 1]; all 1 for b = 1 or a bank of one row.
     """
-    b = min(b, bank.size)
+    b = min(b, bank.features.shape[0])
     if b == 1:
         return patch.new_ones(patch.shape[0], dtype=torch.float32)
-    star = bank.rows(nearest)  # (B, D)
+    features = bank.features
+    star = features[nearest].float()  # (B, D)
     _, rows = bank(star, b)
     # Duplicates of m* may stand before it, even crowd it out; being equal, any of them stands for it.
-    company = bank.rows(rows).double()  # (B, b, D)
+    company = features[rows].double()  # (B, b, D)
     distance = torch.linalg.vector_norm(patch.double()[:, None] - company, dim=2)
     own = torch.linalg.vector_norm(patch.double() - star.double(), dim=1)
     return (1 - torch.exp(own - torch.logsumexp(distance, 1))).clamp(0, 1).float()

@@ -295,7 +295,8 @@ def _probe(
             read = [layout for layout in layouts.values() if layout is not None]
             channels = [shapes[n][0][1 if layout[0] == "bchw" else -1] for n, layout in zip(layers, read, strict=True)]
             return read, channels, sizes[0] if len(sizes) == 1 else None
-        unread = unread or f"layer {unknown[0]!r} gives {(shapes[unknown[0]] or ['no tensor'])[0]}"
+        seen: Any = shapes[unknown[0]] or ["no tensor"]
+        unread = unread or f"layer {unknown[0]!r} gives {seen[0]}"
     if unread:
         raise UserError(
             f"{unread}, which is no grid of features (B, C, h, w), (B, h, w, C) or tokens (B, h*w, C) that can be "

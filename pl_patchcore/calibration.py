@@ -30,15 +30,9 @@ STREAM = 1  # of random numbers: a split of the data set by the same seed must n
 
 
 def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
-    """Draw the training images that are kept out of the memory bank.
+    """Draw a ``share`` of all training images, in [0, 1), to be kept out of the memory bank; returns their indices.
 
-    Args:
-        number: Number of training images.
-        share: Share of them, in [0, 1); at least one image, where it is not 0.
-        seed: Seed of the draw.
-
-    Returns:
-        Their indices.
+    At least one image, where the share is not 0.
 
     Example:
         >>> sorted(draw_held_out(10, 0.2, seed=0))
@@ -52,11 +46,6 @@ def is_held_out(index: int, share: float, seed: int) -> bool:
     """Whether an image is kept out of the memory bank, where the number of images is not known beforehand.
 
     One image, drawn by the seed, in every ``1 / share`` in a row.
-
-    Args:
-        index: Position of the image.
-        share: Share of the images, in [0, 1).
-        seed: Seed of the draw.
 
     Example:
         >>> [i for i in range(12) if is_held_out(i, 0.25, seed=0)]
@@ -100,11 +89,7 @@ def images_needed(rate: float) -> int:
 
 
 def p_values(scores: Tensor, held_out: Tensor) -> Tensor:
-    """Share of nominal images that score at least as high, the new image counted among them.
-
-    Args:
-        scores: Anomaly scores, ``(B,)``.
-        held_out: Scores of held-out nominal images, ``(n,)``, of any dtype.
+    """Share of the ``held_out`` images ``(n,)`` that score at least as high, the new image counted among them.
 
     Returns:
         float32 ``(B,)`` in [1 / (n + 1), 1]; of nominal images, at most a share p has a value of p or less.
@@ -162,7 +147,7 @@ class Calibration(nn.Module):
         return conformal_threshold(self.peaks, rate)[0] if len(self.peaks) else None
 
     def p_values(self, scores: Tensor) -> Tensor:
-        """See `p_values`."""
+        """Share of nominal images that score as high as each of ``scores`` ``(B,)`` (see `p_values`)."""
         return p_values(scores, self.scores)
 
     def tell(self, rate: float) -> None:

@@ -70,7 +70,9 @@ def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
     if not isinstance(mark, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
     if mark.get("format") != FORMAT:
-        raise UserError(f"{name}: was written by another version of pl_patchcore, which this one cannot read; fit again.")
+        raise UserError(
+            f"{name}: was written by another version of pl_patchcore, which this one cannot read; fit again."
+        )
     if not mark.get("fitted"):
         raise UserError(f"{name}: holds no memory bank: it was written before its fit had ended; fit again.")
 
@@ -115,7 +117,7 @@ def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
 
     Args:
         checkpoint: A checkpoint of a fitted model.
-        own: The model's identity, with ``preprocessing``. Its weights do not matter where the checkpoint brings its own.
+        own: The model's identity, with ``preprocessing``. Its weights do not matter where the file brings some.
 
     Raises:
         UserError: Naming every difference.

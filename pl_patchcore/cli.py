@@ -298,7 +298,7 @@ def _check_names(parser: LightningArgumentParser, arguments: Sequence[str]) -> d
     Raises:
         UserError: Naming the option, the file it is in, and the nearest right one.
     """
-    known = {*parser.get_defaults(skip_validation=True).keys(), "config", "c", "h"}
+    known = {*parser.get_defaults().keys(), "config", "c", "h"}
     options: list[tuple[str, Any, str]] = []  # name, value, file
     for argument, following in pairwise([*arguments, ""]):
         if not re.match(r"-+[^\d-]", argument):

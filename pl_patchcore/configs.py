@@ -18,14 +18,15 @@ _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
 
-def config_names() -> list[str]:
-    """Names of the files that come with the package, such as ``data/folder``."""
-    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+def config_names(folder: str = "") -> list[str]:
+    """Names of the files that come with the package, such as ``data/folder``, or of those in one of its folders."""
+    place = CONFIGS / folder
+    return sorted(path.relative_to(place).with_suffix("").as_posix() for path in place.rglob("*.yaml"))
 
 
 def recipe_names() -> list[str]:
     """Names that `recipe` takes."""
-    return [name.removeprefix("recipes/") for name in config_names() if name.startswith("recipes/")]
+    return config_names("recipes")
 
 
 def config_file(name: str | Path) -> Path:

@@ -71,7 +71,9 @@ class Fitting:
         self.size: tuple[int, ...] = ()
         self.count = 0
         banks = [member.memory_bank for member in model.members]
-        self.earlier = [bank.features.float().cpu() if update else torch.empty(0, dtype=torch.float32) for bank in banks]
+        self.earlier = [
+            bank.features.float().cpu() if update else torch.empty(0, dtype=torch.float32) for bank in banks
+        ]
         self.seen = [int(bank.seen) if update else 0 for bank in banks]
         self.fixed = model.members[0].input_size.tolist() if update else [0, 0]
         self._forget()
@@ -195,7 +197,12 @@ class Fitting:
         bank.recall(collection.sample().to(device))
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
-            *(bank.size, len(self.earlier[place]) + collection.total, collection.dimension, time.perf_counter() - start),
+            *(
+                bank.size,
+                len(self.earlier[place]) + collection.total,
+                collection.dimension,
+                time.perf_counter() - start,
+            ),
         )
 
     def _tell_coverage(self, member: PatchCoreModel, collection: Collection) -> float:

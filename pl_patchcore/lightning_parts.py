@@ -5,8 +5,8 @@ The one place that counts steps in Lightning's loop and calls its checkpoint cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -32,10 +32,6 @@ class Anchor(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None: ...
 
 
-class _Releases(Protocol):
-    def release(self) -> None: ...
-
-
 class ReleaseOnException(L.Callback):
     """What a module does when a run of it fails or is interrupted: modules have no such hook.
 
@@ -43,14 +39,14 @@ class ReleaseOnException(L.Callback):
     between the choice of a checkpoint and its loading.
     """
 
-    def __init__(self, module: _Releases) -> None:
-        self.module = module
+    def __init__(self, module: L.LightningModule, release: Callable[[], None]) -> None:
+        self.module, self.release = module, release
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Free it; look at the checkpoint."""
         if pl_module is not self.module:
             return
-        self.module.release()
+        self.release()
         path = trainer.ckpt_path
         if path is not None and "://" not in str(path) and isinstance(exception, Exception):
             read_checkpoint(path)  # raises, if it was that
@@ -91,9 +87,10 @@ def save_by_callbacks(module: L.LightningModule, *, saved: bool) -> None:
         saved: Whether a callback has saved since the last batch.
     """
     trainer, loop = module.trainer, module.trainer.fit_loop.epoch_loop
+    batches: Any = loop.batch_progress.current
     module.automatic_optimization = True
     # Lightning has no public way to count a step without an optimiser; this is the counter that it saves by
-    loop.automatic_optimization.optim_progress.optimizer.step.total.completed += loop.batch_progress.current.processed
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed += batches.processed
     epoch, step = torch.tensor(trainer.current_epoch), torch.tensor(trainer.global_step)
     metrics = trainer.callback_metrics | {"epoch": epoch, "step": step}
     for callback in trainer.checkpoint_callbacks:

@@ -1,221 +1,323 @@
 """Memory bank: patch features kept -> nearest neighbours of queries.
 
-Holds the kept rows ``(M, D)`` as a buffer that is saved with the model. Search is exact (`exact_search.py`: a product
-proposes, float64 differences decide, ties go to the lowest row) unless an index of faiss is asked for
-(`approximate_search.py`). Next: `anomaly_map.py`.
+Holds the kept rows ``(M, D)`` in buffers that are saved with the model. Search is exact unless an index of faiss is
+asked for (`search/approximate.py`): a cheap product over the whole bank proposes rows, float64 differences decide. A
+bound of the product's error says which rows may be among the nearest. Queries that leave too many in doubt go to the
+next, more precise product: of int8 coordinates (`search/int8_filter.py`), of float32 rows, of float64 ones. All give
+the same answers. Next: `anomaly_map.py`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pl_patchcore.approximate_search import ApproximateSearch, build_index, check_factory, is_built_for
-from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
-from pl_patchcore.exact_search import WAYS, ExactSearch
-from pl_patchcore.numerics import full_precision
-from pl_patchcore.shared_search import SharedSearch
+from pl_patchcore.numerics import (
+    earlier_copies,
+    full_precision,
+    int8_product,
+    k_least,
+    pair_products,
+    product_margin,
+    shifted_product,
+)
+from pl_patchcore.search.approximate import ApproximateSearch, build_index, check_factory
+from pl_patchcore.search.int8_filter import Int8Filter
 
 log = logging.getLogger(__name__)
 
-Search = str  # "auto", one of `WAYS`, or a factory string of faiss
 BankDtype = Literal["float32", "float16", "bfloat16"]
+_SCORES = 1 << 23  # held at once on the CPU (32 MiB); 8 times as many on a GPU, where starting a kernel takes longest
+_NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU (1 MiB, which a cache holds); 8 times on a GPU
+_GROUP = 128  # rows of the bank looked at together
+_SAFE = 2.0**40  # float32 holds the squares of numbers up to this, and down to its reciprocal
+_SMALL = 1 << 21  # numbers in a bank for which the int8 filter is not worth its other work
+_FASTER = 2.0  # times as fast as float32: an int8 product that pays
+_LEFT_OUT = 0.06  # share of the variance that they may leave out
+_LOOK = 16  # queries of a block that the int8 filter is tried with first
+_INEXACT = 2.0**-18  # of a row's length: bounds what float32 does to centring and to the distance of the row proposed
 
 
 class MemoryBank(nn.Module):
     """Nearest neighbours among the kept patch features.
 
     Args:
-        search: Exact, with the same answers: ``torch`` (float32 product), ``pca`` (float32 product of principal
-            components as a filter), ``bf16`` and ``int8`` (the same in low precision), ``faiss`` (``IndexFlatL2``,
-            on the CPU); ``auto``: what is fastest here, by a short measurement on the first queries that is logged,
-            and torch on a GPU. Approximate: a factory string of faiss, such as ``HNSW32`` or ``IVF1024,PQ64``; its
-            distances are exact for the rows it finds.
-        dtype: Type the rows are kept and saved in. Distances are exact to the rows so rounded. A search computes
-            with a float32 copy of them.
+        search: Exact, with the same answers: ``torch`` (a float32 product), ``int8`` (on the CPU, a smaller product of
+            int8 numbers first), ``auto`` (what suits the bank and the machine, chosen when the bank is filled or
+            loaded). Approximate: a factory string of faiss, such as ``HNSW32`` or ``IVF1024,PQ64``.
+        dtype: Type the rows are kept and saved in. Distances are exact to the rows so rounded.
 
     Attributes:
-        features: The kept rows, ``(M, D)``; ``(0, 0)`` until filled; of a shared bank, this process's.
-        index: The index of an approximate search, uint8; absent otherwise.
+        features: The kept rows, ``(M, D)``; ``(0, 0)`` until filled.
+        radii: How far the first rows reach, by their number, float32 ``(M + 1,)``; ``(0,)`` where not known.
+        seen: How many patch features the rows were selected from, int64.
+        index: The index of an approximate search, uint8; ``(0,)`` otherwise.
     """
 
     features: Tensor
+    radii: Tensor
+    seen: Tensor
     index: Tensor
 
-    def __init__(self, search: Search = "auto", dtype: BankDtype = "float32") -> None:
+    def __init__(self, search: str = "auto", dtype: BankDtype = "float32") -> None:
         super().__init__()
         if dtype not in ("float32", "float16", "bfloat16"):
             raise UserError(f"bank_dtype must be float32, float16 or bfloat16, got {dtype!r}.")
-        self.search_by, self.dtype = search, getattr(torch, dtype)
-        self.approximate = search not in ("auto", *WAYS)
-        self.register_buffer("features", torch.empty(0, 0, dtype=self.dtype))
-        if self.approximate:
-            check_factory(search)
-            self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
-        self._exact: ExactSearch | None = None
-        self._approximate: ApproximateSearch | None = None
-        self._shared: SharedSearch | None = None
+        if search in ("pca", "bf16", "faiss"):
+            raise UserError(f"search {search!r} is gone; use auto.")
+        self.search, self.approximate = search, search not in ("auto", "torch", "int8")
+        self.check()
+        self.register_buffer("features", torch.empty(0, 0, dtype=getattr(torch, dtype)))
+        self.register_buffer("radii", torch.empty(0, dtype=torch.float32))
+        self.register_buffer("seen", torch.tensor(0, dtype=torch.int64))
+        self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
+        self._prepared: tuple[Tensor, int, Any] | None = None  # features, their version, the search among them
+        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
-    def __len__(self) -> int:
-        return len(self.features) if self._shared is None else self._shared.rows
+    @property
+    def size(self) -> int:
+        """Number of rows, M."""
+        return self.features.shape[0]
+
+    def check(self, dimension: int | None = None, rows: int | None = None) -> None:
+        """Refuse an index that cannot be built for a bank of ``(rows, dimension)``, as far as they are known."""
+        if self.approximate:
+            check_factory(self.search, dimension, rows)
+
+    def fill(self, features: Tensor, radii: Tensor | None = None) -> None:
+        """Replace the bank by ``features``, ``(M, D)``; ``(0, 0)`` empties it. Builds the index, if there is one."""
+        if not torch.isfinite(features).all():
+            raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
+        with torch.inference_mode(False):  # whose tensors do not tell when they are written to
+            rounded = features.detach().to(self.features.dtype, copy=True)
+            if not torch.isfinite(rounded).all():
+                far = f"features reach {float(features.abs().max()):.3g}, too far for {rounded.dtype}"
+                raise UserError(f"{far}; use bfloat16.")
+            index, radii = self._built(rounded), self.radii[:0] if radii is None else radii
+            self.index, self.radii = index.to(rounded.device), radii.to(rounded.device, torch.float32, copy=True)
+            self.features = rounded
+        _prepare(self)
+
+    def cut(self, size: int) -> None:
+        """Keep the first ``size`` rows, and the radii up to there."""
+        self.fill(self.features[:size], self.radii[: size + 1])
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows by number, int64 of any shape ``(...)``: float32 ``(..., D)``."""
-        if self._shared is None:
-            return self.features[numbers].float()
-        found = self._shared.fetch(numbers.flatten(), self.features)
-        return found.view(*numbers.shape, found.shape[1])
-
-    def share(self, processes: Processes) -> None:
-        """Keep this process's share of the rows, those that are loaded later too; from then on search with the others.
-
-        Every process must then make the same calls, and `serve` after its last. For exact search: an index is of the
-        whole bank.
-        """
-        if self._shared is None:
-            self._shared = SharedSearch(processes, len(self.features))
-            self.features = self.features[slice(*self._shared.own)].clone()
-            self._exact = None
-
-    def serve(self) -> None:
-        """Take part in the searches of processes that have more images than this one, until all are done."""
-        if self._shared is not None:
-            self._shared.serve(self.features, self._own_nearest)
-
-    def unshare(self) -> None:
-        """Be whole again, on every process."""
-        if self._shared is not None:
-            self.features, self._shared, self._exact = self._shared.whole(self.features), None, None
-
-    def check(self, dimension: int, rows: int | None = None) -> None:
-        """Refuse an index that cannot be built for a bank of ``(rows, dimension)``, before it is filled.
-
-        Raises:
-            UserError: With the reason.
-        """
-        if self.approximate:
-            check_factory(self.search_by, dimension, rows)
-
-    def fill(self, features: Tensor) -> None:
-        """Replace the bank by ``features``, ``(M, D)``; ``(0, 0)`` empties it. Builds the index, if there is one.
-
-        Raises:
-            UserError: If they hold NaN or infinity, or the index cannot be built.
-        """
-        if not torch.isfinite(features).all():
-            raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
-        rounded = features.to(self.dtype)
-        if not torch.isfinite(rounded).all():
-            raise UserError(
-                f"features reach {float(features.abs().max()):.3g}, too far for {self.dtype}; use bfloat16."
-            )
-        if self.approximate:
-            data = build_index(self.search_by, rounded) if len(rounded) else torch.empty(0, dtype=torch.uint8)
-            self.index = data.to(features.device)
-        self.features = rounded
-        self._exact = self._approximate = None
+        return self.features[numbers].float()
 
     def forward(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """Find the ``k`` nearest rows of each query.
+        """Find the ``k`` nearest rows of each query ``(Q, D)``, k at most M.
 
-        While a graph is recorded (``torch.export``, ``torch.compile``) the float32 product
-        alone chooses, and only rows nearer to each other than its rounding can come in another order.
-
-        Args:
-            queries: Patch features, ``(Q, D)``.
-            k: Neighbours, at most M.
+        While a graph is recorded (``torch.export``, ``torch.compile``) the float32 product alone chooses, and only
+        rows nearer to each other than its rounding can come in another order.
 
         Returns:
-            Euclidean distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``.
-
-        Raises:
-            UserError: If the bank is empty or smaller than ``k``, dimensions differ, or queries are not finite.
+            Euclidean distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``, ties to the lowest.
         """
+        features, prepared = self.features, self._prepared
         if torch.compiler.is_compiling():
-            return self._traced(queries.float(), k)
-        self._check(queries, k)
-        if not len(queries):
-            return queries.new_zeros(0, k), torch.zeros(0, k, dtype=torch.int64, device=queries.device)
-        if self._shared is not None:
-            return self._shared.search(queries, k, self._own_nearest)
-        if not self.approximate:
-            return self._exactly(queries, k, self.search_by)
-        if self._approximate is None:
-            self._approximate = ApproximateSearch(self.index, self.features)
-        return self._approximate(queries.float(), k, lambda few: self._exactly(few, k, "torch"))
-
-    def _own_nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return self._exactly(queries, k, self.search_by)
-
-    def _exactly(self, queries: Tensor, k: int, way: str) -> tuple[Tensor, Tensor]:
+            return _recorded(features.float(), queries.float(), k)
+        if not len(features):
+            raise UserError("the memory bank is empty; fit the model first, or load a checkpoint of a fitted one.")
+        if not 1 <= k <= len(features):
+            raise UserError(f"k must be from 1 to the size of the memory bank, {len(features)}, got {k}.")
+        if queries.ndim != 2 or queries.shape[1] != features.shape[1]:
+            raise UserError(f"queries must be (Q, {features.shape[1]}), got {tuple(queries.shape)}.")
+        if len(queries) and not torch.isfinite(torch.stack(queries.aminmax())).all():  # NaN comes through
+            raise UserError("patch features hold NaN or infinity; look for a broken image or an overflow in float16.")
+        # _version: nothing public tells that a tensor was written to; tensors of inference mode do not have it.
+        if not prepared or prepared[0] is not features or prepared[1] != features._version:
+            prepared = _prepare(self)
+        search = prepared[2] if prepared else ExactSearch(features, self.search)
         with full_precision(queries.device):
-            if self._exact is None or self._exact.near.device != self.features.device:
-                self._exact = ExactSearch(self.features)
-            return self._exact(queries.float(), k, way)
+            found: tuple[Tensor, Tensor] = search(queries, k)
+            return found
 
     def recall(self, queries: Tensor) -> float:
         """Share of queries for which the approximate search finds a nearest row, and log it; 1 for exact search.
 
         Queries that are rows of the bank are left out, for an index finds them too easily; so give nominal patch
-        features that were not kept. Test images, whose patches are farther, may do worse or better.
-
-        Args:
-            queries: ``(Q, D)``.
+        features ``(Q, D)`` that were not kept. Test images, whose patches are farther, may do worse or better.
         """
         if not self.approximate:
             return 1.0
-        nearest = self._exactly(queries, 1, "torch")[0][:, 0]
-        found = self(queries)[0][:, 0]
-        counted = nearest > 0 if (nearest > 0).any() else nearest >= 0
-        recall = float((found <= nearest * (1 + 1e-6))[counted].double().mean())
-        farther = float((found / nearest - 1)[counted & (nearest > 0)].double().nan_to_num().mean())
+        with full_precision(queries.device):
+            nearest = ExactSearch(self.features, "torch")(queries, 1)[0]
+        counted = nearest > 0 if nearest.any() else nearest >= 0
+        times = (self(queries)[0][counted] / nearest[counted]).nan_to_num(1.0).double()
+        recall = float((times <= 1 + 1e-6).double().mean())
         log.info(
             "search %s finds the nearest row of %.1f %% of %d nominal patches that are not in the memory bank; "
             "distances are %.2f %% too large on average.",
-            *(self.search_by, 100 * recall, int(counted.sum()), 100 * farther),
+            *(self.search, 100 * recall, len(times), 100 * float(times.mean() - 1)),
         )
         return recall
 
-    def _check(self, queries: Tensor, k: int) -> None:
-        if not len(self):
-            raise UserError("the memory bank is empty; fit the model first, or load a checkpoint of a fitted one.")
-        if not 1 <= k <= len(self):
-            raise UserError(f"k must be from 1 to the size of the memory bank, {len(self)}, got {k}.")
-        if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
-            raise UserError(f"queries must be (Q, {self.features.shape[1]}), got {tuple(queries.shape)}.")
-        if len(queries) and not torch.isfinite(torch.stack(queries.aminmax())).all():  # NaN comes through
-            raise UserError(
-                "patch features hold NaN or infinity; look for a broken image or an overflow in half precision."
-            )
+    def _built(self, features: Tensor, index: Tensor | None = None) -> Tensor:
+        """The index of an approximate search among ``features``, if ``index`` is not it; empty for an exact one."""
+        if not self.approximate or not len(features):
+            return torch.empty(0, dtype=torch.uint8)
+        if index is not None and len(index):
+            found = ApproximateSearch(index, features, ExactSearch)
+            if found.name == self.search and found.index.ntotal == len(features):
+                return index
+        return build_index(self.search, features)
 
-    def _traced(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        features = self.features.float()
-        mean = features.mean(0)
-        near = features - mean
-        square = torch.addmm(near.square().sum(1), queries - mean, near.T, alpha=-2)
-        rows = square.topk(k, dim=1, largest=False).indices
-        distance = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2)
-        distance, order = distance.sort(1)
-        return distance, rows.gather(1, order)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": None}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "features")
-        if saved is not None and self._shared is not None:
-            self._shared = SharedSearch(self._shared.processes, len(saved))
-            saved = state_dict[prefix + "features"] = saved[slice(*self._shared.own)].clone()
-        if saved is not None:  # its size is known only once fitted
-            self.features = torch.empty(saved.shape, dtype=self.dtype, device=self.features.device)
-        index = state_dict.pop(prefix + "index", None)  # of no use to another kind of search
-        if self.approximate and saved is not None:
-            if len(saved) and (index is None or not is_built_for(index, self.search_by, len(saved))):
-                index = build_index(self.search_by, saved)
-            elif index is None:
-                index = self.index[:0]
-            self.index = torch.empty(index.shape, dtype=torch.uint8, device=self.index.device)
-            state_dict[prefix + "index"] = index
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._exact = self._approximate = None
+
+def _make_room(bank: MemoryBank, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a state dict is loaded: buffers of its sizes, and an index as this bank's search wants it."""
+    if (features := state_dict.get(prefix + "features")) is not None:
+        state_dict[prefix + "index"] = bank._built(features, state_dict.get(prefix + "index"))
+    with torch.inference_mode(False):
+        for name, buffer in bank.named_buffers():
+            shape = state_dict.get(prefix + name, buffer).shape
+            setattr(bank, name, torch.zeros(shape, dtype=buffer.dtype, device=buffer.device))
+
+
+def _after_loading(bank: MemoryBank, _: object) -> None:
+    _prepare(bank)
+
+
+def _prepare(bank: MemoryBank) -> tuple[Tensor, int, Any] | None:
+    """Prepare the search among the rows as they are now, if there are any."""
+    prepared = None
+    with torch.inference_mode(False), full_precision(bank.features.device):
+        if bank.features.is_inference():
+            bank.features = bank.features.clone()
+        features = bank.features
+        if len(features) and not features.is_meta:
+            version = features._version  # before the preparation: what is written meanwhile is noticed
+            by_index = ApproximateSearch(bank.index, features, ExactSearch) if bank.approximate else None
+            prepared = features, version, by_index or ExactSearch(features, bank.search)
+    bank._prepared = prepared
+    return prepared
+
+
+def _recorded(features: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    mean = features.mean(0)
+    centred = features - mean
+    square = torch.addmm(centred.square().sum(1), queries - mean, centred.T, alpha=-2)
+    rows = square.topk(k, dim=1, largest=False).indices
+    distance, order = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2).sort(1)
+    return distance, rows.gather(1, order)
+
+
+class ExactSearch:
+    """Nearest neighbours in a bank ``(M, D)``, finite, prepared for any number of searches, as ``search`` says."""
+
+    def __init__(self, features: Tensor, search: str) -> None:
+        self.features, (size, dimension), on_cpu = features, features.shape, features.device.type == "cpu"
+        self.margin = product_margin(dimension)
+        low, high = features.aminmax(dim=0)
+        largest = float((high.double() - low.double()).max())  # no number of a row is farther from its mean
+        self.mean, self.scale = features.mean(0, dtype=torch.float64), 1.0
+        if 1 / _SAFE < largest < _SAFE and features.dtype != torch.float64:
+            self.mean = self.mean.float()  # any shift will do that all rows have in common
+        else:
+            self.scale = 2.0 ** -math.frexp(largest)[1]
+        copies = earlier_copies(features)
+        self.order = F.pad(copies.argsort(stable=True), (0, -size % _GROUP))  # (M',) first copies, second copies, ...
+        self.enough = copies.bincount().cumsum(0).tolist()  # by k - 1: rows that have fewer than k copies before them
+        self.centred = torch.zeros(len(self.order), dimension, dtype=torch.float32, device=features.device)
+        for place, rows in zip(self.centred[:size].split(1024), self.order[:size].split(1024), strict=True):
+            place[:] = (features[rows] - self.mean) * self.scale
+        self.norm = self.centred.square().sum(1)
+        self.minus_half = F.pad(self.norm[:size] / -2, (0, len(self.order) - size), value=-torch.inf)
+        self.longest = float(self.norm.max().sqrt())
+        self.filter, why = None, "a small bank" if on_cpu else "a GPU"
+        if on_cpu and (search == "int8" or (search == "auto" and size * dimension >= _SMALL)):
+            faster = int8_product()
+            why = f"int8 products are {faster:.1f} times as fast here"
+            if faster and (search == "int8" or faster >= _FASTER):
+                made = Int8Filter(self.centred[:size], len(self.centred))
+                why += f", {made.axes.shape[1]} components leave out {made.left_out:.1%}"
+                self.filter = made if search == "int8" or made.left_out <= _LEFT_OUT else None
+        name = "float32 product" if self.filter is None else "int8 filter"
+        log.info("nearest neighbours among %d rows of %d numbers: %s (%s).", size, dimension, name, why)
+
+    def __call__(self, queries: Tensor, k: int, product: str = "int8") -> tuple[Tensor, Tensor]:
+        """Distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``, ties to the lowest; k from 1 to M."""
+        distance = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
+        found = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        at_once = 1 if queries.device.type == "cpu" else 8
+        size = self.enough[min(k, len(self.enough)) - 1]
+        size += -size % _GROUP
+        blocks = 1 + len(queries) * size * (4 if product == "float64" else 1) // (at_once * _SCORES)
+        for block, nearest, rows in zip(
+            *(each.tensor_split(blocks) for each in (queries, distance, found)), strict=True
+        ):
+            used = "float32" if self.filter is None and product == "int8" else product
+            if used == "int8" and len(block) > 32 * _LOOK:  # does it rule out enough for most?
+                unsure = self._candidates(block[:: len(block) // _LOOK], k, size, used)[2]
+                used = "float32" if 2 * int(unsure.sum()) > len(unsure) else used
+            query, place, unsure = self._candidates(block, k, size, used)
+            row, step = self.order[place], max(1, at_once * _NUMBERS // block.shape[1])
+            exact = torch.empty(len(row), dtype=torch.float64, device=block.device)
+            for q, r, part in zip(query.split(step), row.split(step), exact.split(step), strict=True):
+                difference = block.index_select(0, q).double().sub_(self.features.index_select(0, r))
+                torch.linalg.vector_norm(difference, dim=1, out=part)
+            if len(row):
+                best = k_least(exact, row, query, len(block), k)
+                nearest[:], rows[:] = exact[best], row[best]
+            if unsure.any():
+                nearest[unsure], rows[unsure] = self(block[unsure], k, "float32" if used == "int8" else "float64")
+        return distance, found
+
+    def _candidates(self, queries: Tensor, k: int, size: int, product: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of queries and rows, of the first ``size``, that may be among the k nearest: ``(P,)``, by query.
+
+        Also the queries that leave too many rows in doubt, and have no pairs, bool ``(Q,)``.
+        """
+        exactly, small = product == "float64", self.filter if product == "int8" else None
+        centred = (queries - self.mean) * self.scale
+        centred = centred.double() if exactly else centred.float()
+        length = torch.linalg.vector_norm(centred, dim=1, keepdim=True)  # (Q, 1)
+        margin = self.margin * (2.0**-29 if exactly else 1)
+        slack = margin * self.longest * (length + self.longest)
+        if small:
+            scores, square, moved = small.scores(centred, size)
+        elif exactly:
+            parts = self.order[: min(size, len(self.features))].split(4096)
+            wide = ((self.features[part].double() - self.mean) * self.scale for part in parts)
+            scores = torch.cat([torch.addmm(part.square().sum(1) / -2, centred, part.T) for part in wide], 1)
+            scores = F.pad(scores, (0, size - scores.shape[1]), value=-torch.inf)
+        else:
+            scores = shifted_product(centred, self.centred[:size], self.minus_half[:size])
+        group = _GROUP if 4 * k * _GROUP <= size else 1
+        grouped = scores.unflatten(1, (-1, group))
+        best = grouped.amax(2)  # (Q, groups)
+        top, place = best.topk(k, dim=1)  # of k groups, so that k rows are as near as the last of them
+        threshold = top[:, -1:]
+        if small:  # the score of a row as far as the k-th nearest may be
+            row = place * group + grouped[torch.arange(len(queries))[:, None], place].argmax(2)  # (Q, k)
+            near = self.norm[row] - 2 * torch.linalg.vecdot(centred[:, None], self.centred[row])
+            near = near.amax(1, keepdim=True) + length.square() + margin * (length.square() + self.longest**2)
+            reach = near.clamp(min=0).sqrt() + _INEXACT * (length + self.longest)
+            reach = reach.double() / small.step + moved + small.moved
+            threshold = ((square - reach.square()) / 2).floor().clamp(min=1 - (1 << 30)).int()
+        else:
+            threshold = threshold - slack
+        may = best >= threshold
+        unsure = ((may.sum(1) > max(4 * k, may.shape[1] * 7 // 8)) | ~(length[:, 0] < 1e15)) & (not exactly)
+        query, part = (may & ~unsure[:, None]).nonzero(as_tuple=True)
+        pair, place = (grouped[query, part] >= threshold[query]).nonzero(as_tuple=True)
+        query, row = query[pair], part[pair] * group + place
+        unsure |= (torch.bincount(query, minlength=len(queries)) > max(32 * k, size // 16)) & (not exactly)
+        kept = ~unsure[query]
+        query, row = query[kept], row[kept]
+        if small and len(query):  # a float32 product tells nearly all pairs apart
+            near = self.norm[row] - 2 * pair_products(centred, self.centred, query, row)
+            kept = near <= (near[k_least(near, row, query, len(queries), k)[:, -1:]] + 2 * slack)[query, 0]
+            query, row = query[kept], row[kept]
+        return query, row, unsure

@@ -92,7 +92,9 @@ class MemoryBankCallback(L.Callback):
         path: str | Path | None = None,
         **options: Any,
     ) -> None:
-        known = [name for name in inspect.signature(PatchCore).parameters if name not in ("backbone", "layers", "weights")]
+        known = [
+            name for name in inspect.signature(PatchCore).parameters if name not in ("backbone", "layers", "weights")
+        ]
         refuse_unknown(options, known, "MemoryBankCallback")
         self.encoder, self.layers, self.data = encoder, layers, data
         self.asked_path = path
@@ -207,9 +209,10 @@ class MemoryBankCallback(L.Callback):
             data.setup("fit")
             data = data.train_dataloader()
         if trainer.world_size > 1 and isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-            sampler = DistributedSampler(data.dataset, trainer.world_size, trainer.global_rank, shuffle=False)  # type: ignore[arg-type,var-annotated]
-            options = {"num_workers": data.num_workers, "collate_fn": data.collate_fn, "sampler": sampler}
-            data = DataLoader(data.dataset, data.batch_size or 1, **options)  # type: ignore[arg-type]
+            dataset: Any = data.dataset
+            sampler: Any = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
+            options: Any = {"num_workers": data.num_workers, "collate_fn": data.collate_fn, "sampler": sampler}
+            data = DataLoader(dataset, data.batch_size or 1, **options)
         try:
             batches: int | None = len(data)
         except TypeError:

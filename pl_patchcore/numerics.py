@@ -1,74 +1,69 @@
-"""Float32 as exact as it is: full precision, products, bounds of their rounding; threads; least distances."""
+"""Float32 as exact as it is: full precision, a product, bounds of its rounding; threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _TIMES = 8
 _TILE = 1024  # columns of a product by `torch.addmm` on the CPU, which takes longer each with more
 
+# torch tells of no public way to oneDNN's product with a shift; `torch.addmm` takes a tenth longer, twice on few rows.
+has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_lock = threading.Lock()
+_blocks = 0  # that threads are in
+_restore: list[Callable[[], object]] = []  # settings of torch, as they were before the first of them began
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch off autocast, TF32 and bf16 products inside the block, and gradients with them.
+    """Switch off autocast, TF32, bf16 products and bf16 sums inside the block, and gradients with them.
 
-    The error bounds of `distance_bounds.py` and `exact_search.py` hold for IEEE float32 products only, and for bf16
-    ones that are summed in float32.
+    The error bounds of selection and search hold for IEEE float32 products only, and for bf16 ones that are summed in
+    float32. Torch's settings are the process's: the first block of all threads changes them, the last restores them.
 
     Args:
         device: Device the block computes on.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _no_shortcuts(), _no_short_sums():
-        yield
-
-
-def _no_shortcuts() -> AbstractContextManager[None]:
-    """Products of float32 numbers by nothing less, inside the block."""
-    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9, which refuses to name the older setting beside it
-        return _no_shortcuts_of_libraries()
-    return _highest()
-
-
-@contextmanager
-def _no_shortcuts_of_libraries() -> Iterator[None]:
-    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    changed = [(each, each.fp32_precision) for each in products if each.fp32_precision not in ("none", "ieee")]
-    for each, _ in changed:
-        each.fp32_precision = "ieee"
+    global _blocks
+    cuda = torch.backends.cuda.matmul
+    with _lock:
+        _blocks += 1
+        if _blocks == 1:
+            if cuda.allow_bf16_reduced_precision_reduction:
+                cuda.allow_bf16_reduced_precision_reduction = False
+                _restore.append(partial(setattr, cuda, "allow_bf16_reduced_precision_reduction", True))
+            if hasattr(
+                torch.backends, "fp32_precision"
+            ):  # torch 2.9, which refuses to name the older setting beside it
+                general = torch.backends.fp32_precision
+                for products in (cuda, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                    if (before := products.fp32_precision) not in ("none", "ieee"):
+                        products.fp32_precision = "ieee"  # "none": what holds for all
+                        _restore.append(
+                            partial(setattr, products, "fp32_precision", "none" if before == general else before)
+                        )
+            elif (before := torch.get_float32_matmul_precision()) != "highest":
+                torch.set_float32_matmul_precision("highest")
+                _restore.append(partial(torch.set_float32_matmul_precision, before))
     try:
-        yield
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
     finally:
-        for each, before in changed:  # "none": what holds for all
-            general = torch.backends.fp32_precision  # type: ignore[attr-defined]
-            each.fp32_precision = "none" if before == general else before
-
-
-@contextmanager
-def _no_short_sums() -> Iterator[None]:
-    """Parts of bf16 products on a GPU summed in float32, inside the block."""
-    products = torch.backends.cuda.matmul
-    if not products.allow_bf16_reduced_precision_reduction:
-        yield
-        return
-    products.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        products.allow_bf16_reduced_precision_reduction = True
-
-
-@contextmanager
-def _highest() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        with _lock:
+            _blocks -= 1
+            while not _blocks and _restore:
+                _restore.pop()()
 
 
 @contextmanager
@@ -92,25 +87,59 @@ def times_at_once(device: torch.device) -> int:
 
 
 def shifted_product(rows: Tensor, others: Tensor, shift: Tensor) -> Tensor:
-    """``rows @ others.T + shift`` in float32, ``(Q, M)``, of rows ``(Q, D)`` and ``(M, D)`` and numbers ``(M,)``.
-
-    On the CPU by oneDNN where torch brings it: a tenth faster than what `torch.addmm` takes, twice on few rows.
-    """
+    """``rows @ others.T + shift`` in float32, ``(Q, M)``, of rows ``(Q, D)`` and ``(M, D)`` and numbers ``(M,)``."""
     if rows.device.type != "cpu":
         return torch.addmm(shift, rows, others.T)
-    if has_onednn():
+    if has_onednn:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, others, shift, "none", [], "")
         return result
-    result = rows.new_empty(len(rows), len(others))
+    result = torch.empty(len(rows), len(others), dtype=torch.float32)
     parts = (each.split(_TILE, -1) for each in (result, shift, others.T))
     for place, some, columns in zip(*parts, strict=True):
         torch.addmm(some, rows, columns, out=place)
     return result
 
 
-def has_onednn() -> bool:
-    """Whether torch can multiply by oneDNN directly; its name for that begins with an underscore."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@cache
+def int8_product() -> float:
+    """How many times as fast as a float32 product one of int8 is on this CPU; 0 where its sums saturate (no VNNI).
+
+    Two products of some milliseconds, once a process.
+    """
+    if not hasattr(torch, "_int_mm"):  # the only int8 product with int32 sums, hence the underscore
+        return 0.0
+    seconds = []
+    for dtype, multiply in ((torch.float32, torch.mm), (torch.int8, torch._int_mm)):
+        a, b = torch.full((256, 256), 127, dtype=dtype), torch.full((2048, 256), 127, dtype=dtype).T
+        multiply(a, b)
+        start = [time.perf_counter()]
+        for _ in range(3):
+            product = multiply(a, b)
+            start.append(time.perf_counter())
+        seconds.append(min(after - before for before, after in pairwise(start)))
+    exact = bool((product == 256 * 127**2).all())
+    return seconds[0] / seconds[1] if exact else 0.0
+
+
+def earlier_copies(rows: Tensor) -> Tensor:
+    """How many rows equal to it stand before each row, int64 ``(M,)``, of finite rows ``(M, D)``.
+
+    A constant background gives thousands of equal patches, none of which a product can rule out. But of the k nearest
+    rows, ties to the lowest, each has fewer than k copies before it.
+
+    Example:
+        >>> earlier_copies(torch.tensor([[1.0], [2.0], [1.0], [1.0]])).tolist()
+        [0, 0, 1, 2]
+    """
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(rows.shape[1], generator=g, dtype=torch.float64).to(rows.device)
+    key, order = torch.cat([(part * weights).sum(1) for part in rows.split(256)]).sort(stable=True)
+    copy = F.pad(torch.diff(key) == 0, (1, 0))
+    for at in copy.nonzero()[:, 0].split(1024):
+        copy[at] = (rows[order[at]] == rows[order[at - 1]]).all(1)
+    place = torch.arange(len(order), device=order.device)
+    first = place.masked_fill(copy, 0).cummax(0).values
+    return torch.empty_like(order).index_copy_(0, order, place - first)
 
 
 def product_margin(dimension: int) -> float:
@@ -118,27 +147,35 @@ def product_margin(dimension: int) -> float:
 
     ``| fl(|a|^2 + |b|^2 - 2 a.b) - |a - b|^2 | <= margin * (|a|^2 + |b|^2)`` for rows of ``dimension`` numbers
     rounded to float32: ``dimension`` roundings in each sum and product, and a few for centring and adding.
+
+    ``fl(|b|^2 - 2 a.b)`` alone is off by at most ``margin * |b| * (|a| + |b|)`` from ``|a - b|^2 - |a|^2``, with
+    ``|a|^2`` the same number for all ``b``: every other error has a factor ``|b|``. So it tells rows ``b`` apart that
+    are far from ``a``.
     """
     return (2 * dimension + 16) * 2.0**-24
 
 
-def product_slack(dimension: int, square: Tensor, longest: float) -> Tensor:
-    """Bound of the error of squared distances by product from one row to others, beyond what they have in common.
-
-    ``fl(|b|^2 - 2 a.b)`` is off by at most this much from ``|a - b|^2 - |a|^2``, with ``|a|^2`` the same number for
-    all ``b``: every other error has a factor ``|b|``. So it tells rows ``b`` apart that are far from ``a``.
-
-    Args:
-        dimension: Of rows that were centred and rounded to float32.
-        square: ``|a|^2``, of any shape.
-        longest: The largest ``|b|``.
-    """
-    return product_margin(dimension) * longest * (square.sqrt() + longest)
+@cache
+def _allow_sparse() -> None:
+    """Torch warns once a process that sparse tensors of this kind are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), dtype=torch.float32)
 
 
-def k_least(distance: Tensor, query: Tensor, queries: int, k: int) -> Tensor:
-    """Places of the ``k`` least distances of each query, ties in order: ``(Q, k)``; pairs are sorted by query."""
-    order = distance.sort(stable=True).indices
-    order = order[query[order].sort(stable=True).indices]  # by query, then distance, then place
+def pair_products(a: Tensor, b: Tensor, query: Tensor, row: Tensor) -> Tensor:
+    """``(a[query] * b[row]).sum(1)``, float32 on the CPU, of pairs sorted by query; without copies, in a sixth."""
+    _allow_sparse()
+    ends = F.pad(torch.bincount(query, minlength=len(a)).cumsum(0), (1, 0))
+    wanted = torch.sparse_csr_tensor(ends, row, torch.zeros(len(row), dtype=torch.float32), (len(a), len(b)))
+    products: Tensor = torch.sparse.sampled_addmm(wanted, a, b.T, beta=0.0).values()
+    return products
+
+
+def k_least(values: Tensor, rows: Tensor, query: Tensor, queries: int, k: int) -> Tensor:
+    """Places of the ``k`` least values of each query, ties to the lowest row: ``(Q, k)``; any where there are fewer."""
+    order = rows.argsort()
+    order = order[values[order].argsort(stable=True)]
+    order = order[query[order].argsort(stable=True)]
     count = torch.bincount(query, minlength=queries)
-    return order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=query.device)]
+    return order[((count.cumsum(0) - count)[:, None] + torch.arange(k, device=query.device)).clamp(max=len(order) - 1)]

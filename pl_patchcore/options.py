@@ -242,7 +242,7 @@ def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) 
     for name, value in saved.items():
         if name not in known:
             raise UserError(f"{path}: PatchCore has no argument {name!r}, as the file does; fit again.")
-        if not _is_plain(value):
+        if not _is_plain(value) or (isinstance(value, dict) and name in MEMBER_ARGUMENTS and name not in GROUPS):
             raise UserError(f"{path}: {name!r} is no plain value; fit again.")
     return dict(saved)
 

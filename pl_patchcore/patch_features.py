@@ -46,6 +46,8 @@ class PatchFeatures(nn.Module):
         torch.Size([2, 16, 16, 8])
     """
 
+    like: Tensor
+
     def __init__(
         self,
         backbone: str | nn.Module = "wide_resnet50_2",
@@ -100,11 +102,12 @@ class PatchFeatures(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             if self.only_size in (None, size):
                 raise
-            sizes = [f"{h}x{w}" for h, w in (self.only_size, size)]  # type: ignore[misc]
+            sizes = [f"{h}x{w}" for h, w in (self.only_size, size)]
             raise UserError(
                 f"the backbone takes images of {sizes[0]} pixels, and fails on {sizes[1]}: set resize and crop."
             ) from error
-        p, s, parts = self.patch_size, self.patch_stride, []
+        p, s = self.patch_size, self.patch_stride
+        parts: list[Tensor] = []
         for name, layout in zip(self.layers, self.layouts, strict=True):
             layer = outputs[name]
             if layout[0] != "bchw" or not isinstance(layer, Tensor):
@@ -117,15 +120,17 @@ class PatchFeatures(nn.Module):
         features = torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
         if self.feature_dim is None:
             return features
-        pooled: Tensor = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim)
-        return pooled.unflatten(1, features.shape[1:3])
+        pooled: Tensor = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim).unflatten(
+            1, features.shape[1:3]
+        )
+        return pooled
 
     def train(self, mode: bool = True) -> PatchFeatures:
         """Stay in eval mode."""
         return super().train(False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.train(False)  # copies of traced networks come out in training mode
 
     def identify(self) -> None:

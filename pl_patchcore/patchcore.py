@@ -51,7 +51,7 @@ from pl_patchcore.lightning_parts import (
     single_loader,
     whole_loader,
 )
-from pl_patchcore.memory_bank import BankDtype, MemoryBank, Search
+from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import Mode, TestFigures
 from pl_patchcore.options import (
     MEMBER_ARGUMENTS,
@@ -94,9 +94,9 @@ class PatchCore(L.LightningModule):
         distance: ``euclidean``, or ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
         sigma: Standard deviation of the Gaussian that smooths anomaly maps, pixels; 0 for none.
-        search: ``auto``: exact, by what suits the machine and the bank; ``torch``: exact, by a float32 product; ``int8``:
-            exact, by a filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and
-            its recall measured at the end of fit.
+        search: Exact: ``auto``, by what suits the machine and the bank; ``torch``, by a float32 product; ``int8``, by a
+            filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and its recall
+            measured at the end of fit.
         bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
             selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
@@ -121,6 +121,8 @@ class PatchCore(L.LightningModule):
         torch.Size([2, 16, 16, 8])
     """
 
+    arguments: dict[str, Any]  # of the outermost class's constructor, by `keeps_arguments`
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
@@ -144,7 +146,7 @@ class PatchCore(L.LightningModule):
         distance: Distance = "euclidean",
         reweighting_neighbors: int = 9,
         sigma: float = 4.0,
-        search: Search = "auto",
+        search: str = "auto",
         bank_dtype: BankDtype = "float32",
         calibration_share: float = 0.0,
         false_alarm_rate: float = 0.01,
@@ -398,7 +400,7 @@ class PatchCore(L.LightningModule):
         """A callback that frees what was collected when a fit fails or is interrupted."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         there = any(isinstance(c, ReleaseOnException) and c.module is self for c in callbacks)
-        return [] if there else [ReleaseOnException(self)]
+        return [] if there else [ReleaseOnException(self, self.release)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """An optimiser that takes no step (see the module's docstring)."""
@@ -471,12 +473,12 @@ class PatchCore(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """One epoch is enough."""
-        loop = self.trainer.fit_loop.epoch_loop
-        last = loop.batch_progress.is_last_batch
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        last = progress.is_last_batch
         if not last and not self.trainer.should_stop:
             log.warning(
                 "the training loader announced %s batches and gave %d; the memory bank is made of those.",
-                *(self.trainer.num_training_batches, loop.batch_progress.current.processed),
+                *(self.trainer.num_training_batches, progress.current.processed),
             )
         self._all_came = last or not self.trainer.should_stop
         self.trainer.should_stop = True
@@ -490,7 +492,7 @@ class PatchCore(L.LightningModule):
             return
         if self.trainer.state.fn != "fit" or self.trainer.state.status != TrainerStatus.RUNNING:
             return  # after an exception, perhaps of one process only
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         last = progress.is_last_batch and progress.current.processed == progress.current.ready
         if not self.trainer.strategy.reduce_boolean_decision(bool(last or self._all_came)):
             return
@@ -516,8 +518,8 @@ class PatchCore(L.LightningModule):
             )
         if not began:
             raise UserError(
-                "the Trainer has trained nothing: its epochs, steps or time are used up; take a new Trainer. The model is "
-                "as it was."
+                "the Trainer has trained nothing: its epochs, steps or time are used up; take a new Trainer. "
+                "The model is as it was."
             )
         if not self.model.fitted:
             raise UserError(

@@ -1,6 +1,8 @@
+import copy
 import csv
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
 from pl_patchcore import PatchCore, SyntheticDataModule, UserError
-from pl_patchcore.calibration import conformal_threshold, draw_held_out, images_needed, is_held_out, p_values
+from pl_patchcore.calibration import (
+    Calibration,
+    conformal_threshold,
+    draw_held_out,
+    images_needed,
+    is_held_out,
+    p_values,
+)
 from pl_patchcore.report import PredictionWriter, TestReport
 
 
@@ -54,6 +63,70 @@ def test_share_is_kept(share):
     assert draw_held_out(40, share, 0) != draw_held_out(40, share, 1)
     assert len(draw_held_out(3, 0.05, 0)) == 1
     assert not draw_held_out(40, 0, 0)
+
+
+def filled(n=4):
+    calibration = Calibration()
+    calibration.fill(torch.arange(1.0, n + 1), 10 * torch.arange(1.0, n + 1))
+    return calibration
+
+
+def test_calibration_is_filled_and_cleared():
+    calibration, scores = Calibration(), torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    assert calibration.image_threshold(0.5) is calibration.pixel_threshold(0.5) is None
+    calibration.fill(scores, scores * 2)
+    assert (calibration.scores.dtype, calibration.scores.requires_grad) == (torch.float32, False)
+    assert (calibration.image_threshold(0.5), calibration.pixel_threshold(0.25)) == (2.0, 6.0)
+    assert torch.equal(calibration.p_values(torch.tensor([2.5])), p_values(torch.tensor([2.5]), calibration.scores))
+    calibration.fill(calibration.scores, calibration.peaks)
+    with torch.no_grad():
+        scores.zero_()
+    assert calibration.image_threshold(0.5) == 2.0  # of copies
+    calibration.clear()
+    assert calibration.image_threshold(0.5) is calibration.pixel_threshold(0.5) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}])
+@pytest.mark.parametrize("before", [0, 2, 9])
+def test_calibration_of_any_size_loads(options, before):
+    """As part of another module; by copies and pickles too, which keep their hook."""
+    saved = torch.nn.ModuleDict({"inner": filled()}).state_dict()
+    own = filled(before)
+    for calibration in (own, copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        model = torch.nn.ModuleDict({"inner": calibration})
+        model.load_state_dict(saved, **options)
+        assert calibration.image_threshold(0.4) == 3.0
+        assert calibration.pixel_threshold(0.4) == 30.0
+        assert calibration.scores.data_ptr() != saved["inner.scores"].data_ptr() or options.get("assign")
+    with pytest.raises(RuntimeError, match=r"Missing key.*inner\.peaks"):
+        model.load_state_dict({"inner.scores": saved["inner.scores"]})
+    assert own.scores.shape == (4,)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_calibration_of_a_cast_model(kind):
+    calibration = filled(19).to(kind)
+    assert calibration.scores.dtype == kind
+    assert calibration.image_threshold(0.1) == 18.0
+    scores = torch.tensor([0.5, 18.5, 30.0])
+    assert torch.equal(calibration.p_values(scores), p_values(scores, torch.arange(1.0, 20.0)))
+    calibration.load_state_dict(filled(3).state_dict())
+    assert calibration.scores.dtype == kind
+    assert calibration.pixel_threshold(0.5) == 20.0
+
+
+def test_what_is_told(caplog):
+    with caplog.at_level(logging.INFO):
+        Calibration().tell(0.1)
+        assert not caplog.records
+        filled(19).tell(0.1)
+        assert caplog.messages == [
+            "thresholds from 19 held-out nominal images: 18 for anomaly scores, 180 for anomaly maps; a nominal image "
+            "exceeds each with probability 0.1."
+        ]
+        filled(3).tell(0.01)
+    assert "false_alarm_rate 0.01 needs at least 99 held-out images, there are 3" in caplog.messages[-1]
+    assert "and promise 0.25" in caplog.messages[-1]
 
 
 def data_of(**options):

@@ -231,7 +231,9 @@ def test_ensemble(config, tmp_path, capsys):
     main(["predict", "--config", data, "--ckpt_path", path])
     with (tmp_path / "out" / "predictions.csv").open() as file:
         assert "anomalous" in next(csv.DictReader(file))
-    assert "an ensemble must be fitted again" in error_of(capsys, "update", "--config", data, "--ckpt_path", path)
+    main(["update", "--config", data, "--ckpt_path", path, "--data.seed", "1"])
+    updated = PatchCore.load_from_checkpoint(checkpoint_of(tmp_path))
+    assert all(int(member.memory_bank.seen) for member in updated.model.members)
 
 
 def test_mtd(config, tmp_path, capsys):

@@ -53,7 +53,9 @@ def test_members_are_what_they_are_alone(fitted, images):
     scores, maps = ensemble.eval()(images)
     expected = torch.stack([s / k for (s, _), k in zip(parts, ensemble.model.scale, strict=True)]).mean(0)
     torch.testing.assert_close(scores, expected)
-    torch.testing.assert_close(maps[1], sum(m[1] / k for (_, m), k in zip(parts, ensemble.model.scale, strict=True)) / 2)
+    torch.testing.assert_close(
+        maps[1], sum(m[1] / k for (_, m), k in zip(parts, ensemble.model.scale, strict=True)) / 2
+    )
 
 
 def test_scale_is_the_mean_distance_of_nominal_patches(fitted):

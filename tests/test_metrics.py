@@ -1,21 +1,22 @@
 from __future__ import annotations
 
+import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
-import torch.multiprocessing as mp
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from matplotlib import pyplot
+from shares import figures_by_name
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics import (
     PRO,
@@ -25,6 +26,7 @@ from pl_patchcore.metrics import (
     FalseAlarmRate,
     ImageAUROC,
     PixelAUROC,
+    TestFigures,
     auroc,
     pixel_areas,
     pro,
@@ -85,24 +87,54 @@ def assert_same(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12, equal_nan=True, check_device=False)
 
 
-@pytest.mark.parametrize("limit", [0.3, 0.05])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape: str, limit: float) -> None:
+@functools.cache
+def references(shape: str) -> dict[str, float]:
+    """What the references say about all figures of `images` of a shape."""
     scores, maps, labels, masks, _ = (column.numpy() for column in images(shape))
-    actual = figures(images(shape), limit=limit)
-    expected = {
-        "image_auroc": reference.auroc(scores[labels == 0], scores[labels == 1]),
-        "pixel_auroc": reference.auroc(maps[masks == 0], maps[masks == 1]),
-        "pro": reference.pro(list(maps), list(masks), limit),
+    nominal, anomalous, good, bad = maps[masks == 0], maps[masks == 1], scores[labels == 0], scores[labels == 1]
+    defective, truth = maps[labels == 1], masks[labels == 1]
+    return {
+        "image_auroc": reference.auroc(good, bad),
+        "image_average_precision": reference.average_precision(good, bad),
+        "oracle_image_f1": reference.best_f1(good, bad),
+        "pixel_auroc": reference.auroc(nominal, anomalous),
+        "pixel_auroc_anomalous": reference.auroc(defective[truth == 0], defective[truth == 1]),
+        "pixel_average_precision": reference.average_precision(nominal, anomalous),
+        "oracle_pixel_f1": reference.best_f1(nominal, anomalous),
+        "pro": reference.pro(list(maps), list(masks), 0.3),
+        "pro_0.05": reference.pro(list(maps), list(masks), 0.05),
+        "pro_0.01": reference.pro(list(maps), list(masks), 0.01),
     }
-    for name, figure in expected.items():
-        assert_same(actual[name], torch.tensor(figure, dtype=torch.float64))
-        assert_same(actual["evaluation"][name], actual[name])
-    theirs = roc_auc_score(masks[masks != 255], maps[masks != 255].astype(np.float64))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape: str) -> None:
+    scores, maps, labels, masks, _ = images(shape)
+    actual = figures(images(shape))
+    row, wanted = actual["evaluation"], references(shape)
+    for name, figure in wanted.items():
+        assert row[name].item() == pytest.approx(figure, abs=1e-12), name
+    for name in ("image_auroc", "pixel_auroc", "pro"):
+        assert_same(row[name], actual[name])
+    assert feed(PRO(0.05), maps, masks) == row["pro_0.05"] == feed(AnomalyEvaluation(0.05), *images(shape))["pro"]
+    assert feed(AveragePrecision(), scores, labels) == row["image_average_precision"]
+    known = masks != 255
+    theirs = roc_auc_score(masks[known], maps[known].double())
     assert actual["pixel_auroc"].item() == pytest.approx(theirs, abs=1e-12)
+    assert average_precision_score(labels, scores.double()) == pytest.approx(wanted["image_average_precision"])
+    for threshold, figure, (values, truth) in (
+        ("oracle_image_f1_threshold", "oracle_image_f1", (scores, labels)),
+        ("oracle_pixel_f1_threshold", "oracle_pixel_f1", (maps, masks)),
+    ):
+        reached = reference.f1(values[truth == 0].numpy(), values[truth == 1].numpy(), row[threshold].item())
+        assert reached == pytest.approx(wanted[figure])
+    only = (masks == 1).flatten(1).any(1)
+    of_those = reference.auroc(maps[only][masks[only] == 0].numpy(), maps[only][masks[only] == 1].numpy())
+    assert PixelAUROC(anomalous_only=True)(maps, masks).item() == pytest.approx(of_those, abs=1e-12)
 
 
 @given(LEVELS, MASKS, st.floats(0.01, 1.0) | st.sampled_from([0.25, 0.5, 1.0]))
+@settings(max_examples=60)
 def test_matches_reference_on_ties_and_limits(levels: np.ndarray, masks: np.ndarray, limit: float) -> None:
     assume((masks == 0).any() and (masks == 1).any())
     maps, truth = torch.from_numpy(levels).float(), torch.from_numpy(masks)
@@ -136,6 +168,7 @@ def test_neither_batches_nor_order_matter(shape: str) -> None:
 
 
 @given(LEVELS, MASKS)
+@settings(max_examples=25)
 def test_only_the_order_of_scores_matters(levels: np.ndarray, masks: np.ndarray) -> None:
     maps, truth = torch.from_numpy(levels).float(), torch.from_numpy(masks)
     for make in (PixelAUROC, PRO):
@@ -145,8 +178,8 @@ def test_only_the_order_of_scores_matters(levels: np.ndarray, masks: np.ndarray)
 
 
 def test_maps_of_different_sizes() -> None:
-    _, maps, _, masks, _ = images()
-    _, wide, _, wide_masks, _ = images(size=(16, 21), seed=2)
+    maps, masks = (column[:4] for column in images()[1:4:2])
+    wide, wide_masks = (column[:3] for column in images(size=(16, 21), seed=2)[1:4:2])
     metric = PRO()
     metric.update(wide, wide_masks)
     expected = reference.pro([*wide.numpy(), *maps.numpy()], [*wide_masks.numpy(), *masks.numpy()])
@@ -220,46 +253,11 @@ def test_degenerate_sets(mode: Any) -> None:
     assert FalseAlarmRate(1.0)(maps[:0], masks[:0]).isnan()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_other_figures_match_references(shape: str) -> None:
-    scores, maps, labels, masks, _ = images(shape)
-    row = figures(images(shape))["evaluation"]
-    nominal, anomalous = maps[masks == 0].numpy(), maps[masks == 1].numpy()
-    good, bad = scores[labels == 0].numpy(), scores[labels == 1].numpy()
-    only = (masks == 1).flatten(1).any(1)
-    defective, truth = maps[labels == 1].numpy(), masks[labels == 1].numpy()
-    expected = {
-        "pixel_average_precision": reference.average_precision(nominal, anomalous),
-        "oracle_pixel_f1": reference.best_f1(nominal, anomalous),
-        "image_average_precision": reference.average_precision(good, bad),
-        "oracle_image_f1": reference.best_f1(good, bad),
-        "pro_0.05": reference.pro(list(maps.numpy()), list(masks.numpy()), 0.05),
-        "pro_0.01": reference.pro(list(maps.numpy()), list(masks.numpy()), 0.01),
-        "pixel_auroc_anomalous": reference.auroc(defective[truth == 0], defective[truth == 1]),
-    }
-    for name, figure in expected.items():
-        assert row[name].item() == pytest.approx(figure, abs=1e-12), name
-    assert reference.f1(good, bad, row["oracle_image_f1_threshold"].item()) == pytest.approx(
-        expected["oracle_image_f1"]
-    )
-    assert reference.f1(nominal, anomalous, row["oracle_pixel_f1_threshold"].item()) == pytest.approx(
-        expected["oracle_pixel_f1"]
-    )
-    single = PixelAUROC(anomalous_only=True)(maps, masks)
-    of_those = maps[only].numpy(), masks[only].numpy()
-    assert single.item() == pytest.approx(
-        reference.auroc(of_those[0][of_those[1] == 0], of_those[0][of_those[1] == 1]), abs=1e-12
-    )
-    assert feed(AveragePrecision(), scores, labels).item() == pytest.approx(expected["image_average_precision"])
-    assert average_precision_score(labels, scores.double()) == pytest.approx(expected["image_average_precision"])
-
-
 @pytest.mark.parametrize("mode", ["exact", "streaming"])
 def test_false_alarms_per_group_and_category(mode: Any) -> None:
     scores, maps, labels, masks, groups = images("tied")
     categories = torch.tensor([3, 3, 8, 8] * 3)
-    metric = AnomalyEvaluation(mode=mode)
-    metric.image_threshold, metric.pixel_threshold = 1.0 + 1e-12, 0.0  # 1.0 itself is no alarm, either way
+    metric = AnomalyEvaluation(mode=mode, image_threshold=1.0 + 1e-12, pixel_threshold=0.0)  # 1.0 itself is no alarm
     for start in range(0, 12, 5):
         part = slice(start, start + 5)
         metric.update(scores[part], maps[part], labels[part], masks[part], groups[part], categories[part])
@@ -281,11 +279,42 @@ def test_false_alarms_per_group_and_category(mode: Any) -> None:
             single.update(*(column[keep] for column in (scores, maps, labels, masks, groups)))
             for figure in ("image_auroc", "pixel_auroc", "pro", "pixel_auroc_anomalous", "oracle_pixel_f1"):
                 assert row[figure].item() == pytest.approx(single.compute()[figure].item(), abs=1e-9)
-    late = AnomalyEvaluation(mode=mode)
-    late.update(scores, maps, labels, masks, groups)
-    late.image_threshold = late.pixel_threshold = 0.5
-    assert late.compute()["image_false_alarm_rate"].isnan()  # nothing was counted
-    assert late.compute()["pixel_false_alarm_rate"].isnan()
+    assert not [name for name in figures(images())["evaluation"] if "false_alarm" in name]  # without thresholds
+    nothing = AnomalyEvaluation(mode=mode, image_threshold=0.5, pixel_threshold=0.5)
+    nothing.update(
+        scores[labels == 1], maps[labels == 1], labels[labels == 1], masks[labels == 1] * 0 + 255, groups[labels == 1]
+    )
+    assert nothing.compute()["image_false_alarm_rate"].isnan()
+    assert nothing.compute()["pixel_false_alarm_rate"].isnan()
+
+
+def test_figures_by_name() -> None:
+    columns = (*images("tied"), torch.tensor([3, 3, 8, 8] * 3))
+    evaluation = AnomalyEvaluation(image_threshold=1.0, pixel_threshold=0.5)
+    expected = feed(evaluation, *columns)
+    by_defect, by_category = figures_by_name(columns, Processes())
+    assert list(by_defect) == ["all", "hole", "scratch"]
+    assert list(by_category) == ["grid", "screw"]
+    rows = {"all": expected, "hole": expected["by_group"][5], "scratch": expected["by_group"][-2]}
+    for name, row in (rows | {"grid": expected["by_category"][8], "screw": expected["by_category"][3]}).items():
+        found = (by_defect | by_category)[name]
+        assert found == {key: row[key] for key in row if not key.startswith("by_")}
+        assert "image_false_alarm_rate" in found
+        assert {type(value) for value in found.values()} == {float, int}
+
+
+def test_figures_of_batches_without_names_and_masks() -> None:
+    scores, maps, labels, _, _ = images("tied")
+    named = TestFigures(mode="streaming")
+    named.add({"label": labels.tolist()}, scores, maps)
+    named.add({"label": []}, scores[:0], maps[:0])
+    by_defect, by_category = named.compute(Processes())
+    assert list(by_defect) == ["all", "anomalous"]
+    assert by_category == {}
+    assert math.isnan(by_defect["all"]["pro"])  # every pixel is unknown
+    assert by_defect["all"]["image_auroc"] == feed(ImageAUROC(), scores, labels)
+    with pytest.raises(UserError, match="a test batch needs labels"):
+        named.add({"mask": maps}, scores, maps)
 
 
 def test_curves_and_plots() -> None:
@@ -309,12 +338,12 @@ def test_curves_and_plots() -> None:
 
 def test_regions_are_labelled_once_for_each_mask() -> None:
     _, _, _, masks, _ = images()
-    regions._areas.cache_clear()
+    regions.mask_areas.cache_clear()
     first, _ = pixel_areas(masks)
-    labelled = regions._areas.cache_info().misses
+    labelled = regions.mask_areas.cache_info().misses
     second, _ = pixel_areas(masks.clone())
     assert torch.equal(first, second)
-    assert regions._areas.cache_info().misses == labelled <= 8
+    assert regions.mask_areas.cache_info().misses == labelled <= 8
     for mask in masks:
         found = {pixel: len(region) for region in reference.regions(mask.numpy()) for pixel in region}
         places = [tuple(place) for place in (mask == 1).nonzero().tolist()]
@@ -385,19 +414,3 @@ def test_gpu_equals_cpu() -> None:
     result = feed(AnomalyEvaluation().cuda(), *(column.cuda() for column in images("tied")))
     assert result["pro"].is_cuda
     assert_same(result, figures(images("tied"))["evaluation"])
-
-
-def _shard(rank: int, folder: Path) -> None:
-    """One of two processes: an uneven share of the images in (once none at all), everybody's figures out."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    for first in (9, 12):
-        mine = slice(first) if rank == 0 else slice(first, None)
-        torch.save(figures(tuple(column[mine] for column in images("tied"))), folder / f"{rank}_{first}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_shard, args=(tmp_path,), nprocs=2)
-    for name in ("0_9", "1_9", "0_12", "1_12"):
-        assert_same(torch.load(tmp_path / f"{name}.pt"), figures(images("tied")))

@@ -1,8 +1,8 @@
 """Options in groups, and what became of former arguments."""
 
 import copy
-import inspect
 import dataclasses
+import inspect
 
 import pytest
 

@@ -1,7 +1,6 @@
 """The LightningModule in real Trainer runs: fitting, scoring, checkpoints."""
 
 import logging
-from pathlib import Path
 
 import fakes
 import lightning as L

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -165,7 +166,10 @@ SETTINGS = {
     "link": lambda folder: [ModelCheckpoint(folder, save_last="link")],
     "last only": lambda folder: [ModelCheckpoint(folder, save_last=True, save_top_k=0)],
     "monitor": lambda folder: [ModelCheckpoint(folder, monitor="train/images", mode="max", save_top_k=2)],
-    "two": lambda folder: [ModelCheckpoint(folder / "a"), ModelCheckpoint(folder / "b", every_n_train_steps=2, save_weights_only=True)],
+    "two": lambda folder: [
+        ModelCheckpoint(folder / "a"),
+        ModelCheckpoint(folder / "b", every_n_train_steps=2, save_weights_only=True),
+    ],
     "all": lambda folder: [ModelCheckpoint(folder, save_top_k=-1)],
     "every step": lambda folder: [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)],
     "every 3 steps": lambda folder: [ModelCheckpoint(folder, every_n_train_steps=3, save_last=True)],
@@ -202,7 +206,9 @@ def test_every_checkpoint_holds_the_finished_bank(tiny, trainer, tmp_path, expec
     if "own" not in setting:
         assert all(whole)
         # a save_last comes once before the steps are counted, once after
-        assert len([file for file in files if "last" not in file.name]) == (0 if setting == "last only" else 2 if setting == "two" else 1)
+        assert len([file for file in files if "last" not in file.name]) == (
+            0 if setting == "last only" else 2 if setting == "two" else 1
+        )
     for callback in runner.checkpoint_callbacks:
         for path in (getattr(callback, "best_model_path", ""), getattr(callback, "last_model_path", "")):
             assert not path or Path(path).exists()
@@ -390,7 +396,7 @@ def test_tuner_finds_a_batch_size(tiny, trainer, expected):
 
 def test_loggers_that_upload_find_the_finished_model(tiny, trainer, tmp_path, expected):
     class Uploads(CSVLogger):
-        found = []
+        found: ClassVar[list[bool]] = []
 
         def after_save_checkpoint(self, callback):
             self.found.append(torch.load(callback.best_model_path, weights_only=True)["patchcore"]["fitted"])

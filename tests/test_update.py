@@ -119,7 +119,9 @@ def test_coverage_is_told(trainer, caplog, method):
         fit(model, trainer, data)
     rows = model.patch_features(data).flatten(0, 2).double()
     gaps = torch.cdist(rows, model.memory_bank.features.double()).amin(1)
-    mean, most = re.search("patch features lie (.*) from the memory bank on average, (.*) at most", caplog.text).groups()
+    mean, most = re.search(
+        "patch features lie (.*) from the memory bank on average, (.*) at most", caplog.text
+    ).groups()
     assert float(mean) == pytest.approx(gaps.mean().item(), rel=1e-3, abs=1e-6)
     assert float(most) == pytest.approx(gaps.max().item(), rel=1e-3, abs=1e-6)
     if method == "greedy":

@@ -233,6 +233,12 @@ class AnomalyDataModule(L.LightningDataModule):
             raise UserError(f"on_broken must be error or skip, got {on_broken!r}.")
         self.batch_size = batch_size
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.loading: dict[str, Any] = {  # arguments that the loaders have in common
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            "collate_fn": collate,
+        }
         self.validation = validation
         self.shots, self.shots_seed = shots, shots_seed
         self.on_broken = on_broken
@@ -344,15 +350,15 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Nominal images in data-set order (PatchCore has no use for shuffling)."""
-        return self._loader(self.train_set)
+        return DataLoader(self.train_set, self.batch_size, **self.loading)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Nothing, or the test set where ``validation="test"`` asks for it."""
-        return self._loader(self.test_set) if self.validation == "test" else []
+        return self.test_dataloader() if self.validation == "test" else []
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Nominal and anomalous images."""
-        return self._loader(self.test_set)
+        return DataLoader(self.test_set, self.batch_size, **self.loading)
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
@@ -362,15 +368,4 @@ class AnomalyDataModule(L.LightningDataModule):
             # gives each process an image, though there are too few, which Lightning's own sampler refuses;
             # images given to more than one process count once (`PatchCore`)
             sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
-        return self._loader(data, sampler)
-
-    def _loader(self, data: ImageDataset, sampler: DistributedSampler[Sample] | None = None) -> DataLoader[Sample]:
-        return DataLoader(
-            data,
-            sampler=sampler,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            collate_fn=collate,
-        )
+        return DataLoader(data, self.batch_size, sampler=sampler, **self.loading)

@@ -63,6 +63,11 @@ class Curve(NamedTuple):
         return self.weights.is_floating_point()
 
 
+def descending(*ascending: Tensor, nominal: int) -> Curve:
+    """Curve of columns that are given by ascending score."""
+    return Curve._make([*(column.flip(0) for column in ascending), nominal])
+
+
 def sort_scores(parts: Sequence[Tensor]) -> Tensor:
     """Join ``parts`` into one ascending tensor (a copy).
 
@@ -107,7 +112,7 @@ def exact_curve(
         above += (len(part) - torch.searchsorted(ascending, scores, right=True)).cpu()
         at_least += (len(part) - torch.searchsorted(ascending, scores)).cpu()
     columns = scores.cpu(), counts, summed, above, at_least, torch.zeros(len(scores), dtype=torch.bool)
-    return Curve._make([*(column.flip(0) for column in columns), sum(map(len, nominal))])
+    return descending(*columns, nominal=sum(map(len, nominal)))
 
 
 def curve_area(

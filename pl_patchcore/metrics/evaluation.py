@@ -37,8 +37,7 @@ class AnomalyEvaluation(PixelMetric):
 
     Args:
         fpr_limit: False-positive rate at which the integral of ``pro`` ends, in (0, 1].
-        mode: See `PixelMetric`; in streaming mode pixel figures come with the bounds of their errors.
-        pixel_limit: See `PixelMetric`.
+        mode: As ``pixel_limit``, see `PixelMetric`. In streaming mode, pixel figures come with their bounds.
         image_threshold: A nominal image is a false alarm when its score > threshold; None counts none.
         pixel_threshold: The same for nominal pixels.
 
@@ -55,6 +54,8 @@ class AnomalyEvaluation(PixelMetric):
         {4: 1.0, 5: 0.0}
     """
 
+    columns = 3
+
     def __init__(
         self,
         fpr_limit: float = 0.3,
@@ -63,7 +64,7 @@ class AnomalyEvaluation(PixelMetric):
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
     ) -> None:
-        super().__init__(mode, pixel_limit, columns=3)
+        super().__init__(mode, pixel_limit)
         self.fpr_limit = check_fpr_limit(fpr_limit)
         self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         self.add_list("image_scores")
@@ -113,9 +114,8 @@ class AnomalyEvaluation(PixelMetric):
                 f"masks of nominal images must hold no 1, got {stray} such pixels; label the image 1 or clear its mask."
             )
         groups, categories = groups.to(labels) * labels, categories.to(labels)  # nominal images are of group 0
-        cell = torch.stack([labels, groups, categories, *sizes], dim=1)
-        self.keep(cell, select(maps, nominal), select(maps, anomalous), pixel_areas(masks)[0])
-
+        segments = torch.stack([labels, groups, categories, *sizes], dim=1)
+        self.keep(segments, select(maps, nominal), select(maps, anomalous), pixel_areas(masks)[0])
         lost = (labels == 1) & (sizes[1] == 0) & (masks != UNKNOWN).flatten(1).any(dim=1)
         pixel_alarms = alarm = torch.zeros_like(labels)
         if self.pixel_threshold is not None:
@@ -127,7 +127,7 @@ class AnomalyEvaluation(PixelMetric):
         self.append("image_scores", scores.clone())
 
     @one_thread()
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:  # type: ignore[override]
         """Figures of all updates.
 
         Returns:

@@ -5,8 +5,10 @@ Reads batches as `data/base.py` makes them; next: `report/`.
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +27,7 @@ class TestFigures:
     """Figures of one test, by the names of defect types and categories; built when a test starts.
 
     Args:
-        image_threshold: See `AnomalyEvaluation`.
-        pixel_threshold: See `AnomalyEvaluation`.
-        mode: See `AnomalyEvaluation`.
+        image_threshold: As ``pixel_threshold`` and ``mode``, see `AnomalyEvaluation`.
         device: Where figures are computed: that of the anomaly maps.
 
     Example:
@@ -86,6 +86,7 @@ class TestFigures:
             A row of plain numbers for ``all`` images and for each defect type, and one for each category (none where
             batches do not name them); the keys of a row are those of `AnomalyEvaluation.compute`.
         """
+        self.evaluation.distributed_available_fn = partial(operator.gt, processes.count, 1)  # as `processes` say
         overall = self.evaluation.compute()
         defects: dict[int, str] = {}
         categories: dict[int, str] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, Figure, area, average_precision, best_f1
+from pl_patchcore.metrics.curve import Curve, Figure, average_precision, best_f1
 from pl_patchcore.metrics.regions import pixel_areas
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, ScoreMetric
 from pl_patchcore.numerics import one_thread
@@ -40,30 +40,7 @@ def exceeds(scores: Tensor, threshold: float) -> Tensor:
     return scores > float(lower)  # no float32 lies between the two
 
 
-class CurveMetric(PixelMetric):
-    """Base of the metrics that are one figure of the curve of all pixels (or images).
-
-    Args:
-        mode: See `PixelMetric`.
-        pixel_limit: See `PixelMetric`.
-    """
-
-    fpr_limit = 1.0
-
-    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
-        super().__init__(mode, pixel_limit)
-
-    def of_curve(self, curve: Curve) -> Figure:
-        """The figure: the area under the curve, unless a subclass has another."""
-        return area(curve, self.fpr_limit, weighted=self.weighted)
-
-    @one_thread()
-    def compute(self) -> Tensor:
-        """Figure of all updates, 0-d float64."""
-        return self.report(self.of_curve(self.whole_curve()))
-
-
-class ImageAUROC(CurveMetric):
+class ImageAUROC(PixelMetric):
     """AUROC of the images' anomaly scores, always exact; NaN without nominal or without anomalous images.
 
     Equal scores count as half, so that constant scores give 0.5.
@@ -85,7 +62,7 @@ class ImageAUROC(CurveMetric):
         self.keep_flat(scores, self.check_truth("labels", labels, LABELS, scores))
 
 
-class PixelAUROC(CurveMetric):
+class PixelAUROC(PixelMetric):
     """AUROC of the pixels of all images; NaN without nominal or without anomalous pixels.
 
     Equal scores count as half.
@@ -93,8 +70,7 @@ class PixelAUROC(CurveMetric):
     Args:
         anomalous_only: Take only images with an anomalous pixel, as some published figures do: nominal images
             enter neither with their pixels nor otherwise.
-        mode: See `PixelMetric`.
-        pixel_limit: See `PixelMetric`.
+        mode: As ``pixel_limit``, see `PixelMetric`.
 
     Example:
         >>> metric = PixelAUROC()
@@ -118,7 +94,7 @@ class PixelAUROC(CurveMetric):
         self.keep_flat(maps, masks)
 
 
-class PRO(CurveMetric):
+class PRO(PixelMetric):
     """Per-region overlap of all images (also known as AUPRO); NaN without nominal pixels or without regions.
 
     The mean over all regions of the share of the region covered, against the false-positive rate (the share covered
@@ -133,8 +109,7 @@ class PRO(CurveMetric):
 
     Args:
         fpr_limit: False-positive rate at which the integral ends, in (0, 1]; 0.05 and 0.01 are in use too.
-        mode: See `PixelMetric`.
-        pixel_limit: See `PixelMetric`.
+        mode: As ``pixel_limit``, see `PixelMetric`.
 
     Example:
         >>> maps = torch.tensor([[[1.0, 2.0, 9.0], [3.0, 8.0, 4.0]]])  # (B, H, W)
@@ -162,7 +137,7 @@ class PRO(CurveMetric):
         self.keep_flat(maps, masks, pixel_areas(masks)[0])
 
 
-class AveragePrecision(CurveMetric):
+class AveragePrecision(PixelMetric):
     """Average precision: mean precision at the thresholds that just cover each anomalous pixel or image.
 
     The step-wise sum of scikit-learn's ``average_precision_score``. NaN without nominal or without anomalous ones;

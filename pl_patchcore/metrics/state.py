@@ -19,18 +19,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, Figure, curve_points, exact_curve, sort_scores
-from pl_patchcore.metrics.streaming import (
-    Cell,
-    Histogram,
-    Pixels,
-    add_pixels,
-    binned_curves,
-    empty_histogram,
-    pack,
-    select,
-    unpack,
-)
+from pl_patchcore.metrics.curve import Curve, Figure, area, curve_points, exact_curve, sort_scores
+from pl_patchcore.metrics.streaming import Cell, Histogram, Pixels, add_pixels, binned_curves, pack, select, unpack
+from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
 log = logging.getLogger(__name__)
@@ -140,36 +131,39 @@ class ScoreMetric(Metric):
 class PixelMetric(ScoreMetric):
     """Base of the metrics over pixels: keeps them exactly, or in bins of bounded memory.
 
-    Pixels are kept apart by cell, a row of numbers that names a group of images, so that figures of any union of
-    cells can be had from one pass.
+    Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images, so that figures of any
+    union of cells can be had from one pass.
 
     Args:
         mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
             ``error_bound`` says how far the true value may be. ``auto`` is exact up to ``pixel_limit`` pixels, and
             streaming beyond.
         pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
-        columns: Numbers that name a cell, 1 or more.
     """
 
     packed: list[Tensor]
     dense: list[Tensor]
+    columns = 1
+    fpr_limit = 1.0  # where the area under the curve ends
     weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
     error_bound: float | None = None  # of the last computed figure; 0 if exact, None before the first
 
-    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT, columns: int = 1) -> None:
+    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
         super().__init__()
         if mode not in ("auto", "exact", "streaming"):
             raise UserError(f"mode must be auto, exact or streaming, got {mode!r}.")
         if pixel_limit < 0:
             raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
-        self.mode, self.pixel_limit, self.columns = mode, pixel_limit, columns
+        self.mode, self.pixel_limit = mode, pixel_limit
         # as they came: all pixels, or in streaming mode those that wait for the histogram
-        self.add_list("segments", torch.int64, columns=columns + 2)  # cell, numbers of nominal and anomalous pixels
+        self.add_list(
+            "segments", torch.int64, columns=self.columns + 2
+        )  # cell, numbers of nominal and anomalous pixels
         self.add_list("nominal")
         self.add_list("anomalous")
         self.add_list("areas", torch.int32)  # of each anomalous pixel's region
         # in bins: as rows, which other processes can be sent, or as the tensors of a histogram
-        self.add_list("packed", torch.int64, columns=columns + 6)
+        self.add_list("packed", torch.int64, columns=self.columns + 6)
         self.add_state("dense", [], dist_reduce_fx=None)
 
     def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
@@ -219,6 +213,15 @@ class PixelMetric(ScoreMetric):
         with self.sync_context():
             return curve_points(self.whole_curve(), weighted=self.weighted)
 
+    def of_curve(self, curve: Curve) -> Figure:
+        """The metric's figure: the area under the curve, unless a subclass has another."""
+        return area(curve, self.fpr_limit, weighted=self.weighted)
+
+    @one_thread()
+    def compute(self) -> Tensor:
+        """Figure of all updates, 0-d float64."""
+        return self.report(self.of_curve(self.whole_curve()))
+
     def report(self, figure: Figure) -> Tensor:
         """Value of a figure; remembers its bound."""
         self.error_bound = figure.bound
@@ -257,8 +260,7 @@ class PixelMetric(ScoreMetric):
         histograms = [Histogram(*self.dense[start : start + size]) for start in range(0, len(self.dense), size)]
         packed, self.packed, self.dense = self.joined("packed"), [], []
         if len(histograms) != 1 or len(packed):
-            rows = torch.cat([packed, *map(pack, histograms)])
-            histograms = [unpack(rows) if len(rows) else empty_histogram(self.columns, self.device)]
+            histograms = [unpack(torch.cat([packed, *map(pack, histograms)]))]
         pixels = self._pixels()
         for name in PIXELS:
             setattr(self, name, [])

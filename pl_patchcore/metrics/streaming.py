@@ -24,9 +24,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve
+from pl_patchcore.metrics.curve import Curve, descending
 
 BINS = 2**17  # 4 MB: 28 bytes a bin
 APART = 8  # times as many where many cells share them, each named by several numbers
@@ -103,11 +104,6 @@ def key_scores(keys: Tensor) -> Tensor:
     return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def empty_histogram(columns: int, device: torch.device) -> Histogram:
-    """Histogram without pixels, of cells of ``columns`` numbers, 1 or more."""
-    return _zeros(torch.empty(0, columns + 1, dtype=torch.int64, device=device))
-
-
 def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
     """Add pixels; the given histogram is used up.
 
@@ -169,7 +165,7 @@ def pack(histogram: Histogram) -> Tensor:
 
 
 def unpack(rows: Tensor) -> Histogram:
-    """Histogram of the `pack`-ed rows of one or several histograms, in any order."""
+    """Histogram of the `pack`-ed rows of any number of histograms, in any order."""
     buckets, place = torch.unique(rows[:, :-5], dim=0, return_inverse=True)
     _check_weights(rows[:, -2])
     merged = _zeros(buckets)
@@ -194,25 +190,36 @@ def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Cu
     filled = nonzero(columns[-1] != 0)
     bucket, inside = filled >> histogram.bits, filled & (2**histogram.bits - 1)
     keys = (buckets[bucket, -1] << 16) + (inside << (16 - histogram.bits))
-    order = keys.argsort(stable=True)
-    cells, place = torch.unique(buckets[:, :-1], dim=0, return_inverse=True)
-    cell, keys, filled = place[bucket[order]], keys[order].numpy(), filled[order]
-    nominal, anomalous, weights, single = (column[filled].numpy() for column in columns)
+    names, sizes = torch.unique_consecutive(buckets[:, :-1], dim=0, return_counts=True)
+    starts = torch.searchsorted(filled, sizes.cumsum(0)[:-1] << histogram.bits)  # of all cells but the first
+    parts = (column.tensor_split(starts) for column in (keys, *(column[filled] for column in columns)))
+    cells = {
+        tuple(name): (
+            pad(own, (0, 1), value=2**32),
+            pad(nominal.cumsum(0), (1, 0)),
+            *(pad(column, (0, 1)) for column in rest),
+        )
+        for name, own, nominal, *rest in zip(names.tolist(), *parts, strict=False)
+    }  # by ascending key, and a bin beyond the last
 
     def curve(chosen: Callable[[Cell], bool]) -> Curve:
-        own = nonzero(torch.tensor([chosen(tuple(name)) for name in cells.tolist()], dtype=torch.bool)[cell]).numpy()
-        first = np.flatnonzero(np.diff(keys[own], prepend=-1))  # of each distinct bin
-        counts = np.add.reduceat(nominal[own], first)
-        positive = np.add.reduceat(anomalous[own], first)
-        above = counts.sum() - counts.cumsum()
-        one, other = (end.reduceat(single[own], first) for end in (np.minimum, np.maximum))
-        mixed = (one != other) | (one == MIXED)
-        key = keys[own][first]
-        key = np.where(mixed, key, (key & ~0xFFFF) + one - 1) - 2**31
-        scores = key_scores(torch.from_numpy(key.astype(np.int32))).numpy()
-        columns = scores, positive, np.add.reduceat(weights[own], first), above, above + counts, mixed
-        at = np.flatnonzero(positive)[::-1]  # by descending score
-        return Curve._make([*(torch.from_numpy(column[at]) for column in columns), int(counts.sum())])
+        own = [bins for name, bins in cells.items() if chosen(name)]
+        met = [keys[nonzero(anomalous > 0)] for keys, _, anomalous, _, _ in own]
+        wanted = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *met]))
+        positive, weight, above, at_least, single = (torch.zeros_like(wanted) for _ in range(5))
+        for keys, below, anomalous, weights, singles in own:
+            at = torch.searchsorted(keys, wanted)
+            same = keys[at] == wanted
+            above += below[-1] - below[at + same]
+            at_least += below[-1] - below[at]
+            positive += anomalous[at] * same
+            weight += weights[at] * same
+            other = singles[at] * same
+            single = torch.where((single == 0) | (other == 0) | (single == other), single | other, MIXED)
+        mixed = single == MIXED
+        scores = key_scores((torch.where(mixed, wanted, (wanted & ~0xFFFF) + single - 1) - 2**31).int())
+        nominal = sum(int(below[-1]) for _, below, *_ in own)
+        return descending(scores, positive, weight, above, at_least, mixed, nominal=nominal)
 
     return curve
 

@@ -28,7 +28,7 @@ def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> 
         features: (Projected) patch features, ``(N, d)``.
         rows: Rows selected, ``(M,)``, int64.
         path: Picture to write.
-        seed: Seed of the random selection, and of the 20,000 features drawn where there are more.
+        seed: Seed of the random selection, and of the features drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(features), generator=generator).to(features.device)

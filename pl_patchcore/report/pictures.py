@@ -5,7 +5,7 @@ Only the images a report shows are kept while the test runs, in four short lists
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +51,7 @@ class Gallery:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.groups: dict[str, list[Shown]] = {name: [] for name in GROUPS}
+        self.groups: dict[str, list[Shown]] = {name: [] for name in GROUPS}  # by ascending rank
         self.seen: list[tuple[float, int]] = []  # score and label of every image
 
     def add(
@@ -68,33 +68,28 @@ class Gallery:
         self.seen.append((score, label))
         place = len(self.seen) if order is None else order
         for name, (wanted, sign) in GROUPS.items():
-            group, rank = self.groups[name], (sign * score, -place)  # of equals, the first
-            full = len(group) == self.size
-            if wanted == label and (not full or (group and rank > (group[0].rank, group[0].order))):
+            rank, group = (sign * score, -place), self.groups[name]  # of equals, the first
+            if wanted == label and (len(group) < self.size or (group and rank > (group[0].rank, group[0].order))):
                 kept = image.cpu().clone(), anomaly_map.float().cpu().clone()
-                self._keep(group, Shown(*rank, score, title, *kept, None if mask is None else mask.cpu().clone()))
+                self._keep(name, Shown(*rank, score, title, *kept, None if mask is None else mask.cpu().clone()))
 
-    def _keep(self, group: list[Shown], item: Shown) -> None:
-        (heapq.heappush if len(group) < self.size else heapq.heappushpop)(group, item)
+    def _keep(self, name: str, item: Shown) -> None:
+        insort(self.groups[name], item)
+        del self.groups[name][: -self.size]
 
     def merge(self, other: Gallery) -> None:
         """Consider the images of another gallery too."""
         self.seen += other.seen
         for name, group in other.groups.items():
             for item in group:
-                self._keep(self.groups[name], item)
+                self._keep(name, item)
 
     def write(self, folder: Path, image_threshold: float | None = None, pixel_threshold: float | None = None) -> int:
         """Draw all groups into ``folder``, in place of an earlier run's pictures; returns the number of pictures.
 
         One colour scale serves all: from the lowest value shown to the 99.5 % quantile of the values shown. The
-        contour stands at the calibrated threshold of pixels, without one at the scale's middle. Neither knows of
-        labels.
-
-        Args:
-            folder: Where the pictures go.
-            image_threshold: Calibrated threshold of anomaly scores, marked among the scores.
-            pixel_threshold: Calibrated threshold of anomaly maps.
+        contour stands at the calibrated ``pixel_threshold``, without one at the scale's middle. Neither knows of
+        labels. ``image_threshold`` is marked among the scores.
         """
         shown = [item for group in self.groups.values() for item in group]
         if not shown:
@@ -106,7 +101,7 @@ class Gallery:
                 if old.stem.removeprefix(f"{name}_").isdigit():  # others are the user's own
                     old.unlink()
         for name, group in self.groups.items():
-            for place, item in enumerate(sorted(group, reverse=True), 1):
+            for place, item in enumerate(reversed(group), 1):
                 with whole_file(folder / f"{name}_{place}.png") as partial:
                     _draw(item, name, (low, max(high, low + 1e-12)), pixel_threshold, partial)
         with whole_file(folder / "scores.png") as partial:

@@ -7,6 +7,7 @@ Patch features are computed once; selection, calibration and scoring are the mod
 
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,24 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pl_patchcore import MTDDataModule, PatchCore
+from pl_patchcore import MTDDataModule, PatchCoreModel, PatchFeatures, Preprocessing
 from pl_patchcore.calibration import conformal_threshold, draw_held_out
-from pl_patchcore.collection import Collection, ExpectedImages
+from pl_patchcore.coreset import CoresetOptions
+from pl_patchcore.coreset.collection import Collection
 from pl_patchcore.data.base import ImageDataset
+from pl_patchcore.distributed import Processes
+from pl_patchcore.options import StoreOptions
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 RATES = (0.01, 0.05, 0.1, 0.2)
-SHARE = 0.2
+KINDS = ("anomaly score", "peak of the map")
+SHARE, SIZE = 0.2, 160
+
+
+def scores_and_peaks(model: PatchCoreModel, patches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Of all images, ``(n,)`` each."""
+    found = [model.scorer(part, model.memory_bank, (SIZE, SIZE)) for part in patches]
+    return [torch.cat(values) for values in zip(*((s, m.amax((1, 2))) for s, m in found), strict=True)]
 
 
 @torch.no_grad()
@@ -31,33 +42,28 @@ def main(splits: int = 25) -> None:
         print(f"{SHARED} is not there: no magnetic tiles to measure on.")
         return
     weights = str(SHARED / "weights" / "mobilenet_v2.pth")
-    model = PatchCore(
-        "mobilenet_v2", ["features.6", "features.13"], weights, resize=160, crop=None, coreset_ratio=0.002,
-        calibration_share=SHARE,
-    ).eval()  # fmt: skip
+    features = PatchFeatures("mobilenet_v2", ["features.6", "features.13"], weights)
+    model = PatchCoreModel(features, coreset=CoresetOptions(ratio=0.002))
     records = [r for part in MTDDataModule(str(SHARED / "data" / "mtd")).records for r in part if r.label == 0]
-    images = torch.utils.data.DataLoader(ImageDataset(records, model.transform), 32, num_workers=2)
-    patches = torch.cat([model.patch_features(batch["image"]) for batch in tqdm(images, "Features")])
+    images = torch.utils.data.DataLoader(ImageDataset(records, Preprocessing(SIZE, None)), 32, num_workers=2)
+    patches = torch.cat([features(batch["image"]) for batch in tqdm(images, "Features")])
     alarms: dict[tuple[str, float], list[float]] = {}
     for split in tqdm(range(splits), "Splits"):
         order = np.random.default_rng(split).permutation(len(patches))
         known, new = np.sort(order[: int(0.8 * len(order))]), order[int(0.8 * len(order)) :]
-        aside = draw_held_out(len(known), SHARE, split)
-        collection = model._collection = Collection(model.hparams, model.device)
-        collection.reserve(patches.shape, ExpectedImages(len(known), len(aside), len(known)), model.memory_bank.check)
-        model._input_shape = (3, 160, 160)
-        for position, index in enumerate(known):
-            collection.add(patches[[index]], torch.tensor([position]), torch.tensor([position in aside]))
-        model.select()
-        held = [(s, m.flatten(1).amax(1)) for _, s, m in model.score_held_out()]
-        fresh = [model.scorer(part, model.memory_bank, (160, 160)) for part in patches[new].split(32)]
-        for name, place in (("anomaly score", 0), ("peak of the map", 1)):
-            calibration = torch.cat([part[place] for part in held])
-            values = torch.cat([(s, m.flatten(1).amax(1))[place] for s, m in fresh])
+        aside = torch.zeros(len(known), dtype=torch.bool)
+        aside[sorted(draw_held_out(len(known), SHARE, split))] = True
+        collection = Collection(model.coreset, StoreOptions(), patches.device, held_out=True)
+        collection.add(patches[known], torch.arange(len(known)), aside)
+        model.memory_bank.fill(*collection.select(patches[:0], 0, Processes(alone=True)))
+        held_out = scores_and_peaks(model, [image for _, image in collection.held_out_images()])
+        collection.close()
+        found_new = scores_and_peaks(model, patches[new].split(32))
+        for name, calibration, values in zip(KINDS, held_out, found_new, strict=True):
             for rate in RATES:
                 threshold, _ = conformal_threshold(calibration, rate)
                 alarms.setdefault((name, rate), []).append((values > threshold).double().mean().item())
-    n = len(aside)
+    n = int(aside.sum())
     table = Table("threshold of", "rate asked", "promised", "found, mean", "standard error", "difference / error")
     for (name, rate), found in alarms.items():
         promised = conformal_threshold(torch.zeros(n), rate)[1]

@@ -28,9 +28,8 @@ from rich.table import Table
 from scipy import ndimage
 from torch import Tensor
 
-from pl_patchcore import PatchCore
-from pl_patchcore.metrics import PRO, AnomalyEvaluation, PixelAUROC, pixel_areas, regions
-from pl_patchcore.metrics.state import Mode
+from pl_patchcore import PatchCoreModel, PatchFeatures
+from pl_patchcore.metrics import PRO, AnomalyEvaluation, Mode, PixelAUROC, pixel_areas, regions
 
 SIDE, BATCH = 256, 32
 console = Console()
@@ -62,7 +61,7 @@ def make_test_set(images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def best(call: Callable[[], object], runs: int) -> tuple[float, object]:
     seconds, result = float("inf"), None
     for _ in range(runs):
-        regions._areas.cache_clear()
+        regions.mask_areas.cache_clear()
         start = time.perf_counter()
         result = call()
         seconds = min(seconds, time.perf_counter() - start)
@@ -75,7 +74,7 @@ def ours(make: Callable[[], PRO | PixelAUROC], maps: Tensor, masks: Tensor, labe
         pixel_areas(masks)
     for start in range(0, len(maps), BATCH):
         metric.update(maps[start : start + BATCH], masks[start : start + BATCH])
-    return metric.compute().item()
+    return float(metric.compute())
 
 
 def anomalib_pro(maps: Tensor, masks: Tensor) -> float:
@@ -172,7 +171,7 @@ def loop(images: int = 32, bank: int = 10_000) -> None:
     """All metrics against a test loop with WideResNet-50 (untrained: the same work) on the CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PatchCore(weights=None, resize=256, crop=None).eval()
+        model = PatchCoreModel(PatchFeatures(weights=None))
     g = torch.Generator().manual_seed(0)
     model.memory_bank.fill(torch.randn(bank, 1536, generator=g))
     maps, masks = make_test_set(images)

@@ -11,6 +11,7 @@ picks and extrapolated. Without the data set, generated images are loaded and th
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,8 +26,7 @@ from bench_coreset import SHARED, compiled_loop, official_loop
 from rich.console import Console
 from rich.table import Table
 
-from pl_patchcore import MTDDataModule, PatchCore, SyntheticDataModule
-from pl_patchcore.backbone import Backbone
+from pl_patchcore import MTDDataModule, PatchFeatures, Preprocessing, SyntheticDataModule
 from pl_patchcore.coreset import random_projection
 
 NETWORKS = {"mobilenet_v2": ["features.6", "features.13"], "wide_resnet50_2": ["layer2", "layer3"]}
@@ -40,9 +40,7 @@ def data_module(workers: int) -> MTDDataModule | SyntheticDataModule:
     options: dict[str, Any] = {"batch_size": BATCH, "num_workers": workers}
     mtd = str(SHARED / "data" / "mtd")
     data = MTDDataModule(mtd, **options) if SHARED.is_dir() else SyntheticDataModule(**options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        data.transform = PatchCore("mobilenet_v2", NETWORKS["mobilenet_v2"], None, resize=224, crop=None).transform
+    data.transform = Preprocessing(224, None)
     data.setup("fit")
     return data
 
@@ -72,16 +70,18 @@ def best(call: Callable[[], object]) -> float:
 def backbone() -> None:
     table = Table("images / s", "(B, C, H, W) in memory", "channels last", "and bf16", "channels last, compiled")
     for name, layers in NETWORKS.items():
-        network = Backbone(name, layers, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is not trained
+            network = PatchFeatures(name, layers, None).network
         images = torch.rand(BATCH, 3, 224, 224)
         with torch.no_grad():
-            network.network.to(memory_format=torch.contiguous_format)
+            network.to(memory_format=torch.contiguous_format)
             seconds = [best(lambda: network(images))]  # noqa: B023
-            network.network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)
             seconds.append(best(lambda: network(images)))  # noqa: B023
             with torch.autocast("cpu", torch.bfloat16):
                 seconds.append(best(lambda: network(images)))  # noqa: B023
-            network.network.compile()
+            network.compile()
             seconds.append(best(lambda: network(images)))  # noqa: B023
         table.add_row(name, *(f"{BATCH / value:.0f}" for value in seconds))
     console.print(table)
@@ -103,13 +103,12 @@ def whole(share: float = 0.01) -> None:
         start = time.perf_counter()
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
         seconds = time.perf_counter() - start
-    line = next(line for line in (done.stdout + done.stderr).splitlines() if "selected in" in line)
-    selection = float(line.split("selected in")[1].split()[0])
-    size, rows = (int(word) for word in line.split(": ")[1].split(" patch")[0].split(" of "))
-    data = data_module(0)
-    model = PatchCore("mobilenet_v2", NETWORKS["mobilenet_v2"], str(WEIGHTS), resize=224, crop=None)
+    told = re.search(r"(\d+) of (\d+) patch features, .* selected in ([\d.]+) s", done.stdout + done.stderr)
+    assert told is not None
+    size, rows, selection = int(told[1]), int(told[2]), float(told[3])
+    data, features_of = data_module(0), PatchFeatures("mobilenet_v2", NETWORKS["mobilenet_v2"], str(WEIGHTS))
     with torch.no_grad():
-        few = torch.cat([model.patch_features(data.train_set[i]["image"][None]).flatten(0, 2) for i in range(120)])
+        few = torch.cat([features_of(data.train_set[i]["image"][None]).flatten(0, 2) for i in range(120)])
     matrix = random_projection(few.shape[1], 128, 0)
     few = few if matrix is None else few @ matrix
     features = few[torch.arange(rows) % len(few)]  # the time of a pick depends on their number alone

@@ -24,11 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pl_patchcore import MTDDataModule, PatchCore
+from pl_patchcore import MTDDataModule, PatchFeatures, Preprocessing
 from pl_patchcore.coreset import greedy_coreset, random_projection
-from pl_patchcore.exact_search import WAYS, ExactSearch
+from pl_patchcore.memory_bank import ExactSearch
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
+WAYS = ("torch", "int8")
 LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}
 IMAGES, TURNS, TURNS_OF_ALL = 36, 11, 3  # in most turns, only what is compared
 FAR, TOO_FAR = 30, 1000  # times as far from the mean as the rows of the bank
@@ -38,15 +39,14 @@ def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Patch features of training tiles, and of 16 test tiles of all kinds."""
     data = MTDDataModule(str(SHARED / "data" / "mtd"), num_workers=0)
     weights = str(SHARED / "weights" / "mobilenet_v2.pth")
-    layers = [f"features.{i}" for i in LAYERS[dimension]]
-    model = PatchCore("mobilenet_v2", layers=layers, weights=weights, resize=224, crop=None)
-    data.transform = model.transform
+    features = PatchFeatures("mobilenet_v2", [f"features.{i}" for i in LAYERS[dimension]], weights)
+    data.transform = Preprocessing(224, None)
     data.setup("fit")
     data.setup("test")
     with torch.no_grad():
         train, test = (
             torch.cat([
-                model.patch_features(part[int(i)]["image"][None]).flatten(0, 2)
+                features(part[int(i)]["image"][None]).flatten(0, 2)
                 for i in torch.linspace(0, len(part) - 1, images)
             ])
             for part, images in ((data.train_set, IMAGES), (data.test_set, 16))
@@ -60,22 +60,18 @@ def product(queries: torch.Tensor, bank: torch.Tensor, norm: torch.Tensor, score
 
 
 def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor) -> None:
-    search = ExactSearch(bank)
     mean = bank.mean(0)
     near, centred = bank - mean, queries - mean
     norm = near.square().sum(1)
     contenders: dict[str, Callable[[], object]] = {
         "IndexFlatL2": lambda: faiss.knn(centred.numpy(), near.numpy(), 1),
         "product": lambda: product(centred, near, norm),
-        **{way: partial(search._search, queries, 1, way) for way in WAYS},
+        **{way: partial(ExactSearch(bank, way), queries, 1) for way in WAYS},
     }
-    survivors = {}
-    for way in WAYS:
-        search._search(queries[:64], 1, way)
-        survivors[way] = search.survivors
-    auto = ExactSearch(bank)
-    auto(queries, 1, "auto")
-    contenders["auto"] = lambda: auto(queries, 1, "auto")
+    auto = ExactSearch(bank, "auto")
+    contenders["auto"] = partial(auto, queries, 1)
+    for call in contenders.values():
+        call()
     seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
     compared = ("IndexFlatL2", "auto", "product")
     for turn in range(TURNS):
@@ -86,14 +82,15 @@ def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor) 
     typical = {contender: median(each) for contender, each in seconds.items()}
     yardstick = min(("IndexFlatL2", "product"), key=lambda contender: typical[contender])
     ratios = [theirs / ours for theirs, ours in zip(seconds[yardstick], seconds["auto"], strict=True)]
-    cells = [f"{1e3 * typical[c]:,.0f}" + (f" ({survivors[c]:.0f})" if c in survivors else "") for c in contenders]
+    cells = [f"{1e3 * typical[contender]:,.0f}" for contender in contenders]
+    chosen = "torch" if auto.filter is None else "int8"
     ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    table.add_row(name, f"{len(bank):,}", f"{len(queries):,}", *cells, str(auto.chosen), ratio)
+    table.add_row(name, f"{len(bank):,}", f"{len(queries):,}", *cells, chosen, ratio)
 
 
 def main(wanted: str = "") -> None:
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("pl_patchcore.exact_search").setLevel(logging.INFO)
+    logging.getLogger("pl_patchcore.search.exact").setLevel(logging.INFO)
     faiss.omp_set_num_threads(torch.get_num_threads())
     columns = ("IndexFlatL2", "product", *WAYS, "auto")
     table = Table("features", "bank", "queries", *(f"{c}, ms" for c in columns), "chosen", "yardstick / auto")
@@ -126,7 +123,7 @@ def main(wanted: str = "") -> None:
     fast = [flag for flag in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if flag in flags]
     console = Console(width=220)
     console.print(f"{cpu[0]} ({', '.join(fast)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    console.print(f"torch {torch.__version__}, faiss {faiss.__version__}; in brackets: rows left after the filter")
+    console.print(f"torch {torch.__version__}, faiss {faiss.__version__}")
     console.print(table)
 
 

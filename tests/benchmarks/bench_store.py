@@ -70,7 +70,8 @@ def selection(console: Console, rows: int = 40_000, size: int = 400) -> None:
     end = time.perf_counter()
     radii = [max(float(torch.cdist(p, points[k]).amin(1).max()) for p in points.split(4096)) for k in (exact, picks)]
     console.print(
-        f"{size} of {rows:,} rows x 128: exact {middle - start:.1f} s, {chunk_size:,} rows at once {end - middle:.1f} s; "
+        f"{size} of {rows:,} rows x 128: exact {middle - start:.1f} s, "
+        f"{chunk_size:,} rows at once {end - middle:.1f} s; "
         f"radius {radii[1] / radii[0]:.3f} of exact, promised {bound / radii[0]:.2f}"
     )
 
