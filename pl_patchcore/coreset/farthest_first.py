@@ -297,7 +297,7 @@ def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
     weights = torch.randn(features.shape[1], generator=generator, dtype=torch.float64).to(features.device)
     value = torch.empty(len(features), dtype=torch.float64, device=features.device)
     for rows, place in zip(features.split(size), value.split(size), strict=True):
-        torch.sum(rows.double().mul_(weights), 1, out=place)
+        torch.sum(rows.double() * weights, 1, out=place)
     value, row = value.sort(stable=True)
     first = torch.ones_like(value, dtype=torch.bool)
     first[1:] = value[1:] != value[:-1]
