@@ -65,7 +65,7 @@ def fit(model, data=None):
         enable_model_summary=False,
     )  # fmt: skip
     runner.fit(model, DataLoader(Noise(10) if data is None else data, batch_size=4))
-    return model.memory_bank.features
+    return model.state_dict().get("model.memory_bank.features")
 
 
 def open_files(folder, pid="self"):

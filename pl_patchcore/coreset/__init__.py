@@ -23,10 +23,7 @@ from pl_patchcore.coreset.farthest_first import FarthestFirst, Selection, distin
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
 
-__all__ = [
-    "CoresetMethod", "CoresetOptions", "Selection", "coreset_rows", "greedy_coreset", "greedy_selection",
-    "random_projection", "select_coreset",
-]  # fmt: skip
+__all__ = ["CoresetMethod", "CoresetOptions", "Selection", "greedy_coreset", "greedy_selection", "select_coreset"]
 
 CoresetMethod = Literal["greedy", "approximate", "random", "none"]
 
@@ -53,7 +50,8 @@ class CoresetOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_method(self.method)
+        if self.method not in get_args(CoresetMethod):
+            raise UserError(f"coreset_method must be greedy, approximate, random or none, got {self.method!r}.")
         if not 0 < self.ratio <= 1:
             raise UserError(f"coreset_ratio must be in (0, 1], got {self.ratio}; 0.1 keeps one patch in ten.")
         if self.size is not None and self.size < 1:
@@ -65,12 +63,6 @@ class CoresetOptions:
     def reads_features(self) -> bool:
         """Whether the selection reads (projected) features."""
         return self.method in ("greedy", "approximate")
-
-
-def check_method(method: str) -> None:
-    """Refuse an unknown coreset method."""
-    if method not in get_args(CoresetMethod):
-        raise UserError(f"coreset_method must be greedy, approximate, random or none, got {method!r}.")
 
 
 def coreset_rows(rows: int, ratio: float, size: int | None) -> int:
@@ -125,7 +117,7 @@ def select_coreset(
     Raises:
         UserError: As `greedy_selection`, or for an unknown method.
     """
-    check_method(method)
+    CoresetOptions(method)  # refuses one that is unknown
     if method == "none":
         return Selection(torch.arange(len(features), device=features.device))
     gaps, generator = None, torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +40,6 @@ class ExpectedImages(NamedTuple):
     own: int
     held_out: int
     everywhere: int
-
-
-class Selected(NamedTuple):
-    """Rows of the memory bank, float32 ``(M, D)`` on the CPU, and their coverage radii, as `Selection` has them."""
-
-    rows: Tensor
-    radii: Tensor | None
 
 
 class Collection:
@@ -158,7 +151,9 @@ class Collection:
                 store.close()
         self._store = self._held_out = self._picks = None
 
-    def select(self, earlier: Tensor, seen: int, processes: Processes, *, shown: bool = False) -> Selected:
+    def select(
+        self, earlier: Tensor, seen: int, processes: Processes, *, shown: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Select the coreset among the rows of an earlier memory bank and those collected. All processes call it.
 
         Args:
@@ -168,7 +163,7 @@ class Collection:
             shown: Whether to show progress.
 
         Returns:
-            The bank's rows and radii, the same on every process.
+            The bank's rows, float32 ``(M, D)`` on the CPU, and their radii (see `Selection`), the same everywhere.
 
         Raises:
             UserError: On every process, if there is nothing for a memory bank.
@@ -185,15 +180,15 @@ class Collection:
             chunk_size = min(number, rows_in(memory, min(self.dimension, coreset.projection_dim)))
         rounds = 1 if chunk_size == number else 1 - -number // chunk_size
         with tqdm(total=rounds * size, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
-            if chunk_size < number:
-                picks, radius = bounded_coreset(self._projected, number, size, chunk_size, bar.update)
+            if chunk_size == number:
+                selection = self._select_exactly(len(earlier), size, bar.update)
+            else:
+                picks, far = bounded_coreset(self._projected, number, size, chunk_size, bar.update)
                 selection = Selection(picks)
                 log.info(
-                    "selected %d rows at once: no patch feature is farther than %.4g (projected).", chunk_size, radius
+                    "selected %d rows at once: no patch feature is farther than %.4g (projected).", chunk_size, far
                 )
-            else:
-                selection = self._select_exactly(len(earlier), size, bar.update)
-        return Selected(_rows_of_both(selection.rows.cpu(), earlier, self._rows), selection.radii)
+        return _rows_of_both(selection.rows.cpu(), earlier, self._rows), selection.radii
 
     def _join(self, processes: Processes) -> None:
         """Find out what all processes have collected, and what numbers this one's rows have among theirs."""
@@ -220,18 +215,15 @@ class Collection:
         features = torch.empty(len(self._earlier) + len(self._stored), 0, dtype=torch.float32)
         if coreset.reads_features:
             features = self._projected()
+        options: Any = {"seed": coreset.seed, "progress": progress}
         if self._numbers is None:
-            selection = select_coreset(features, size, coreset.method, seed=coreset.seed, progress=progress)
+            selection = select_coreset(features, size, coreset.method, **options)
             self._picks = selection.rows if coreset.reads_features else None
             return selection
         numbers = torch.cat([torch.arange(len(self._earlier)), self._numbers + earlier])
-        selection = select_shared_coreset(
-            features, numbers, size, processes, coreset.method, seed=coreset.seed, progress=progress
-        )
-        log.info(
-            "selected by %d processes together, with %d collectives of %.3g MB from each.",
-            *(processes.count, processes.collectives, processes.bytes / 1e6),
-        )
+        selection = select_shared_coreset(features, numbers, size, processes, coreset.method, **options)
+        told = (processes.count, processes.collectives, processes.bytes / 1e6)
+        log.info("selected by %d processes together, with %d collectives of %.3g MB from each.", *told)
         return selection
 
     @property

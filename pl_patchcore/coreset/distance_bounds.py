@@ -79,7 +79,7 @@ class DistanceBounds:
         return (square * (1 + self.rounding) + slack + TINY) * (1 + self.spread)
 
     def within(self, left: Tensor, slack: Tensor, right: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs whose squared distance may be at most ``limit`` ``(n,)``: places in both sides, ``(p,)``."""
+        """Pairs whose squared distance may be ``limit`` ``(n,)`` or less: places ``(p,)`` in ``left`` and ``right``."""
         below = left.clone()
         below[:, -1] = -1
         most = (limit / (1 - self.spread) + slack + TINY) * (1 + self.rounding)

@@ -30,7 +30,6 @@ CANDIDATES = 768  # rows that a round picks among, at most: with more, each pick
 BF16_PAIRS = 8  # exact distances per settled row, on average, from which float32 bounds are used in place of bf16
 PICKED = -1.0  # gap of a picked row: below every real one
 
-
 _Pieces: TypeAlias = list[tuple[int, Tensor]]
 
 
@@ -57,16 +56,18 @@ class FarthestFirst:
         scale: Power of two that brings the features near 1, so that squares neither over- nor underflow.
         size: Rows to pick, at most as many as there are to pick among.
         total: Rows to pick among on all processes; None: there is one process.
+        shards: Number of processes.
     """
 
     least_pool = 6144  # rows of a pool, at least, where there are many rows
 
-    def __init__(self, features: Tensor, rows: Tensor, scale: float, size: int, total: int | None = None) -> None:
-        self.features, self.rows, self.scale, self.size = features, rows, scale, size
+    def __init__(
+        self, features: Tensor, rows: Tensor, scale: float, size: int, total: int | None = None, shards: int = 1
+    ) -> None:
+        self.features, self.rows, self.scale, self.size, self.shards = features, rows, scale, size, shards
         self.numbers = rows  # of equal gaps, that of the lowest number is picked
         self.total = len(rows) if total is None else total
         self.pool_rows = self.least_pool = max(64, min(self.least_pool, self.total // 8))
-        self.settled_rows = SETTLED_ROWS
         self.chunk_size = chunk_size(features.device)
         n, d, device = len(rows), features.shape[1], features.device
         self.mean = torch.zeros(d, dtype=torch.float64, device=device)
@@ -117,28 +118,29 @@ class FarthestFirst:
             pool, rest = self.pool()
             self.refresh(pool)
             alive = pool[self.bound[pool] > rest]
-            if len(alive) > self.settled_rows:
-                bound, order = self.bound[alive].topk(self.settled_rows + 1)
+            if len(alive) > (most := -(-SETTLED_ROWS // self.shards)):
+                bound, order = self.bound[alive].topk(most + 1)
                 if bound[-1] < bound[-2]:  # else thousands have the same bound
                     alive, rest = alive[order[:-1]], float(bound[-1])
             self.settle(alive)
             largest_gap = self.pick(alive, rest)
             picks = self.count - before
-            most = min(POOL_PAIRS // picks, self.total) if picks else self.total
-            self.pool_rows = max(self.least_pool, min(most, POOL_GROWTH * self.pool_rows))
+            wide = min(POOL_PAIRS // picks, self.total) if picks else self.total
+            self.pool_rows = max(self.least_pool, min(wide, POOL_GROWTH * self.pool_rows))
             if progress is not None:
                 progress(min(self.count, wanted) - told)
                 told = min(self.count, wanted)
 
     def pool(self) -> tuple[Tensor, float]:
         """Positions of about ``pool_rows`` rows with the largest bounds, and a bound of all other rows' bounds."""
-        if self.pool_rows >= len(self.rows):
+        size = -(-self.pool_rows // self.shards)
+        if size >= len(self.rows):
             return torch.arange(len(self.rows), device=self.rows.device), PICKED
         sample = self.bound[::16]  # tells where to cut ten times sooner than all bounds would
-        rest = float(sample.topk(min(self.pool_rows // 16 + 1, len(sample))).values[-1])
+        rest = float(sample.topk(min(size // 16 + 1, len(sample))).values[-1])
         pool = (self.bound > rest).nonzero().flatten()
-        if not self.pool_rows <= 2 * len(pool) <= 4 * self.pool_rows:
-            bound, pool = self.bound.topk(self.pool_rows + 1)
+        if not size <= 2 * len(pool) <= 4 * size:
+            bound, pool = self.bound.topk(size + 1)
             pool, rest = pool[:-1], float(bound[-1])
         return pool, rest
 
@@ -295,7 +297,7 @@ def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
     weights = torch.randn(features.shape[1], generator=generator, dtype=torch.float64).to(features.device)
     value = torch.empty(len(features), dtype=torch.float64, device=features.device)
     for rows, place in zip(features.split(size), value.split(size), strict=True):
-        torch.sum(rows.double().mul_(weights), 1, out=place)
+        torch.sum(rows.double() * weights, 1, out=place)
     value, row = value.sort(stable=True)
     first = torch.ones_like(value, dtype=torch.bool)
     first[1:] = value[1:] != value[:-1]

@@ -1,12 +1,11 @@
 """Greedy selection among rows that several processes hold: the rows that one process would select, on all of them.
 
 Each process reads its own shard ``(n, d)``, and keeps bounds and gaps of its rows as `farthest_first.py` does. In each
-round the processes exchange the few rows that can win it. They tell process 0 their candidates (number, gap, row), the
-largest gap that each has left outside them, and a sample of their largest bounds. Process 0 picks among the candidates,
-some hundred times, and answers with the picks, the candidates' new gaps, and the largest bounds of all, which tell
-where to cut the next pool. That is two collectives a round and about a hundred rounds, and no process holds more than
-its shard, the candidates and the picks. Process 0 alone decides, so that machines whose arithmetic differs in a last
-bit still agree. All travels as float64, which holds each number exactly. Next: `memory_bank.py`.
+round the processes exchange the few rows that can win it: they tell process 0 their candidates (number, gap, row) and
+the largest gap that each has left outside them; process 0 picks among the candidates, some hundred times, and answers
+with the picks and the candidates' new gaps. That is two collectives a round and about a hundred rounds, and no process
+holds more than its shard, the candidates and the picks. Process 0 alone decides, so that machines whose arithmetic
+differs in a last bit still agree. All travels as float64, which holds each number exactly. Next: `memory_bank.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +16,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pl_patchcore.coreset import CoresetMethod, Selection, farthest_first, mean_gaps
-from pl_patchcore.coreset.farthest_first import PICKED, FarthestFirst, distinct_rows, pick_among, scale_of
+from pl_patchcore.coreset import CoresetMethod, Selection, mean_gaps
+from pl_patchcore.coreset.farthest_first import (
+    CANDIDATES,
+    PICKED,
+    FarthestFirst,
+    distinct_rows,
+    pick_among,
+    scale_of,
+)  # fmt: skip
 from pl_patchcore.distributed import Processes
 from pl_patchcore.numerics import full_precision
-
-_SAMPLED_BOUNDS = 128  # bounds, evenly spread, of as many rows as the first pool has
 
 
 def select_shared_coreset(
@@ -98,18 +102,10 @@ class _SharedFarthestFirst(FarthestFirst):
         self, features: Tensor, rows: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes
     ) -> None:
         distinct = sum(processes.objects(len(rows)))
-        super().__init__(features, rows, scale, min(size, distinct), distinct)
+        super().__init__(features, rows, scale, min(size, distinct), distinct, processes.count)
         self.numbers, self.processes = numbers[rows], processes
-        self.settled_rows = -(-farthest_first.SETTLED_ROWS // processes.count)
-        self.shard_candidates = -(-farthest_first.CANDIDATES // processes.count) + 16  # some more, for shards differ
+        self.most = -(-CANDIDATES // processes.count) + 16  # candidates of a shard: some more, for shards differ
         self.pick_rows = features.new_empty(self.size, features.shape[1])
-        self.step = max(1, self.least_pool // _SAMPLED_BOUNDS)  # one bound of so many is told
-        self.largest = torch.full((self.told_bounds,), math.inf, dtype=torch.float64, device=features.device)
-
-    @property
-    def told_bounds(self) -> int:
-        """How many of the largest bounds are told, so that the next pool can have all the rows that it may have."""
-        return farthest_first.POOL_GROWTH * self.pool_rows // self.step + 1
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
         """As `FarthestFirst`; ``gaps`` are of this process's rows."""
@@ -123,60 +119,45 @@ class _SharedFarthestFirst(FarthestFirst):
         self.gap[own] = self.bound[own] = PICKED
         self.refresh(torch.arange(len(self.rows), device=self.rows.device))
 
-    def pool(self) -> tuple[Tensor, float]:
-        """As `FarthestFirst`, cut by one bound for all processes, which process 0 told in the last round."""
-        if self.pool_rows >= self.total:
-            return torch.arange(len(self.rows), device=self.rows.device), PICKED
-        rest = float(self.largest[self.pool_rows // self.step])
-        return (self.bound > rest).nonzero().flatten(), rest
-
     def pick(self, alive: Tensor, rest: float) -> float:
         """As `FarthestFirst`, among the candidates of all processes."""
-        alive, rest, limit = self.candidates(alive, rest, self.shard_candidates)
-        sample = self.bound[:: self.step]
-        largest = torch.full((self.told_bounds,), PICKED, dtype=torch.float64, device=sample.device)
-        values = sample.topk(min(len(sample), len(largest))).values
-        largest[: len(values)] = values
-        d = self.features.shape[1]
-        candidates = torch.full((self.shard_candidates, 2 + d), -1, dtype=torch.float64, device=sample.device)
+        alive, rest, limit = self.candidates(alive, rest, self.most)
         columns = (self.numbers[alive, None], self.gap[alive, None], self.features[self.rows[alive]])
-        candidates[: len(alive)] = torch.cat([column.double() for column in columns], 1)  # number, gap, row
-        told = torch.cat([largest.new_tensor([rest, limit]), largest, candidates.flatten()])
+        own = torch.cat([column.double() for column in columns], 1)  # number, gap, row
+        told = torch.full((1 + self.most, own.shape[1]), -1, dtype=torch.float64, device=own.device)
+        told[0, :2], told[1 : 1 + len(own)] = own.new_tensor([rest, limit]), own
         shards = self.processes.gather_at_first(told)
-        most = self.shard_candidates * self.processes.count
-        lengths = [2, len(largest), most, most * (2 + d)]
-        answer = told.new_zeros(sum(lengths)) if shards is None else self.answer(torch.stack(shards), len(largest))
-        (count, left), self.largest, gaps, picks = self.processes.broadcast(answer).split(lengths)
-        picks = picks.view(most, 2 + d)[: int(count)]
+        answer = told.new_zeros(1 + self.processes.count * self.most, 1 + told.shape[1])
+        if shards is not None:
+            self.answer(torch.stack(shards), answer)
+        answer = self.processes.broadcast(answer)
+        picks = answer[1 : 1 + int(answer[0, 0]), 1:]
         self.add(picks[:, 0].long(), picks[:, 2:] * self.scale, picks[:, 1].tolist())
-        own = gaps.view(-1, self.shard_candidates)[self.processes.rank, : len(alive)]
-        entered = ~own.isnan()
-        self.set_gaps(alive[entered], own[entered].float())
-        return float(left)
+        gaps = answer[1:, 0].view(-1, self.most)[self.processes.rank, : len(alive)]
+        entered = ~gaps.isnan()
+        self.set_gaps(alive[entered], gaps[entered].float())
+        return float(answer[0, 1])
 
-    def answer(self, shards: Tensor, bounds: int) -> Tensor:
-        """What process 0 answers to what all have told, ``(processes, numbers)``.
+    def answer(self, shards: Tensor, answer: Tensor) -> None:
+        """What process 0 answers to what all have told, ``(processes, 1 + candidates, 2 + d)``.
 
-        Returns:
-            Number of picks and the largest gap left; the largest bounds of all; the new gaps of all candidates, in the
-            order told (NaN: another row beats it); the picks, padded to as many. Float64.
+        In the first row the number of picks and the largest gap left; below, in the first column the new gaps of all
+        candidates, in the order told (NaN: another row beats it), and beside it the picks: number, gap, row.
         """
-        heads, largest, rows = shards.split([2, bounds, shards.shape[1] - 2 - bounds], 1)
-        rests, limits = heads.unbind(1)
-        rest, limit = float(rests.max()), int(limits[rests == rests.max()].min())
-        candidates = rows.reshape(self.processes.count * self.shard_candidates, -1)
+        rest = float(shards[:, 0, 0].max())
+        limit = int(shards[:, 0, 1][shards[:, 0, 0] == rest].min())
+        candidates = shards[:, 1:].flatten(0, 1)
         numbers, gaps = candidates[:, 0], candidates[:, 1].float()
         order = numbers.argsort()
         order = order[(numbers[order] >= 0) & (gaps[order] >= rest)]
-        ties, most = int((numbers[order] < limit).sum()), self.size - self.count
-        exact = (candidates[order, 2:] * self.scale).cpu()
-        chosen, pick_gaps, gap = pick_among(exact, gaps[order].cpu(), max(rest, 0.0), ties, most)
-        gaps.fill_(torch.nan)[order] = gap.to(gaps.device)
-        picks = torch.zeros_like(candidates)
-        picks[: len(chosen)] = candidates[order[torch.tensor(chosen, dtype=torch.int64, device=order.device)]]
-        picks[: len(chosen), 1] = picks.new_tensor(pick_gaps)
-        head = picks.new_tensor([len(chosen), max([rest, *gap.tolist()])])
-        return torch.cat([head, largest.flatten().topk(bounds).values, gaps.double(), picks.flatten()])
+        exact, ties = (candidates[order, 2:] * self.scale).cpu(), int((numbers[order] < limit).sum())
+        chosen, pick_gaps, gap = pick_among(exact, gaps[order].cpu(), max(rest, 0.0), ties, self.size - self.count)
+        picked = order[torch.tensor(chosen, dtype=torch.int64, device=order.device)]
+        answer[0, 0], answer[0, 1] = len(chosen), max([rest, *gap.tolist()])
+        answer[1:, 0] = torch.nan
+        answer[1 + order, 0] = gap.to(answer)
+        answer[1 : 1 + len(chosen), 1:] = candidates[picked]
+        answer[1 : 1 + len(chosen), 2] = answer.new_tensor(pick_gaps)
 
     def add(self, numbers: Tensor, exact: Tensor, gaps: list[float]) -> None:
         """As `FarthestFirst`; also keep the rows, which may be another process's."""
