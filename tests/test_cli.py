@@ -232,7 +232,8 @@ def test_ensemble(config, tmp_path, capsys):
     with (tmp_path / "out" / "predictions.csv").open() as file:
         assert "anomalous" in next(csv.DictReader(file))
     main(["update", "--config", data, "--ckpt_path", path, "--data.seed", "1"])
-    updated = PatchCore.load_from_checkpoint(checkpoint_of(tmp_path))
+    (new,) = {str(file) for file in (tmp_path / "out").rglob("*.ckpt")} - {str(path)}
+    updated = PatchCore.load_from_checkpoint(new)
     assert all(int(member.memory_bank.seen) for member in updated.model.members)
 
 
