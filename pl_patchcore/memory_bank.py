@@ -235,7 +235,7 @@ class ExactSearch:
         self.norm = self.centred.square().sum(1)
         self.minus_half = F.pad(self.norm[:size] / -2, (0, len(self.order) - size), value=-torch.inf)
         self.longest = float(self.norm.max().sqrt())
-        self.filter, why = None, "a small bank" if on_cpu else "a GPU"
+        self.filter, why = None, "a GPU" if not on_cpu else "asked for" if search == "torch" else "a small bank"
         if on_cpu and (search == "int8" or (search == "auto" and size * dimension >= _SMALL)):
             faster = int8_product()
             why = f"int8 products are {faster:.1f} times as fast here"

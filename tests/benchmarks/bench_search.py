@@ -31,12 +31,12 @@ from pl_patchcore.memory_bank import ExactSearch
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 WAYS = ("torch", "int8")
 LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}
-IMAGES, TURNS, TURNS_OF_ALL = 36, 11, 3  # in most turns, only what is compared
+IMAGES, TEST_IMAGES, TURNS, TURNS_OF_ALL = 36, 4, 5, 3  # in most turns, only what is compared
 FAR, TOO_FAR = 30, 1000  # times as far from the mean as the rows of the bank
 
 
 def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patch features of training tiles, and of 16 test tiles of all kinds."""
+    """Patch features of training tiles, and of some test tiles of all kinds."""
     data = MTDDataModule(str(SHARED / "data" / "mtd"), num_workers=0)
     weights = str(SHARED / "weights" / "mobilenet_v2.pth")
     features = PatchFeatures("mobilenet_v2", [f"features.{i}" for i in LAYERS[dimension]], weights)
@@ -49,7 +49,7 @@ def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
                 features(part[int(i)]["image"][None]).flatten(0, 2)
                 for i in torch.linspace(0, len(part) - 1, images)
             ])
-            for part, images in ((data.train_set, IMAGES), (data.test_set, 16))
+            for part, images in ((data.train_set, IMAGES), (data.test_set, TEST_IMAGES))
         )  # fmt: skip
     return train, test
 
@@ -90,13 +90,15 @@ def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor) 
 
 def main(wanted: str = "") -> None:
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("pl_patchcore.search.exact").setLevel(logging.INFO)
+    logging.getLogger("pl_patchcore.memory_bank").setLevel(logging.INFO)
     faiss.omp_set_num_threads(torch.get_num_threads())
     columns = ("IndexFlatL2", "product", *WAYS, "auto")
     table = Table("features", "bank", "queries", *(f"{c}, ms" for c in columns), "chosen", "yardstick / auto")
     sets = {}
     if SHARED.is_dir():
         for dimension in LAYERS:
+            if wanted and not any(wanted in f"MTD {dimension}, {rows}" for rows in ("greedy", "random")):
+                continue
             train, test = tiles(dimension)
             matrix = random_projection(dimension, 128, 0)
             assert matrix is not None  # None is for features of 128 dimensions or fewer
@@ -105,7 +107,7 @@ def main(wanted: str = "") -> None:
             sets[f"MTD {dimension}, greedy"] = train[greedy], test
             sets[f"MTD {dimension}, random"] = train[drawn], test
     g = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(10_000, 896, generator=g), torch.randn(16 * 784, 896, generator=g)
+    bank, queries = torch.randn(10_000, 896, generator=g), torch.randn(TEST_IMAGES * 784, 896, generator=g)
     sets |= {
         "normal 896": (bank, queries),
         f"normal 896, {FAR} times as far": (bank, FAR * queries),
