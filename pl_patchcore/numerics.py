@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TIMES = 8
 _TILE = 1024  # columns of a product by `torch.addmm` on the CPU, which takes longer each with more
 
 # torch tells of no public way to oneDNN's product with a shift; `torch.addmm` takes a tenth longer, twice on few rows.
@@ -79,11 +78,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def times_at_once(device: torch.device) -> int:
-    """How many times as much as on the CPU is worth doing at once: elsewhere, starting a kernel takes longest."""
-    return 1 if device.type == "cpu" else _TIMES
 
 
 def shifted_product(rows: Tensor, others: Tensor, shift: Tensor) -> Tensor:
