@@ -110,8 +110,7 @@ class Preprocessing:
             "crop_box": torch.tensor(crop_box, dtype=torch.float32),
         }
         if mask is not None:
-            resized = Image.fromarray(mask).resize((width, height), Resampling.NEAREST)
-            result["mask"] = torch.from_numpy(np.array(resized.crop(crop)))
+            result["mask"] = self.mask(mask)
         return result
 
     def __call__(self, image: Image.Image) -> Tensor:
