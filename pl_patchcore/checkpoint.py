@@ -190,19 +190,3 @@ def write_checkpoint(module: L.LightningModule, path: str | Path) -> None:
     }
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, path)
-
-
-def cut_bank(state: dict[str, Any], prefix: str, size: int) -> None:
-    """Keep the first rows of a greedy memory bank in a state dict: they are the coreset of that size.
-
-    Thresholds go, which were calibrated with the larger bank.
-    """
-    bank = f"{prefix}memory_bank."
-    rows = len(state[f"{bank}features"])
-    log.info("memory bank: the first %d of %d patch features.", size, rows)
-    state[f"{bank}features"] = state[f"{bank}features"][:size].clone()
-    state[f"{bank}radii"] = state[f"{bank}radii"][: size + 1].clone()
-    if len(state[f"{prefix}calibration.scores"]):
-        log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
-    for name in ("scores", "peaks"):
-        state[f"{prefix}calibration.{name}"] = torch.empty(0, dtype=torch.float32)

@@ -29,7 +29,6 @@ from pl_patchcore.checkpoint import (
     FORMAT,
     Source,
     check_identity,
-    cut_bank,
     made_of,
     plain,
     read_checkpoint,
@@ -231,6 +230,7 @@ class PatchCore(L.LightningModule):
         module.load_state_dict(saved["state_dict"], strict=strict)
         for member in module.model.members:
             member.patch_features.identify()
+        module._cut_bank()
         return module if map_location is None else module.to(map_location)
 
     # Scoring
@@ -364,6 +364,22 @@ class PatchCore(L.LightningModule):
     def _check_fitted(self) -> None:
         if not self.model.fitted:
             raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
+        self._cut_bank()
+
+    def _cut_bank(self) -> None:
+        """Bring a bank that was loaded down to ``coreset_size``: the first rows are the coreset of that size."""
+        coreset, bank = self.model.members[0].coreset, self.memory_bank
+        if len(self.model.members) > 1 or coreset.size is None or coreset.size >= bank.size:
+            return
+        if coreset.method not in ("greedy", "approximate"):
+            raise UserError(
+                f"coreset_size cannot cut down a bank selected by {coreset.method}, which has no order; fit again."
+            )
+        log.info("memory bank: the first %d of %d patch features.", coreset.size, bank.size)
+        if len(self.model.calibration.scores):
+            log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
+        bank.cut(coreset.size)
+        self.model.calibration.clear()
 
     def _own(self, batch: Any, number: int, loader: int = 0) -> dict[str, Any]:
         """A batch as a dict, without images that a sampler repeats, with their places in the data set."""
@@ -589,7 +605,7 @@ class PatchCore(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose memory bank was not made with this model's features; cut it to ``coreset_size``."""
+        """Refuse a checkpoint whose memory bank was not made with this model's features."""
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         if fitting and checkpoint.get("patchcore", {}).get("began", True):
             raise UserError(
@@ -603,10 +619,3 @@ class PatchCore(L.LightningModule):
             check_identity(checkpoint, self.identity())
         own = {name: value for name, value in self.state_dict().items() if "patch_features." in name}
         checkpoint["state_dict"] = own | checkpoint["state_dict"]
-        size = None if fitting or isinstance(self.model, EnsembleModel) else self.model.coreset.size
-        if size is None or size >= len(checkpoint["state_dict"]["model.memory_bank.features"]):
-            return
-        method = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("coreset_method")
-        if method not in ("greedy", "approximate"):
-            raise UserError(f"coreset_size cannot cut down a bank selected by {method}, which has no order; fit again.")
-        cut_bank(checkpoint["state_dict"], "model.", size)

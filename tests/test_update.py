@@ -101,6 +101,9 @@ def test_a_smaller_bank_is_the_beginning(trainer, caplog):
     assert torch.equal(loaded.coverage_radii, model.coverage_radii[:21])
     assert loaded.image_threshold is None
     assert "thresholds were calibrated with the larger memory bank" in caplog.text
+    tested = model_of(coreset_size=20, calibration_share=0.5)
+    trainer().predict(tested, loader(images(4, 1)), ckpt_path=path)
+    assert torch.equal(tested.memory_bank.features, loaded.memory_bank.features)
     path = fit(small, trainer, images(6, 0))
     bank = PatchCore.load_from_checkpoint(path, backbone=TinyBackbone(), coreset_size=90).memory_bank.features
     assert torch.equal(bank, small.memory_bank.features)
