@@ -11,8 +11,10 @@ import dataclasses
 import inspect
 import logging
 import pickle
+import reprlib
 import warnings
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -20,61 +22,169 @@ from typing import IO, Any, TypeVar
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 
 from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.calibration import Calibration
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
-from pl_patchcore.options import plain_settings
+from pl_patchcore.model import PatchCoreModel
+from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
+PICKLE_LIMIT = 4 << 20  # bytes: names, settings and shapes, of which torch reads about a million bytes a second
+PLAIN_VALUES = 100_000  # values in the settings
+PLAIN_DEPTH = 8  # settings inside settings
+VARIABLE_SIZE = (  # buffers whose size a fit decides
+    "memory_bank.features", "memory_bank.radii", "memory_bank.index", "calibration.scores", "calibration.peaks",
+)  # fmt: skip
 FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
 M = TypeVar("M", bound=L.LightningModule)
 Source = str | PathLike[str] | IO[bytes]
 
 
 def read_checkpoint(source: Source) -> dict[str, Any]:
-    """Open a checkpoint of a fitted PatchCore; tensors of a file are mapped, not read.
+    """Open a checkpoint of a fitted PatchCore: data, of which nothing is executed; tensors are mapped, not read.
 
     Args:
         source: Path, or an open binary file such as ``io.BytesIO``.
 
     Returns:
-        The checkpoint.
+        What this package uses of it: ``state_dict``, ``hyper_parameters`` and ``patchcore``, checked by
+        `require_fitted`; and the keys that Lightning asks for.
 
     Raises:
-        UserError: If the file is missing, cut short, of another model or version, or has no memory bank.
+        UserError: If the file is missing, damaged, cut short, of another model or version, or has no memory bank.
     """
-    name = str(source) if isinstance(source, str | PathLike) else "the checkpoint"
+    mapped = isinstance(source, str | PathLike)
+    name = str(source) if mapped else "the checkpoint"
     if isinstance(source, str | PathLike) and not Path(source).is_file():
         raise UserError(f"{source}: no such checkpoint; give the .ckpt file that fit has written.")
     try:
-        mapped = isinstance(source, str | PathLike)
-        checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{name}: is no checkpoint of PatchCore, or a damaged one; fit again.") from error
-    except Exception as error:  # a damaged file makes torch raise errors of many kinds
-        raise UserError(f"{name}: is damaged or cut short; copy it again, or fit again.") from error
+        _check_archive(source)
+        if not isinstance(source, str | PathLike):
+            source.seek(0)
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged file makes zipfile and torch raise errors of many kinds
+        raise UserError(
+            f"{name}: is no checkpoint of PatchCore, or is damaged or cut short; copy it again, or fit again."
+        ) from error
     require_fitted(checkpoint, name)
-    return checkpoint
+    used = {key: checkpoint[key] for key in ("state_dict", "hyper_parameters", "patchcore")}
+    return used | {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0}
+
+
+def _check_archive(source: Source) -> None:
+    """Compare every checksum in the file, before anything is read of it.
+
+    Raises:
+        UnpicklingError: If it is no archive as `torch.save` writes it, whose size bounds what it unpacks to.
+        BadZipFile: If a checksum differs.
+    """
+    if not zipfile.is_zipfile(source):
+        raise pickle.UnpicklingError("no archive")
+    with zipfile.ZipFile(source) as archive:
+        entries = archive.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        pickled = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
+        if not stored or len({entry.filename for entry in entries}) < len(entries) or pickled > PICKLE_LIMIT:
+            raise pickle.UnpicklingError("no archive as torch.save writes it")
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile("a checksum differs")
 
 
 def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
-    """Refuse what is no checkpoint of a fitted PatchCore of this version.
+    """Refuse what is no checkpoint of a fitted PatchCore of this version, whole and in order.
 
     Raises:
         UserError: With the reason.
     """
     mark = checkpoint.get("patchcore") if isinstance(checkpoint, dict) else None
-    if not isinstance(mark, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    if not isinstance(mark, dict) or not is_plain(mark) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
     if mark.get("format") != FORMAT:
         raise UserError(
             f"{name}: was written by another version of pl_patchcore, which this one cannot read; fit again."
         )
-    if not mark.get("fitted"):
+    if mark.get("fitted") is not True:
         raise UserError(f"{name}: holds no memory bank: it was written before its fit had ended; fit again.")
+    settings, identity, left_out = checkpoint.get("hyper_parameters"), mark.get("identity"), mark.get("left_out")
+    if not isinstance(settings, dict) or not is_plain(settings):
+        raise UserError(f"{name}: its settings are not plain values by name; fit again.")
+    described = isinstance(identity, dict) and isinstance(identity.get("preprocessing"), dict)
+    members = identity.get("members", []) if described else None
+    described = isinstance(members, list) and all(isinstance(member, dict) for member in members)
+    named = isinstance(left_out, list) and all(isinstance(n, str) and n.isidentifier() for n in left_out)
+    if not described or not named:
+        raise UserError(f"{name}: does not tell what its memory bank was made with; fit again.")
+    for key, value in checkpoint["state_dict"].items():
+        if not isinstance(key, str) or not _is_whole(value):
+            raise UserError(f"{name}: {reprlib.repr(key)} is no tensor, or not all there; fit again.")
+        numbers = value[1:] if key.endswith(".radii") else value  # no row reaches all features: infinity
+        if value.is_floating_point() and not numbers.isfinite().all():
+            raise UserError(f"{name}: {reprlib.repr(key)} holds NaN or infinity; fit again.")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value consists of None, bool, int, float, str, lists and dicts of them, and is of bounded size."""
+    inside, count = [(value, 0)], 0
+    while inside:
+        value, depth = inside.pop()
+        count += 1
+        if depth > PLAIN_DEPTH or count > PLAIN_VALUES:
+            return False
+        if isinstance(value, dict):
+            if not all(isinstance(name, str) for name in value):
+                return False
+            inside += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple):
+            inside += [(inner, depth + 1) for inner in value]
+        elif value is not None and type(value) not in (bool, int, float, str):
+            return False
+    return True
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all in the file, once each."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
+
+
+def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Compare the tensors of a checkpoint to those of the module that they are loaded into.
+
+    Args:
+        module: A `PatchCore`.
+        saved: The checkpoint's ``state_dict``, the backbone's weights among them.
+        strict: Whether tensors may be missing or left over.
+
+    Raises:
+        UserError: Naming the first tensor that is missing, unknown, or of another type or shape, or the bank that
+            no patch features of this model can make up.
+    """
+    own = module.state_dict()
+    for key in sorted({*own, *saved} if strict else {*own} & {*saved}):
+        if key not in saved or key not in own:
+            raise UserError(
+                f"the checkpoint {'lacks' if key in own else 'holds an unknown'} tensor {key!r}; fit again."
+            )
+        theirs, ours = saved[key], own[key]
+        sized = key.endswith(VARIABLE_SIZE)
+        alike = theirs.ndim == ours.ndim if sized else theirs.shape == ours.shape
+        if not alike or theirs.is_floating_point() != ours.is_floating_point():
+            kind = f"{str(theirs.dtype).removeprefix('torch.')} {tuple(theirs.shape)}"
+            raise UserError(f"the checkpoint's {key!r} is {kind}, which this model cannot hold; fit again.")
+    for name, part in module.named_modules():
+        if isinstance(part, PatchCoreModel) and (rows := saved.get(f"{name}.memory_bank.features")) is not None:
+            radii = len(saved.get(f"{name}.memory_bank.radii", ()))
+            reach = rows.float().square().sum(1)  # squared distances are of this size
+            if rows.shape[1] != part.patch_features.dimension or radii not in (0, len(rows) + 1) or reach.isinf().any():
+                raise UserError(f"the checkpoint's {name}.memory_bank is no bank of this model's features; fit again.")
+        if isinstance(part, Calibration) and len({len(saved.get(f"{name}.{n}", ())) for n in ("scores", "peaks")}) > 1:
+            raise UserError(f"the checkpoint's {name} has not as many scores as peaks; fit again.")
 
 
 def holds_backbone(checkpoint: dict[str, Any]) -> bool:
@@ -112,6 +222,20 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
     return module
 
 
+def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) -> dict[str, Any]:
+    """Check a checkpoint's hyper-parameters: data, which must name arguments and hold plain values.
+
+    Raises:
+        UserError: Naming the first one that does not.
+    """
+    for name, value in saved.items():
+        if name not in known:
+            raise UserError(f"{path}: PatchCore has no argument {name!r}, as the file does; fit again.")
+        if not is_plain(value) or (isinstance(value, dict) and name in {*MEMBER_ARGUMENTS} - {*GROUPS}):
+            raise UserError(f"{path}: {name!r} is no plain value; fit again.")
+    return dict(saved)
+
+
 def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
     """Compare what a checkpoint's memory bank was made with to the model it is loaded into.
 
@@ -141,8 +265,8 @@ def _compare(saved: dict[str, Any], own: dict[str, Any], brings_weights: bool) -
         return
     if [key for key, _, _ in other] == ["backbone_sha256"]:
         raise UserError(
-            f"the checkpoint was fitted with other weights of {saved['backbone']} "
-            f"(sha256 {_short(saved['backbone_sha256'])}, here {_short(own['backbone_sha256'])}); give the same "
+            f"the checkpoint was fitted with other weights of {saved.get('backbone')} "
+            f"(sha256 {_short(saved.get('backbone_sha256'))}, here {_short(own['backbone_sha256'])}); give the same "
             "weights, with weights=<path> if they lie elsewhere."
         )
     listed = "; ".join(f"{key} {_short(a)}, here {_short(b)}" for key, a, b in other)

@@ -27,11 +27,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from pl_patchcore import data as data_modules
 from pl_patchcore.backbone import UntrainedBackboneWarning
-from pl_patchcore.checkpoint import holds_backbone, read_checkpoint
+from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint
 from pl_patchcore.configs import config_file, read_config
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.errors import UserError
-from pl_patchcore.options import GROUPS, moved, nearest, plain_settings
+from pl_patchcore.options import GROUPS, moved, nearest
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
 

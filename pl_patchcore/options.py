@@ -9,9 +9,15 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import reprlib
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, get_args
+from dataclasses import dataclass, fields, is_dataclass
+from os import PathLike
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -20,8 +26,17 @@ StoreKind = Literal["auto", "ram", "disk"]
 StoreDtype = Literal["float32", "float16", "bfloat16"]
 
 
+class _Group:
+    """What the groups have in common: their values are checked against their annotations."""
+
+    group: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self), f"{self.group}.")
+
+
 @dataclass(frozen=True)
-class PatchOptions:
+class PatchOptions(_Group):
     """How a layer becomes patch features.
 
     Args:
@@ -37,6 +52,7 @@ class PatchOptions:
     feature_dim: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in (("stride", self.stride), ("layer_dim", self.layer_dim), ("feature_dim", self.feature_dim)):
             if value is not None and value < 1:
                 raise UserError(f"patches.{name} must be at least 1, got {value}.")
@@ -48,7 +64,7 @@ class PatchOptions:
 
 
 @dataclass(frozen=True)
-class ImageOptions:
+class ImageOptions(_Group):
     """How an image's pixels are resized and normalised.
 
     Args:
@@ -63,18 +79,15 @@ class ImageOptions:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _one_of("images.interpolation", self.interpolation, ("bilinear", "bicubic"))
-        for name in ("mean", "std"):
-            values = tuple(float(value) for value in getattr(self, name))
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise UserError(
-                    f"images.{name} must be three {'positive ' * (name == 'std')}numbers, got {list(values)}."
-                )
-            object.__setattr__(self, name, values)  # equal, whether lists or tuples were given
+        super().__post_init__()
+        for name in ("mean", "std"):  # equal, whether lists or tuples were given
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if min(self.std) <= 0:
+            raise UserError(f"images.std must be three positive numbers, got {list(self.std)}.")
 
 
 @dataclass(frozen=True)
-class StoreOptions:
+class StoreOptions(_Group):
     """Where the patch features of the training images are kept until the memory bank is selected.
 
     Args:
@@ -98,13 +111,10 @@ class StoreOptions:
     selection_memory: float | None = None
 
     def __post_init__(self) -> None:
-        _one_of("store.kind", self.kind, get_args(StoreKind))
-        _one_of("store.dtype", self.dtype, get_args(StoreDtype))
+        super().__post_init__()
         memory = self.selection_memory
-        if memory is not None and not (isinstance(memory, int | float) and memory > 0):
+        if memory is not None and memory <= 0:
             raise UserError(f"store.selection_memory must be GiB above 0, got {memory!r}; leave it out for no limit.")
-        if self.folder is not None and not isinstance(self.folder, str):
-            raise UserError(f"store.folder must be the path of a folder, as text, got {self.folder!r}.")
 
     def check_method(self, coreset_method: str) -> None:
         """Refuse a limit of memory for a coreset method that knows none.
@@ -119,7 +129,7 @@ class StoreOptions:
 
 
 @dataclass(frozen=True)
-class EnsembleOptions:
+class EnsembleOptions(_Group):
     """Several models on the same images, each with a memory bank of its own.
 
     Args:
@@ -134,11 +144,9 @@ class EnsembleOptions:
     combine: Literal["nominal", "test_range"] = "nominal"
 
     def __post_init__(self) -> None:
-        _one_of("ensemble.combine", self.combine, ("nominal", "test_range"))
+        super().__post_init__()
         if self.members is None:
             return
-        if not isinstance(self.members, Sequence) or not all(isinstance(member, Mapping) for member in self.members):
-            raise UserError(f"ensemble.members must be a list of dicts of settings, got {self.members!r}.")
         if not self.members:
             raise UserError("ensemble.members names no model; give the settings of at least one.")
         for member in self.members:
@@ -157,6 +165,15 @@ MEMBER_ARGUMENTS = (  # of an ensemble; the members share all else
     "backbone", "layers", "weights", "patch_size", "patches", "coreset_method", "coreset_ratio", "coreset_size",
     "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma", "search", "bank_dtype",
 )  # fmt: skip
+MOST = 2**63 - 1  # of a whole number
+_WORDS = {
+    int: "a whole number from 0 up",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    dict: "settings by name",
+    NoneType: "null",
+}
 MOVED = {
     "patch_stride": "patches.stride",
     "layer_dim": "patches.layer_dim",
@@ -233,31 +250,69 @@ def moved(name: str, prefix: str = "") -> str | None:
     return f"{prefix}{name} is gone: {REMOVED[name]}." if name in REMOVED else None
 
 
-def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) -> dict[str, Any]:
-    """Check a checkpoint's hyper-parameters: data, which must name arguments and hold plain values.
+def check_arguments(of: Callable[..., Any], values: Mapping[str, Any], prefix: str = "") -> None:
+    """Compare values to the annotations of a function or dataclass; numbers must be finite, whole ones 0 or more.
+
+    Args:
+        of: The function.
+        values: Its arguments by name; others in it do not matter.
+        prefix: What stands before each name where the user writes it, such as ``store.``.
 
     Raises:
-        UserError: Naming the first one that does not.
+        UserError: Naming the first one that does not fit.
+
+    Example:
+        >>> check_arguments(keeps_arguments, {"init": None})
+        Traceback (most recent call last):
+        pl_patchcore.errors.UserError: init must be a function, got None.
     """
-    for name, value in saved.items():
-        if name not in known:
-            raise UserError(f"{path}: PatchCore has no argument {name!r}, as the file does; fit again.")
-        if not _is_plain(value) or (isinstance(value, dict) and name in MEMBER_ARGUMENTS and name not in GROUPS):
-            raise UserError(f"{path}: {name!r} is no plain value; fit again.")
-    return dict(saved)
+    for name, kind in get_type_hints(of).items():
+        if name in values and not _fits(values[name], kind):
+            raise UserError(f"{prefix}{name} must be {_words(kind)}, got {reprlib.repr(values[name])}.")
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(inner) for name, inner in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(inner) for inner in value)
-    return value is None or type(value) in (bool, int, float, str)
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner if isinstance(value, str) else False
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return _is_list(value) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin in (list, Sequence, tuple):
+        return _is_list(value) and all(_fits(one, inner[0]) for one in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping)
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            return False
+        return 0 <= value <= MOST if kind is int else abs(value) <= sys.float_info.max
+    if kind is str:
+        return isinstance(value, str | PathLike)
+    if is_dataclass(kind) or not isinstance(kind, type):  # a group checks itself
+        return True
+    return isinstance(value, kind)
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}.")
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _words(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return ", or ".join(_words(one) for one in inner)
+    if origin is Literal:
+        return f"{', '.join(inner[:-1])} or {inner[-1]}"
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return f"a list of {len(inner)} ({_words(inner[0])} each)"
+    if origin in (list, Sequence, tuple):
+        return f"a list ({_words(inner[0])} each)"
+    if origin is Callable:
+        return "a function"
+    return _WORDS.get(origin or kind) or f"a {kind.__name__}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

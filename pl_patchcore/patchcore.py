@@ -29,6 +29,7 @@ from pl_patchcore.checkpoint import (
     FORMAT,
     Source,
     check_identity,
+    check_state,
     made_of,
     plain,
     read_checkpoint,
@@ -58,6 +59,7 @@ from pl_patchcore.options import (
     ImageOptions,
     PatchOptions,
     StoreOptions,
+    check_arguments,
     keeps_arguments,
     options_of,
 )
@@ -158,16 +160,20 @@ class PatchCore(L.LightningModule):
         ensemble: EnsembleOptions = EnsembleOptions(),  # noqa: B008 - frozen
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
+        check_arguments(PatchCore.__init__, locals())
         super().__init__()
         if not 0 <= calibration_share < 1:
             raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
         if not 0 < false_alarm_rate < 1:
             raise UserError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
         of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
+        of_ensemble = options_of(EnsembleOptions, ensemble)
+        for given in of_ensemble.members or ():
+            check_arguments(PatchCore.__init__, given, "ensemble.members: ")
         self.transform = Preprocessing(
             resize, crop, resize_mode, of_images.interpolation, of_images.mean, of_images.std
         )
-        self.model = build_model(settings, options_of(EnsembleOptions, ensemble), seed, self.transform.size)
+        self.model = build_model(settings, of_ensemble, seed, self.transform.size)
         if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range" and calibration_share:
             raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
         for member in self.model.members:
@@ -226,6 +232,7 @@ class PatchCore(L.LightningModule):
         """
         saved = read_checkpoint(checkpoint_path)
         module = made_of(cls, saved, overrides, str(checkpoint_path))
+        module.strict_loading = strict
         module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"], strict=strict)
         for member in module.model.members:
@@ -612,10 +619,11 @@ class PatchCore(L.LightningModule):
                 "PatchCore fits in one pass and cannot resume from a checkpoint; leave ckpt_path out to fit again, "
                 "or test with it."
             )
+        own = {name: value for name, value in self.state_dict().items() if "patch_features." in name}
         if not fitting:  # while it is, a Tuner puts back what it saved before its trials
             require_fitted(checkpoint)
             for member in self.model.members:
                 member.patch_features.identify()
             check_identity(checkpoint, self.identity())
-        own = {name: value for name, value in self.state_dict().items() if "patch_features." in name}
+            check_state(self, own | checkpoint["state_dict"], strict=self.strict_loading)
         checkpoint["state_dict"] = own | checkpoint["state_dict"]

@@ -57,3 +57,7 @@ def free_port() -> str:
         with contextlib.suppress(OSError), socket.socket() as tried:
             tried.bind(("127.0.0.1", port))
             return str(port)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=100, metavar="N", help="files changed at random, of each kind")

@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 from pl_patchcore import PatchCore, UserError
+from pl_patchcore.checkpoint import plain_settings
 from pl_patchcore.options import (
     GROUPS,
     EnsembleOptions,
@@ -15,7 +16,6 @@ from pl_patchcore.options import (
     StoreOptions,
     keeps_arguments,
     options_of,
-    plain_settings,
     refuse_unknown,
 )
 
@@ -27,14 +27,14 @@ from pl_patchcore.options import (
         (PatchOptions, {"layer_dim": 8}, r"patches\.layer_dim and patches\.feature_dim go together, got 8 and None"),
         (PatchOptions, {"layer_dim": 8, "feature_dim": 0}, r"patches\.feature_dim must be at least 1, got 0\."),
         (ImageOptions, {"interpolation": "cubic"}, r"images\.interpolation must be bilinear or bicubic, got 'cubic'"),
-        (ImageOptions, {"mean": [0.5, 0.5]}, r"images\.mean must be three numbers, got \[0\.5, 0\.5\]\."),
+        (ImageOptions, {"mean": [0.5, 0.5]}, r"images\.mean must be a list of 3 \(a finite number each\)"),
         (ImageOptions, {"std": [1, 1, 0]}, r"images\.std must be three positive numbers, got \[1\.0, 1\.0, 0\.0\]\."),
         (StoreOptions, {"kind": "tape"}, r"store\.kind must be auto, ram or disk, got 'tape'\."),
         (StoreOptions, {"dtype": "int8"}, r"store\.dtype must be float32, float16 or bfloat16, got 'int8'\."),
         (StoreOptions, {"selection_memory": 0}, r"store\.selection_memory must be GiB above 0, got 0"),
         (EnsembleOptions, {"combine": "max"}, r"ensemble\.combine must be nominal or test_range, got 'max'\."),
         (EnsembleOptions, {"members": []}, r"ensemble\.members names no model"),
-        (EnsembleOptions, {"members": ["resnet18"]}, r"ensemble\.members must be a list of dicts"),
+        (EnsembleOptions, {"members": ["resnet18"]}, r"ensemble\.members must be a list \(settings by name each\)"),
         (
             EnsembleOptions,
             {"members": [{"layer": ["a"]}]},

@@ -407,7 +407,7 @@ def test_hyper_parameters_are_plain(tmp_path):
         ({"shard_bank": True}, "shard_bank is gone"),
         ({"coreset_ration": 0.1}, "did you mean 'coreset_ratio'"),
         ({"store": {"knd": "disk"}}, "did you mean 'kind'"),
-        ({"backbone": None}, "backbone must be a name or a module"),
+        ({"backbone": None}, "backbone must be text, or a Module"),
         ({"false_alarm_rate": 1}, r"false_alarm_rate must be in \(0, 1\)"),
         ({"crop": 100}, "crop 100 is larger"),
     ],

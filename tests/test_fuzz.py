@@ -1,0 +1,145 @@
+"""Files that a stranger may send, changed at random: a clear line, or the right answer. ``--fuzz N`` tries more."""
+
+import copy
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from conftest import TinyBackbone
+from torch.utils.data import DataLoader
+
+from pl_patchcore import PatchCore, UserError
+
+STRANGE = [
+    None, True, -1, 0, 2**40, 10**400, float("nan"), float("inf"), "", "x", "a\nb", [], {}, [[]], {"a": 1}, {1: 2},
+    ("layer1",), ["1", "1"], b"bytes", {"class_path": "os.system", "init_args": {"command": "true"}},
+    torch.zeros(0), torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64), torch.tensor(torch.nan),
+    torch.zeros(1).to("meta"), torch.eye(2).to_sparse(), torch.zeros(1).expand(10**9), torch.full((4, 20), 1e30),
+    torch.zeros((), dtype=torch.bool),
+]  # fmt: skip
+
+
+@pytest.fixture
+def draws(request):
+    """Seeds of the changes to try."""
+    return range(request.config.getoption("--fuzz"))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    import lightning as L
+
+    model = PatchCore(
+        TinyBackbone(), ["fine", "coarse"], resize=16, crop=None, calibration_share=0.3, coreset_ratio=0.2
+    )
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    trainer.fit(model, DataLoader(images, 4))
+    path = tmp_path_factory.mktemp("fuzz") / "good.ckpt"
+    trainer.save_checkpoint(path)
+    return path, images, model(images)
+
+
+def answer(path, fitted):
+    """What is wrong about the answer to a strange checkpoint; None where it is right."""
+    _, images, (scores, maps) = fitted
+    try:
+        model = PatchCore.load_from_checkpoint(path, backbone=TinyBackbone())
+        found = model(images)
+        _ = model.image_threshold, model.pixel_threshold
+    except UserError as error:
+        return None if "\n" not in str(error).strip() else f"several lines: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if torch.equal(found[0], scores) and torch.equal(found[1], maps) else "other scores"
+
+
+def changed(value, draw):
+    """A copy with something at random replaced, left out, or added."""
+    value = copy.deepcopy(value)
+    place = value
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = draw.choice(keys)
+        inside = place[key]
+        if isinstance(inside, dict | list) and inside and draw.random() < 0.8:
+            place = inside
+            continue
+        kind = draw.random()
+        if kind < 0.2:
+            del place[key]
+        elif kind < 0.3 and isinstance(place, dict):
+            place[draw.choice(["x", 5, None, "_instantiator", "_class_path"])] = draw.choice(STRANGE)
+        elif kind < 0.5 and isinstance(inside, torch.Tensor) and inside.numel():
+            place[key] = draw.choice([
+                inside.double(), inside.flatten(), inside[None], inside.reshape(-1)[:-1].clone(), inside.to("meta"),
+                torch.full_like(inside, 2**62 if not inside.is_floating_point() else torch.inf),
+            ])  # fmt: skip
+        else:
+            place[key] = draw.choice(STRANGE)
+        return value
+
+
+# scores may be others where a setting of the scoring itself is changed to another one that is valid
+SCORING = {"num_neighbors", "distance", "reweighting_neighbors", "sigma", "search"}
+
+
+def test_changed_checkpoints(fitted, draws, tmp_path):
+    good, path, wrong = torch.load(fitted[0], weights_only=True), tmp_path / "strange.ckpt", {}
+    for seed in draws:
+        strange = changed(good, random.Random(seed))
+        settings = strange.get("hyper_parameters") if isinstance(strange, dict) else None
+        torch.save(strange, path)
+        what = answer(path, fitted)
+        if what == "other scores" and any(settings.get(n) != good["hyper_parameters"][n] for n in SCORING):
+            what = None
+        if what is not None:
+            wrong[seed] = what
+    assert not wrong, "\n".join(f"seed {seed}: {what}" for seed, what in wrong.items())
+
+
+def test_damaged_checkpoints(fitted, draws, tmp_path):
+    good, path, wrong = fitted[0].read_bytes(), tmp_path / "strange.ckpt", {}
+    for seed in draws:
+        draw, raw = random.Random(seed), bytearray(good)
+        place = draw.randrange(len(raw))
+        if seed % 3 == 0:
+            raw[place] ^= 1 << draw.randrange(8)
+        elif seed % 3 == 1:
+            raw[place : place + draw.randrange(1, 4000)] = draw.randbytes(draw.randrange(1, 4000))
+        else:
+            del raw[place:]
+        path.write_bytes(raw)
+        if (what := answer(path, fitted)) is not None:
+            wrong[seed] = what
+    assert not wrong, "\n".join(f"seed {seed}: {what}" for seed, what in wrong.items())
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_pickles_of_unbounded_work_are_refused(fitted, tmp_path, kind):
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(fitted[0]) as good, zipfile.ZipFile(path, "w", kind) as bomb:
+        for entry in good.infolist():
+            payload = b"\x80\x02" + b"(" * 20_000_000 + b"." if entry.filename.endswith(".pkl") else good.read(entry)
+            bomb.writestr(entry.filename, payload)
+    with pytest.raises(UserError, match="no checkpoint of PatchCore, or is damaged"):
+        PatchCore.load_from_checkpoint(path, backbone=TinyBackbone())
+
+
+def test_pickles_run_nothing(fitted, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    for place in ("hyper_parameters", "patchcore", "state_dict", "callbacks"):
+        checkpoint = torch.load(fitted[0], weights_only=True)
+        checkpoint.setdefault(place, {})["x"] = Payload()
+        torch.save(checkpoint, tmp_path / "x.ckpt", pickle_module=pickle)
+        with pytest.raises(UserError):
+            PatchCore.load_from_checkpoint(tmp_path / "x.ckpt", backbone=TinyBackbone())
+    assert not (tmp_path / "ran").exists()
