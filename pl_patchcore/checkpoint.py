@@ -113,9 +113,9 @@ def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
     settings, identity, left_out = checkpoint.get("hyper_parameters"), mark.get("identity"), mark.get("left_out")
     if not isinstance(settings, dict) or not is_plain(settings):
         raise UserError(f"{name}: its settings are not plain values by name; fit again.")
-    described = isinstance(identity, dict) and isinstance(identity.get("preprocessing"), dict)
-    members = identity.get("members", []) if described else None
+    members = identity.get("members", []) if isinstance(identity, dict) else None
     described = isinstance(members, list) and all(isinstance(member, dict) for member in members)
+    described = described and isinstance(identity, dict) and isinstance(identity.get("preprocessing"), dict)
     named = isinstance(left_out, list) and all(isinstance(n, str) and n.isidentifier() for n in left_out)
     if not described or not named:
         raise UserError(f"{name}: does not tell what its memory bank was made with; fit again.")
