@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from tqdm import tqdm
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.preprocessing import UNKNOWN, Preprocessing, check_image, read_image, read_mask
+from pl_patchcore.preprocessing import UNKNOWN, Preprocessing, check_image, read_image
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +55,23 @@ class Record:
     def read(self) -> tuple[Image.Image, np.ndarray]:
         """Read the image, RGB, and its ground truth, uint8 ``(H, W)``: 0 nominal, 1 anomalous, 255 unknown.
 
-        An anomalous image without a mask, or with an empty one (four tiles of MTD), is unknown everywhere: its
-        defect is somewhere, so that its pixels can count neither as nominal nor as anomalous.
+        Grey levels of a mask above 127 of 255 are anomalous, what lies below (soft edges of drawn masks) is nominal;
+        of several channels the brightest counts. An anomalous image without a mask, or with an empty one (four tiles
+        of MTD), is unknown everywhere: its pixels can count neither as nominal nor as anomalous.
 
         Raises:
             UserError: If the image or mask cannot be read, or their sizes differ.
         """
         image = read_image(self.path)
-        size = (image.height, image.width)
-        if self.label == 0:
-            return image, np.zeros(size, np.uint8)
-        if self.mask_path is None:
-            return image, np.full(size, UNKNOWN, np.uint8)
-        mask = read_mask(self.mask_path)
-        if mask.shape != size:
-            raise self.mismatch(mask.shape, size)
-        return image, mask if mask.any() else np.full(size, UNKNOWN, np.uint8)
+        mask = np.zeros((image.height, image.width), np.uint8)
+        if self.label != 0 and self.mask_path is not None:
+            levels = np.asarray(read_image(self.mask_path)).max(axis=2)
+            if levels.shape != mask.shape:
+                raise self.mismatch(levels.shape, mask.shape)
+            mask = (levels > 127).astype(np.uint8)
+        if self.label != 0 and not mask.any():
+            mask[:] = UNKNOWN
+        return image, mask
 
     def image(self) -> Image.Image:
         """Read the image, RGB."""
@@ -81,7 +83,7 @@ class Record:
         if self.mask_path is not None and self.label == 1 and (found := check_image(self.mask_path)) != size:
             raise self.mismatch(found, size)
 
-    def mismatch(self, found: tuple[int, ...], size: tuple[int, int]) -> UserError:
+    def mismatch(self, found: tuple[int, ...], size: tuple[int, ...]) -> UserError:
         """Error for a mask whose size is not its image's."""
         return UserError(
             f"{self.mask_path}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
@@ -156,7 +158,11 @@ def as_batch(batch: Any) -> dict[str, Any]:
     images, labels = named.get("image"), named.get("label")
     first = labels[0] if isinstance(labels, tuple | list) and labels else labels
     if not isinstance(images, Tensor) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
-        raise _no_batch(batch)
+        raise UserError(
+            f"a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]), got a "
+            f"{type(batch).__name__}; where it comes from several loaders give one loader, e.g. over "
+            "torch.utils.data.ConcatDataset."
+        )
     if images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
     if not images.is_floating_point():
@@ -170,24 +176,6 @@ def as_batch(batch: Any) -> dict[str, Any]:
         if np.shape(labels)[:1] != images.shape[:1]:
             raise UserError(f"labels must be one for each of the {len(images)} images, got {tuple(np.shape(labels))}.")
     return named
-
-
-def _no_batch(batch: Any) -> UserError:
-    """Error for what is no batch, or for the batches of several loaders."""
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    parts = [part for part in parts if part is not None]  # of a loader that has ended
-    several = [
-        isinstance(part, Mapping)
-        or (isinstance(part, tuple | list) and part and isinstance(part[0], Tensor | Mapping))
-        or (isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == 3 and len(parts) > 1)
-        for part in parts
-    ]
-    if parts and all(several):
-        return UserError(
-            f"the batch is a {type(batch).__name__} of {len(parts)} batches, as several loaders give; "
-            "give one loader, e.g. over torch.utils.data.ConcatDataset."
-        )
-    return UserError("a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]).")
 
 
 class AnomalyDataModule(L.LightningDataModule):
@@ -244,7 +232,6 @@ class AnomalyDataModule(L.LightningDataModule):
         self.on_broken = on_broken
         self.skipped: list[str] = []  # what was wrong with each file left out
         self.transform: Preprocessing | None = None
-        self._lists: tuple[list[Record], list[Record], list[Record]] | None = None
         self._checked = False
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
@@ -264,29 +251,30 @@ class AnomalyDataModule(L.LightningDataModule):
 
     @property
     def records(self) -> tuple[list[Record], list[Record]]:
-        """Training and test records, listed once."""
-        return self._listed()[:2]
+        """Training and test records."""
+        return self.lists[:2]
 
-    @property
-    def predict_records(self) -> list[Record]:
-        """Records that ``predict`` scores."""
-        return self._listed()[2]
-
-    def _listed(self) -> tuple[list[Record], list[Record], list[Record]]:
-        """Training, test and predict records."""
-        if self._lists is None:
-            train, test = self.load_records()
-            predict = self.load_predict_records()
-            if self.on_broken == "skip":
-                broken = self._find_broken([*train, *test, *(predict or [])])
-                train, test = ([r for r in part if r not in broken] for part in (train, test))
-                predict = predict and [r for r in predict if r not in broken]
-            self._lists = self._draw_shots(train), test, test if predict is None else predict
-        return self._lists
+    @cached_property
+    def lists(self) -> tuple[list[Record], list[Record], list[Record]]:
+        """Training, test and predict records, listed once."""
+        train, test = self.load_records()
+        predict = self.load_predict_records()
+        if self.on_broken == "skip":
+            broken = self._find_broken([*train, *test, *(predict or [])])
+            train, test = ([r for r in part if r not in broken] for part in (train, test))
+            predict = predict and [r for r in predict if r not in broken]
+        if self.shots is not None:
+            if self.shots > len(train):
+                raise UserError(
+                    f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
+                )
+            order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
+            train = [train[i] for i in sorted(order[: self.shots])]
+        return train, test, test if predict is None else predict
 
     def require(self, stage: str) -> None:
         """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty."""
-        train, test, predict = self._listed()
+        train, test, predict = self.lists
         if not {"fit": train, "predict": predict}.get(stage, test):
             name = "training" if stage == "fit" else stage
             raise UserError(f"{type(self).__name__}: the {name} set is empty; look at the data module's options.")
@@ -295,37 +283,27 @@ class AnomalyDataModule(L.LightningDataModule):
         """Fetch what is to be downloaded, and check every file of both sets before any work is done."""
         self.download_data()
         if not self._checked and self.on_broken == "error":
-            for record in dict.fromkeys(chain(*self._listed())):
+            for record in dict.fromkeys(chain(*self.lists)):
                 record.check()
             self._checked = True
 
-    def _draw_shots(self, train: list[Record]) -> list[Record]:
-        if self.shots is None:
-            return train
-        if self.shots > len(train):
-            raise UserError(
-                f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
-            )
-        order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
-        return [train[i] for i in sorted(order[: self.shots])]
-
     def _find_broken(self, records: list[Record]) -> set[Record]:
         """Decode every file, and say which records cannot be read."""
+        broken = {}
 
-        def problem(record: Record) -> str | None:
+        def read(record: Record) -> None:
             try:
                 record.read()
             except UserError as error:
-                return str(error)
-            return None
+                broken[record] = str(error)
 
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
-            found = pool.map(problem, records)
-            problems = list(tqdm(found, "Checking images", len(records), delay=2, unit=" images"))
-        self.skipped = [text for text in problems if text is not None]
-        if self.skipped:
-            log.warning("%d files are left out (on_broken: skip):\n  %s", len(self.skipped), "\n  ".join(self.skipped))
-        return {record for record, text in zip(records, problems, strict=True) if text is not None}
+            for _ in tqdm(pool.map(read, records), "Checking images", len(records), delay=2, unit=" images"):
+                pass
+        self.skipped = [broken[record] for record in records if record in broken]
+        if broken:
+            log.warning("%d files are left out (on_broken: skip):\n  %s", len(broken), "\n  ".join(self.skipped))
+        return set(broken)
 
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
@@ -336,7 +314,7 @@ class AnomalyDataModule(L.LightningDataModule):
         if not isinstance(transform, Preprocessing):
             transform = Preprocessing()
         self.require(stage)
-        self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self._listed())
+        self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self.lists)
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
 
