@@ -7,9 +7,9 @@ filter: frame k of the mini set is frame 5k of the original here, in the order o
 whether its 12 scenes shared a memory bank: ``scenes`` says which scenes one bank is made of.
 
 Training frames are decoded while they are read; nothing is written. Each process keeps one video open and goes
-on from where it is, so that frames are best asked for in their order; going back starts again at frame 0. (Seeking
-ends on the right frame with some codecs only.) So each loader process also decodes what the others return: 0.4 ms a
-frame of 480x856 pixels (MPEG-4 or H.264, one core), and 1 ms for the colours of a frame that is returned.
+on from where it is: frames are best asked for in their order, and going back starts again at frame 0. (Seeking
+ends on the right frame with some codecs only.) So each loader process also decodes what the others return, which
+takes 0.4 ms for a frame of 480x856 pixels; the colours of a frame that is returned take 1 ms.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class VideoRecord(Record):
 
     def read(self) -> tuple[Image.Image, np.ndarray]:
         """Decode the frame, RGB; its mask is all nominal."""
-        image = _decode(self.path.parent, int(self.path.name))
+        image = _opened.frame(self.path.parent, int(self.path.name))
         return image, np.zeros((image.height, image.width), np.uint8)
 
     def check(self) -> None:
@@ -163,17 +163,19 @@ class MSTCDataModule(AnomalyDataModule):
         return scenes
 
     def _length(self, video: Path) -> int:
-        """Number of frames: the packets are counted, as headers may lie; nothing is decoded."""
+        """Number of frames: the packets are counted, as headers may lie; nothing is decoded.
+
+        Where broken files are skipped it is 1 at least: that frame cannot be read, and is left out with the reason.
+        """
+        announced, frames, problem = 0, 0, "holds no frame"
         try:
             with av.open(str(video)) as container:
                 announced = container.streams.video[0].frames
                 frames = sum(packet.size > 0 for packet in container.demux(video=0))
         except (OSError, FFmpegError, IndexError) as error:  # IndexError: no video in it
-            if self.on_broken == "skip":
-                return 1  # this one frame cannot be read either, and is left out with the reason
-            raise UserError(f"{video}: is no video that can be read ({error}); replace the file.") from error
+            problem = f"is no video that can be read ({error})"
         if frames == 0 and self.on_broken == "error":
-            raise UserError(f"{video}: holds no frame; replace the file.")
+            raise UserError(f"{video}: {problem}; replace the file.")
         if frames < announced:
             message = "%s: announces %d frames and holds %d: some were dropped, or are damaged."
             log.warning(message, video, announced, frames)
@@ -202,43 +204,39 @@ class MSTCDataModule(AnomalyDataModule):
         ]
 
 
-class _Video:
-    """An open video; gives frames by number, in increasing order."""
+class _OpenVideo(threading.local):
+    """The video that a thread reads; gives its frames by number, in increasing order."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.process, self.number = path, os.getpid(), -1
+    opened: tuple[Path, int] | None = None  # path and process: after a fork both would share the place in the file
+
+    def frame(self, path: Path, number: int) -> Image.Image:
+        """Frame ``number`` of a video, RGB."""
+        try:
+            if self.opened != (path, os.getpid()) or self.number > number:
+                self._open(path)
+            while self.number < number:
+                self.last = next(self.frames)
+                self.number += 1
+            return Image.fromarray(self.to_rgb.reformat(self.last, format="rgb24", threads=1).to_ndarray())
+        except StopIteration:
+            raise UserError(f"{path}: ends before frame {number} is decoded; replace or re-encode the file.") from None
+        except FFmpegError as error:
+            message = f"{path}: frame {number} cannot be decoded ({error.strerror}); replace or re-encode it."
+            raise UserError(message) from error
+
+    def _open(self, path: Path) -> None:
+        if self.opened is not None:
+            self.opened = None  # not to be used again, whatever becomes of the next one
+            self.container.close()
         self.container = av.open(str(path))
         stream = self.container.streams.video[0]
         stream.thread_count = 1  # loader processes are many already, and a fork waits for threads it has not
-        self.frames = self.container.decode(stream)  # in the order of display
-        self.frame: av.VideoFrame | None = None  # the one of that number
+        self.frames, self.number = self.container.decode(stream), -1  # in the order of display
         self.to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
+        self.opened = (path, os.getpid())
 
 
-_opened = threading.local()  # the video that each thread reads
-
-
-def _decode(path: Path, number: int) -> Image.Image:
-    """Frame ``number`` of a video, RGB."""
-    video: _Video | None = getattr(_opened, "video", None)
-    try:
-        # a video opened before a fork shares its place in the file with the other processes
-        if video is None or (video.path, video.process) != (path, os.getpid()) or video.number > number:
-            if video is not None:
-                _opened.video = None  # not to be used again, whatever becomes of the next one
-                video.container.close()
-            video = _opened.video = _Video(path)
-        while video.number < number:
-            video.frame = next(video.frames)
-            video.number += 1
-        assert video.frame is not None
-        return Image.fromarray(video.to_rgb.reformat(video.frame, format="rgb24", threads=1).to_ndarray())
-    except StopIteration:
-        raise UserError(f"{path}: ends before frame {number} is decoded; replace or re-encode the file.") from None
-    except FFmpegError as error:
-        raise UserError(
-            f"{path}: frame {number} cannot be decoded ({error.strerror}); replace or re-encode it."
-        ) from error
+_opened = _OpenVideo()
 
 
 def _array(path: Path) -> np.ndarray:
