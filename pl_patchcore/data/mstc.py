@@ -19,6 +19,7 @@ import os
 import re
 import threading
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,7 +49,7 @@ class VideoRecord(Record):
 
     def read(self) -> tuple[Image.Image, np.ndarray]:
         """Decode the frame, RGB; its mask is all nominal."""
-        image = _opened.frame(self.path.parent, int(self.path.name))
+        image = _decode(self.path.parent, int(self.path.name))
         return image, np.zeros((image.height, image.width), np.uint8)
 
     def check(self) -> None:
@@ -204,39 +205,40 @@ class MSTCDataModule(AnomalyDataModule):
         ]
 
 
-class _OpenVideo(threading.local):
-    """The video that a thread reads; gives its frames by number, in increasing order."""
+_reading = threading.local()  # of each thread: path and process of the video it reads, the reader, the last frame
 
-    opened: tuple[Path, int] | None = None  # path and process: after a fork both would share the place in the file
 
-    def frame(self, path: Path, number: int) -> Image.Image:
-        """Frame ``number`` of a video, RGB."""
-        try:
-            if self.opened != (path, os.getpid()) or self.number > number:
-                self._open(path)
-            while self.number < number:
-                self.last = next(self.frames)
-                self.number += 1
-            return Image.fromarray(self.to_rgb.reformat(self.last, format="rgb24", threads=1).to_ndarray())
-        except StopIteration:
-            raise UserError(f"{path}: ends before frame {number} is decoded; replace or re-encode the file.") from None
-        except FFmpegError as error:
-            message = f"{path}: frame {number} cannot be decoded ({error.strerror}); replace or re-encode it."
-            raise UserError(message) from error
+def _decode(path: Path, number: int) -> Image.Image:
+    """Frame ``number`` of a video, RGB."""
+    opened, reader, last = getattr(_reading, "video", (None, None, 0))
+    _reading.video = None, None, 0  # not to be used again if this fails
+    try:
+        # a video opened before a fork shares its place in the file with the other processes
+        if opened == (path, os.getpid()) and number >= last:
+            image: Image.Image = reader.send(number)
+        else:
+            if reader is not None:
+                reader.close()
+            reader = _read_frames(path, number)
+            image = next(reader)
+    except StopIteration:
+        raise UserError(f"{path}: ends before frame {number} is decoded; replace or re-encode the file.") from None
+    except FFmpegError as error:
+        message = f"{path}: frame {number} cannot be decoded ({error.strerror}); replace or re-encode it."
+        raise UserError(message) from error
+    _reading.video = (path, os.getpid()), reader, number
+    return image
 
-    def _open(self, path: Path) -> None:
-        if self.opened is not None:
-            self.opened = None  # not to be used again, whatever becomes of the next one
-            self.container.close()
-        self.container = av.open(str(path))
-        stream = self.container.streams.video[0]
+
+def _read_frames(path: Path, number: int) -> Generator[Image.Image, int, None]:
+    """Frame ``number`` of a video, RGB, then those whose numbers are sent, never a smaller one."""
+    to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
         stream.thread_count = 1  # loader processes are many already, and a fork waits for threads it has not
-        self.frames, self.number = self.container.decode(stream), -1  # in the order of display
-        self.to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
-        self.opened = (path, os.getpid())
-
-
-_opened = _OpenVideo()
+        for place, frame in enumerate(container.decode(stream)):  # in the order of display
+            while place == number:
+                number = yield Image.fromarray(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
 
 
 def _array(path: Path) -> np.ndarray:
