@@ -357,11 +357,10 @@ def test_killed_while_unpacking(server, fetch, tmp_path):
 
 def test_wrong_checksum(server, fetch, tmp_path):
     data = zip_bytes()
-    with pytest.raises(UserError, match=f"its sha256 is {sha(data)}, not {'0' * 64}; it was removed"):
+    with pytest.raises(UserError, match=f"its sha256 is {sha(data)}, not {'0' * 64}; delete .*mtd.zip and run again"):
         fetch(server.serve("/mtd.zip", data), sha256="0" * 64)
-    assert beside(tmp_path) == []
+    assert beside(tmp_path) == ["mtd.zip"]
     assert tree(fetch(server.url("/mtd.zip"), sha256=sha(data))) == UNPACKED
-    assert [call.range for call in server.calls] == [None, None]
 
 
 def test_unknown_checksum_is_said(server, fetch, caplog):
@@ -385,7 +384,7 @@ def test_archive_put_by_hand(server, fetch, tmp_path):
 def test_wrong_archive_put_by_hand_is_left_alone(server, fetch, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mtd.zip").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"mtd\.zip: its sha256 is .* delete it and run again"):
+    with pytest.raises(UserError, match=r"mtd\.zip: its sha256 is .* delete .*mtd\.zip and run again"):
         fetch(server.url("/mtd.zip"), sha256=sha(zip_bytes()))
     assert (tmp_path / "data" / "mtd.zip").read_bytes() == b"mine"
 

@@ -40,7 +40,7 @@ class Record:
 
     Args:
         path: Image file.
-        label: 0 nominal, 1 anomalous, as the data set's folders say (never derived from the mask); -1 not known.
+        label: 0 nominal, 1 anomalous, as the data set's folders say, never from the mask; -1 not known.
         defect: Defect type, ``nominal`` for nominal images.
         category: Product or scene.
         mask_path: Ground-truth mask; None means all nominal for a nominal image, unknown for an anomalous one.
@@ -55,9 +55,8 @@ class Record:
     def read(self) -> tuple[Image.Image, np.ndarray]:
         """Read the image, RGB, and its ground truth, uint8 ``(H, W)``: 0 nominal, 1 anomalous, 255 unknown.
 
-        Grey levels of a mask above 127 of 255 are anomalous, what lies below (soft edges of drawn masks) is nominal;
-        of several channels the brightest counts. An anomalous image without a mask, or with an empty one (four tiles
-        of MTD), is unknown everywhere: its pixels can count neither as nominal nor as anomalous.
+        Grey levels of a mask above 127 of 255 are anomalous, of several channels the brightest counts. An anomalous
+        image without a mask, or with an empty one, is unknown everywhere: its pixels count neither way.
 
         Raises:
             UserError: If the image or mask cannot be read, or their sizes differ.
@@ -94,10 +93,8 @@ class Record:
 class ImageDataset(Dataset[Sample]):
     """Records as samples.
 
-    A sample holds ``image`` float32 (3, H, W); ``mask`` uint8 (H, W), 0 nominal, 1 anomalous, 255 unknown;
-    ``label`` 0 or 1; ``index`` in the data set; ``category``, ``defect`` and ``path`` as strings;
-    ``original_size`` int64 (2,), height and width; ``crop_box`` float32 (4,), the part of the original that
-    the input covers (top, left, bottom, right, pixels of the original).
+    A sample holds ``image``, ``mask``, ``original_size`` and ``crop_box`` as `Preprocessing.apply` gives them, ``label``,
+    ``index`` in the data set, and ``category``, ``defect`` and ``path`` as strings.
 
     Args:
         records: The images, in the data set's order.
@@ -105,35 +102,26 @@ class ImageDataset(Dataset[Sample]):
     """
 
     def __init__(self, records: Sequence[Record], transform: Preprocessing) -> None:
-        self.records = records
-        self.transform = transform
+        self.records, self.transform = records, transform
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        image, mask = record.read()
-        return {
-            **self.transform.apply(image, mask),
-            "label": record.label,
-            "index": index,
-            "category": record.category,
-            "defect": record.defect,
-            "path": str(record.path),
-        }
+        names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
+        return self.transform.apply(*record.read()) | {"label": record.label, "index": index} | names
 
 
 def collate(samples: list[Sample]) -> Sample:
     """Stack samples into a batch; images of different shapes are refused by name."""
-    first = samples[0]
-    for sample in samples:
-        if sample["image"].shape != first["image"].shape:
-            raise UserError(
-                f"{sample['path']} is {tuple(sample['image'].shape[1:])} pixels after preprocessing, "
-                f"{first['path']} is {tuple(first['image'].shape[1:])}; "
-                "set crop, or resize_mode 'squash', so that all images have one shape."
-            )
+    shapes = {tuple(sample["image"].shape[1:]): sample["path"] for sample in samples}
+    if len(shapes) > 1:
+        (one, first), (other, second) = list(shapes.items())[:2]
+        raise UserError(
+            f"{second} is {other} pixels after preprocessing, {first} is {one}; "
+            "set crop, or resize_mode 'squash', so that all images have one shape."
+        )
     batch: Sample = default_collate(samples)
     return batch
 
@@ -142,9 +130,8 @@ def as_batch(batch: Any) -> dict[str, Any]:
     """Read a batch of any of the accepted forms as a dict.
 
     Args:
-        batch: A dict with at least ``image``; a tensor of images; or a tuple ``(image,)``, ``(image, label)``,
-            ``(image, label, mask)``. Images are floating-point ``(B, 3, H, W)``, of any precision, normalised;
-            labels are numbers ``(B,)``.
+        batch: A dict with at least ``image``, a tensor of images, or a tuple ``(image[, label[, mask]])``. Images are
+            floating-point ``(B, 3, H, W)``, of any precision, normalised; labels are numbers ``(B,)``.
 
     Raises:
         UserError: If it is none of these, or comes from several loaders.
@@ -181,16 +168,15 @@ def as_batch(batch: Any) -> dict[str, Any]:
 class AnomalyDataModule(L.LightningDataModule):
     """Base of the data modules: subclasses say which records they hold (`load_records`).
 
-    The preprocessing is the model's: it is taken from the Trainer's model, if that has a ``transform``, or can
-    be set by hand (``data.transform = model.transform``).
+    The preprocessing is that of the Trainer's model, or set by hand (``data.transform = model.transform``).
 
     Args:
         batch_size: Images per batch.
         num_workers: Loader processes; None takes one per core, at most 8.
-        validation: ``none`` (no validation set: PatchCore has nothing to validate while it fits), or ``test``
-            to run ``validate`` on the test set, knowingly.
-        shots: Train on so many nominal images only, drawn by ``shots_seed``; draws are nested: with one seed, the
-            images of fewer shots are among those of more. None takes all.
+        validation: ``none`` (no validation set: nothing is tuned while fitting), or ``test`` to run ``validate`` on the
+            test set, knowingly.
+        shots: Train on so many nominal images only, drawn by ``shots_seed``; with one seed, the images of fewer shots
+            are among those of more. None takes all.
         shots_seed: Seed of that draw.
         on_broken: ``error`` stops at the first file that cannot be read, after a look at headers and ends;
             ``skip`` decodes every file beforehand and leaves out those that cannot be read, counted and listed.
@@ -209,17 +195,20 @@ class AnomalyDataModule(L.LightningDataModule):
         on_broken: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"num_workers must be 0 or more, got {num_workers}.")
-        if shots is not None and shots < 1:
-            raise UserError(f"shots must be at least 1, got {shots}; leave it out to train on all nominal images.")
-        if validation not in ("none", "test"):
-            raise UserError(f"validation must be none or test, got {validation!r}.")
-        if on_broken not in ("error", "skip"):
-            raise UserError(f"on_broken must be error or skip, got {on_broken!r}.")
-        self.batch_size = batch_size
+        for name, number, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("shots", shots, 1),
+        ):
+            if number is not None and number < least:
+                raise UserError(f"{name} must be at least {least}, got {number}.")
+        for name, choice, other in (
+            ("validation", validation, "none or test"),
+            ("on_broken", on_broken, "error or skip"),
+        ):
+            if choice not in other.split(" or "):
+                raise UserError(f"{name} must be {other}, got {choice!r}.")
+        self.batch_size, self.validation, self.on_broken = batch_size, validation, on_broken
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.loading: dict[str, Any] = {  # arguments that the loaders have in common
             "num_workers": self.num_workers,
@@ -227,9 +216,7 @@ class AnomalyDataModule(L.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "collate_fn": collate,
         }
-        self.validation = validation
         self.shots, self.shots_seed = shots, shots_seed
-        self.on_broken = on_broken
         self.skipped: list[str] = []  # what was wrong with each file left out
         self.transform: Preprocessing | None = None
         self._checked = False

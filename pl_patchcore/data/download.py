@@ -1,11 +1,8 @@
 """Archives from the network: an address -> the folder that a data module reads.
 
-``fetch_archive`` downloads a ``.tar``, ``.tar.gz``, ``.tar.xz`` or ``.zip``, checks it and unpacks it. Three names may
-lie beside the folder ``data/mtd``: the archive ``data/mtd.zip`` (it stays, and may be deleted), ``mtd.zip.partial``
-with its ``mtd.zip.partial.note`` (what came so far, and of which version of the file), and ``mtd.unpacking`` (removed,
-or left by a killed process and removed by the next call). A folder under the final name is always whole.
-
-Only the standard library speaks to the network: urllib follows redirects and obeys ``https_proxy``.
+Beside the folder ``data/mtd`` lie the archive ``data/mtd.zip`` (it stays, and may be deleted), and for a while
+``mtd.zip.partial`` with its ``mtd.zip.partial.note`` (what came so far, and of which version of the file), and
+``mtd.unpacking``. A killed process leaves these to the next call. A folder under the final name is always whole.
 """
 
 from __future__ import annotations
@@ -68,9 +65,9 @@ def fetch_archive(
 ) -> Path:
     """Make ``folder`` from the archive at ``url``.
 
-    An archive that already lies beside ``folder`` is used without network. A broken download is continued, by up to
-    four further tries here and by the next call, unless the file has changed meanwhile. An archive with an absolute
-    path, a ``..``, a link or a device in it is refused before anything is written.
+    An archive that lies beside ``folder`` already is used without network. A broken download is continued, here and by
+    the next call, unless the file has changed meanwhile. An archive with a path that leads out of the folder, a link or
+    a device in it is refused before anything is written.
 
     Args:
         url: Address of the archive: http, https or file.
@@ -92,25 +89,21 @@ def fetch_archive(
         raise UserError(f"{url}: is not an address that begins with http://, https:// or file://; give one.")
     archive = folder.with_name(name)
     remedy = f"{by_hand or f'fetch {url} by other means'}, put it at {archive} and run again"
+    again = f"delete {archive} and run again, or {remedy}"
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
         with _alone(archive):
             if folder.exists() or folder.is_symlink():
                 raise UserError(f"{folder}: is there already and is never overwritten; move it away or use it.")
-            if by_person := archive.exists():
-                log.info("%s: is there, nothing is downloaded.", archive)
-            else:
+            if not archive.exists():
                 _download(url, archive, remedy)
             with archive.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if sha256 is None:
                 log.warning("%s: no checksum is known for it, so it was not checked; its sha256 is %s.", archive, found)
             elif found != sha256.lower():
-                if not by_person:
-                    archive.unlink()
-                advice = "delete it and run again to download it" if by_person else "it was removed: run again"
-                raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {advice}, or {remedy}.")
-            _unpack(archive, folder, strip, f"delete {archive} and run again, or {remedy}")
+                raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {again}.")
+            _unpack(archive, folder, strip, again)
     except OSError as error:
         message = f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
         raise UserError(message) from error
@@ -133,9 +126,6 @@ def _alone(archive: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-# Download
 
 
 def _download(url: str, archive: Path, remedy: str) -> None:
@@ -180,12 +170,12 @@ def _one_try(url: str, out: IO[bytes], note: Path) -> None:
         headers, total = response.headers, None
         if response.status in (206, 416):
             same, span = resume and _version(headers) in ("", version), headers.get("Content-Range", "")
-            if same and response.status == 416 and span == f"bytes */{have}":
-                return
-            found = re.fullmatch(rf"bytes {have}-\d+/(\d+)", span)
-            if response.status == 416 or not same or not found:
+            found = re.fullmatch(rf"bytes \*/({have})" if response.status == 416 else rf"bytes {have}-\d+/(\d+)", span)
+            if not same or not found:
                 out.truncate(0)
                 raise OSError("the file has changed since its first part came; that part was dropped")
+            if response.status == 416:  # nothing is lacking
+                return
             total = int(found[1])
         else:  # the whole file: a first try, a changed file, or a server that knows no ranges
             out.truncate(0)
@@ -227,9 +217,6 @@ def _check_space(folder: Path, size: int) -> None:
 def _line(error: object) -> str:
     """What an exception says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# Unpacking
 
 
 def _unpack(archive: Path, folder: Path, strip: bool, remedy: str) -> None:

@@ -1,8 +1,8 @@
 """Images of your own: folders, or a CSV list -> records.
 
-The least that is needed is one folder of nominal images. A share of them is then held out as a test set without
-anomalous images, which tells the false-alarm rate at the calibrated thresholds (``model.calibration_share``) and no
-AUROC. With anomalous images, all figures of image level; with masks, those of pixel level. Next: `base.py`.
+One folder of nominal images is enough: a share of them is held out for a test, which tells the false-alarm rate at the
+calibrated thresholds (``model.calibration_share``). Anomalous images add the figures of image level, masks those of
+pixel level. Next: `base.py`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,11 @@ _COLUMNS = ("path", "split", "label", "defect", "category", "mask")
 def list_images(folder: Path, remedy: str, recursive: bool = False) -> list[Path]:
     """List the image files in a folder by their suffix, upper or lower case, in the order of their names.
 
-    Hidden files are passed over; other files that are no images are counted in a log line.
-
-    Args:
-        folder: The folder.
-        remedy: What to do where there is no such folder, or no image in it.
-        recursive: Also those in folders inside, links followed, each folder once.
+    Hidden files are passed over; other files that are no images are counted in a log line. With ``recursive`` also the
+    images in folders inside, links followed, each folder once.
 
     Raises:
-        UserError: If there is no such folder, or no image in it.
+        UserError: If there is no such folder, or no image in it; it ends with the ``remedy``.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}.")

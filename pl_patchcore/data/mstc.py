@@ -65,11 +65,7 @@ class FrameRecord(Record):
     """A frame of a test video; ``mask_path`` holds the masks of the whole video."""
 
     def read(self) -> tuple[Image.Image, np.ndarray]:
-        """Read the frame and its mask; one with label 1 and no pixel marked is unknown everywhere.
-
-        Raises:
-            UserError: If a file cannot be read, the mask has another size, or marks pixels of a frame of label 0.
-        """
+        """Read the frame and its mask, as `Record.read`; a mask must mark no pixel of a frame of label 0."""
         image = read_image(self.path)
         return image, self._mask((image.height, image.width))
 
@@ -83,9 +79,7 @@ class FrameRecord(Record):
         if mask.shape != size:
             raise self.mismatch(mask.shape, size)
         if mask.any() and self.label == 0:
-            raise UserError(
-                f"{path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both files."
-            )
+            raise UserError(f"{path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both.")
         return mask if mask.any() or self.label == 0 else np.full(size, UNKNOWN, np.uint8)
 
 
@@ -95,7 +89,7 @@ class MSTCDataModule(AnomalyDataModule):
     Args:
         root: Folder that holds ``training`` and ``testing``.
         scenes: Scenes that one memory bank is made of: one (``1`` or ``01``), a list, or ``all`` that have test
-            videos (scene 13 has none; name it to train on it).
+            videos (scene 13 has none).
         frame_step: Every so many frames of a video are taken, from its first on; the mini set takes every fifth.
         **loading: Arguments of `AnomalyDataModule`.
 
@@ -134,9 +128,8 @@ class MSTCDataModule(AnomalyDataModule):
         videos, tests = self._by_scene(_VIDEOS, "*.avi"), self._by_scene(_FRAMES, "*/")
         found = tuple(sum(map(len, part.values())) for part in (videos, tests))
         if found[0] < _ORIGINAL[0] or found[1] < _ORIGINAL[1]:
-            log.warning(
-                "%s: %d training and %d test videos, of %d and %d in the original.", self.root, *found, *_ORIGINAL
-            )
+            message = "%s: %d training and %d test videos, of %d and %d in the original."
+            log.warning(message, self.root, *found, *_ORIGINAL)
         train: list[Record] = []
         test: list[Record] = []
         for scene in self.scenes or self.categories():
@@ -194,9 +187,8 @@ class MSTCDataModule(AnomalyDataModule):
         labels, masks = _array(labels_path), _array(masks_path)
         for path, array, axes in ((labels_path, labels, 1), (masks_path, masks, 3)):
             if array.ndim != axes or len(array) != len(files):
-                raise UserError(
-                    f"{path}: has the shape {array.shape}, but {folder} holds {len(files)} frames; restore both."
-                )
+                frames = f"{folder} holds {len(files)} frames"
+                raise UserError(f"{path}: has the shape {array.shape}, but {frames}; restore both.")
         if not np.isin(labels, (0, 1)).all():
             raise UserError(f"{labels_path}: holds labels other than 0 and 1; restore the file.")
         return [
@@ -205,13 +197,14 @@ class MSTCDataModule(AnomalyDataModule):
         ]
 
 
-_reading = threading.local()  # of each thread: path and process of the video it reads, the reader, the last frame
+_reading = threading.local()  # what each thread reads: (path and process, reader, last frame)
 
 
 def _decode(path: Path, number: int) -> Image.Image:
     """Frame ``number`` of a video, RGB."""
-    opened, reader, last = getattr(_reading, "video", (None, None, 0))
-    _reading.video = None, None, 0  # not to be used again if this fails
+    video: Any = getattr(_reading, "video", (None, None, 0))
+    opened, reader, last = video
+    _reading.video = (None, None, 0)  # not to be used again if this fails
     try:
         # a video opened before a fork shares its place in the file with the other processes
         if opened == (path, os.getpid()) and number >= last:
