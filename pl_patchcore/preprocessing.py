@@ -1,8 +1,8 @@
 """Image file -> input of the backbone, one image at a time.
 
-Reads an image or mask file, resizes, crops and normalises it, and remembers which part of the original the
-crop covers. Each image is handled alone, in the data set, so that a score never depends on its neighbours in
-the batch. Next: `data/base.py`, which makes samples and batches of it.
+Reads an image file, resizes, crops and normalises it, and remembers which part of the original the crop covers.
+Each image is handled alone, so that a score never depends on its neighbours in the batch. Next: `data/base.py`,
+which makes samples and batches of it.
 
 The paper says "resized and center cropped to 256x256 and 224x224": ``resize_mode="squash"`` resizes to exactly
 256x256. The authors' code resizes the shorter side (``"shorter_side"``), which on elongated images crops more.
@@ -143,9 +143,6 @@ def read_image(path: Path) -> Image.Image:
     EXIF orientation is applied; grey is repeated to three channels; 16-bit grey is scaled from its full range;
     an alpha channel is dropped (the colours under it are kept).
 
-    Args:
-        path: Image file in any format Pillow reads.
-
     Raises:
         UserError: If the file is missing, not an image, cut short, or holds floating-point pixels.
     """
@@ -163,10 +160,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Check an image file without decoding it, where that is enough.
-
-    Reads the header and the end marker of JPEG and PNG files (about 0.1 ms); a file without its end marker is
-    decoded, and refused if that fails.
+    """Check an image file by its header and, of JPEG and PNG, its end marker; without that it is decoded.
 
     Returns:
         Height and width, upright.

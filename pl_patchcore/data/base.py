@@ -93,8 +93,8 @@ class Record:
 class ImageDataset(Dataset[Sample]):
     """Records as samples.
 
-    A sample holds ``image``, ``mask``, ``original_size`` and ``crop_box`` as `Preprocessing.apply` gives them, ``label``,
-    ``index`` in the data set, and ``category``, ``defect`` and ``path`` as strings.
+    A sample holds ``image``, ``mask``, ``original_size`` and ``crop_box`` as `Preprocessing.apply` gives them;
+    ``label``, ``index`` in the data set; ``category``, ``defect`` and ``path`` as strings.
 
     Args:
         records: The images, in the data set's order.

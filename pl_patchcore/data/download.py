@@ -1,8 +1,8 @@
 """Archives from the network: an address -> the folder that a data module reads.
 
-Beside the folder ``data/mtd`` lie the archive ``data/mtd.zip`` (it stays, and may be deleted), and for a while
-``mtd.zip.partial`` with its ``mtd.zip.partial.note`` (what came so far, and of which version of the file), and
-``mtd.unpacking``. A killed process leaves these to the next call. A folder under the final name is always whole.
+Beside the folder ``data/mtd`` lie the archive ``data/mtd.zip`` and ``mtd.zip.lock`` (both may be deleted), and for
+a while ``mtd.zip.partial``, its ``mtd.zip.partial.note`` (of which version of the file it is), and ``mtd.unpacking``.
+A killed process leaves these to the next call. A folder under the final name is always whole.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ import shutil
 import ssl
 import stat
 import struct
-import sys
 import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from email.message import Message
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -33,12 +30,10 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pl_patchcore.errors import UserError
-
-if sys.platform != "win32":
-    import fcntl
 
 SUFFIXES = (".tar", ".tar.gz", ".tar.xz", ".zip")
 _BLOCK = 1 << 20  # bytes read at once
@@ -92,7 +87,7 @@ def fetch_archive(
     again = f"delete {archive} and run again, or {remedy}"
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(archive):
+        with FileLock(f"{archive}.lock", timeout=0):  # a killed process holds it no longer
             if folder.exists() or folder.is_symlink():
                 raise UserError(f"{folder}: is there already and is never overwritten; move it away or use it.")
             if not archive.exists():
@@ -104,28 +99,12 @@ def fetch_archive(
             elif found != sha256.lower():
                 raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {again}.")
             _unpack(archive, folder, strip, again)
-    except OSError as error:
+    except Timeout:
+        raise UserError(f"{archive}: another process is fetching it; wait until it is done.") from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system that knows no locks
         message = f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
         raise UserError(message) from error
     return folder
-
-
-@contextmanager
-def _alone(archive: Path) -> Iterator[None]:
-    """Refuse a second process at the same archive; a killed one holds no lock."""
-    path = archive.with_name(f"{archive.name}.lock")
-    with path.open("ab") as lock:
-        try:
-            if sys.platform != "win32":
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{archive}: another process is fetching it; wait until it is done.") from None
-        except OSError as error:
-            log.info("%s: cannot be locked (%s); run no second process on it.", archive, error)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _download(url: str, archive: Path, remedy: str) -> None:

@@ -188,12 +188,12 @@ class FolderDataModule(AnomalyDataModule):
         return train, [record for i, record in enumerate(nominal) if i in tested]
 
     def _read_manifest(self, path: Path) -> tuple[list[Record], list[Record]]:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; set data.manifest to a CSV file with the column path.")
         try:
             text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text ({error}); save it as CSV, UTF-8.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}: is not UTF-8 text ({error}); set data.manifest to a CSV file in UTF-8."
+            ) from error
         first = text.partition("\n")[0]
         rows = csv.DictReader(text.splitlines(), delimiter=";" if first.count(";") > first.count(",") else ",")
         names = rows.fieldnames or []

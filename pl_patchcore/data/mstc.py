@@ -2,9 +2,9 @@
 
 Layout, as its authors publish it: ``training/videos/SS_NNN.avi`` (nominal; SS is the scene),
 ``testing/frames/SS_NNNN/000.jpg, 001.jpg, ...``, and of each test video ``testing/test_frame_mask/SS_NNNN.npy`` (a 0
-or 1 for each frame) and ``testing/test_pixel_mask/SS_NNNN.npy`` (frames, H, W). The paper gives neither offset nor
-filter: frame k of the mini set is frame 5k of the original here, in the order of display. It also does not say
-whether its 12 scenes shared a memory bank: ``scenes`` says which scenes one bank is made of.
+or 1 for each frame) and ``testing/test_pixel_mask/SS_NNNN.npy`` (frames, H, W). The paper gives no offset, and does not
+say whether its 12 scenes shared a memory bank: here frame k of the mini set is frame 5k of the original, in the order
+of display, and ``scenes`` says which scenes one bank is made of.
 
 Training frames are decoded while they are read; nothing is written. Each process keeps one video open and goes
 on from where it is: frames are best asked for in their order, and going back starts again at frame 0. (Seeking
