@@ -243,7 +243,7 @@ def test_synthetic_export(tmp_path):
         ({"train_images": 0}, "train_images must be at least 1"),
         ({"test_per_defect": -1}, "at least 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"num_workers": -1}, "num_workers must be 0 or more"),
     ],
 )
 def test_bad_options(options, message):

@@ -195,13 +195,12 @@ class AnomalyDataModule(L.LightningDataModule):
         on_broken: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
-        for name, number, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("shots", shots, 1),
-        ):
-            if number is not None and number < least:
-                raise UserError(f"{name} must be at least {least}, got {number}.")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"num_workers must be 0 or more, got {num_workers}.")
+        if shots is not None and shots < 1:
+            raise UserError(f"shots must be at least 1, got {shots}; leave it out to train on all nominal images.")
         for name, choice, other in (
             ("validation", validation, "none or test"),
             ("on_broken", on_broken, "error or skip"),
