@@ -1,8 +1,8 @@
 """Image file -> input of the backbone, one image at a time.
 
-Reads an image or mask file, resizes, crops and normalises it, and remembers which part of the original the
-crop covers. Each image is handled alone, in the data set, so that a score never depends on its neighbours in
-the batch. Next: `data/base.py`, which makes samples and batches of it.
+Reads an image file, resizes, crops and normalises it, and remembers which part of the original the crop covers.
+Each image is handled alone, so that a score never depends on its neighbours in the batch. Next: `data/base.py`,
+which makes samples and batches of it.
 
 The paper says "resized and center cropped to 256x256 and 224x224": ``resize_mode="squash"`` resizes to exactly
 256x256. The authors' code resizes the shorter side (``"shorter_side"``), which on elongated images crops more.
@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.Image import Resampling
 from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, normalize, resize
 
 from pl_patchcore.errors import UserError
 
@@ -27,8 +27,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 UNKNOWN = 255  # mask value of pixels that no pixel figure counts
 _ORIENTATION = 274  # EXIF tag
-_Box = tuple[float, float, float, float]  # top, left, bottom, right
-_PixelBox = tuple[int, int, int, int]  # left, top, right, bottom
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a bad file
 
 
@@ -94,61 +92,39 @@ class Preprocessing:
 
         Returns:
             ``image`` float32 ``(3, H, W)``, normalised; ``mask`` uint8 ``(H, W)``, where one was given;
-            ``original_size`` int64 ``(2,)``, height and width; ``crop_box`` float32 ``(4,)``, see `crop_box`.
+            ``original_size`` int64 ``(2,)``, height and width; ``crop_box`` float32 ``(4,)``, the part of the
+            original that the input covers: top, left, bottom, right in pixels of the original, fractional.
 
         Raises:
             UserError: If the image is smaller than the crop.
         """
-        size = (image.height, image.width)
-        (height, width), crop, crop_box = self._geometry(size)
-        resized = image.resize((width, height), Resampling[self.interpolation.upper()])
+        resized = image
+        if self.resize is not None:
+            side = self.resize_mode == "squash" and isinstance(self.resize, int)
+            size = (self.resize, self.resize) if side else self.resize
+            resized = resize(image, size, InterpolationMode(self.interpolation))
+        width, height = resized.size
+        rows, columns = self.crop if isinstance(self.crop, tuple) else (self.crop or height, self.crop or width)
+        if rows > height or columns > width:
+            raise UserError(f"crop {self.crop} is larger than an image of {height}x{width} pixels; set resize.")
+        top, left = round((height - rows) / 2), round((width - columns) / 2)
+        crop = (left, top, left + columns, top + rows)
         pixels = torch.from_numpy(np.array(resized.crop(crop))).permute(2, 0, 1).contiguous()  # (3, H, W)
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32)[..., None, None]  # (3, 1, 1) each
+        down, across = image.height / height, image.width / width  # pixels of the original per pixel
+        covered = (top * down, left * across, (top + rows) * down, (left + columns) * across)
         result = {
-            "image": pixels.to(torch.float32).div_(255).sub_(mean).div_(std),
-            "original_size": torch.tensor(size, dtype=torch.int64),
-            "crop_box": torch.tensor(crop_box, dtype=torch.float32),
+            "image": normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True),
+            "original_size": torch.tensor((image.height, image.width), dtype=torch.int64),
+            "crop_box": torch.tensor(covered, dtype=torch.float32),
         }
         if mask is not None:
-            result["mask"] = self.mask(mask)
+            nearest = Image.fromarray(mask).resize(resized.size, Image.Resampling.NEAREST)
+            result["mask"] = torch.from_numpy(np.array(nearest.crop(crop)))
         return result
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Turn an RGB image into a float32 tensor ``(3, H, W)``, normalised."""
         return self.apply(image)["image"]
-
-    def mask(self, mask: np.ndarray) -> Tensor:
-        """Take a ``uint8`` mask ``(H0, W0)`` of the original through the same geometry, nearest pixel."""
-        (height, width), crop, _ = self._geometry((mask.shape[0], mask.shape[1]))
-        resized = Image.fromarray(mask).resize((width, height), Resampling.NEAREST)
-        return torch.from_numpy(np.array(resized.crop(crop)))
-
-    def crop_box(self, size: tuple[int, int]) -> _Box:
-        """Part of an original of ``size`` (height, width) that the input covers.
-
-        Returns:
-            ``(top, left, bottom, right)`` in pixels of the original, fractional.
-        """
-        return self._geometry(size)[2]
-
-    def _geometry(self, size: tuple[int, int]) -> tuple[tuple[int, int], _PixelBox, _Box]:
-        """Of an original's ``size``: height and width before the crop, the crop as Pillow takes it, the `crop_box`."""
-        height, width = size
-        if isinstance(self.resize, tuple):
-            height, width = self.resize
-        elif self.resize is not None and self.resize_mode == "squash":
-            height = width = self.resize
-        elif self.resize is not None and height <= width:
-            height, width = self.resize, int(self.resize * width / height)
-        elif self.resize is not None:
-            height, width = int(self.resize * height / width), self.resize
-        rows, columns = self.crop if isinstance(self.crop, tuple) else (self.crop or height, self.crop or width)
-        if rows > height or columns > width:
-            raise UserError(f"crop {self.crop} is larger than an image of {height}x{width} pixels; set resize.")
-        top, left = round((height - rows) / 2), round((width - columns) / 2)
-        down, across = size[0] / height, size[1] / width  # pixels of the original per pixel
-        covered = (top * down, left * across, (top + rows) * down, (left + columns) * across)
-        return (height, width), (left, top, left + columns, top + rows), covered
 
     def denormalise(self, image: Tensor) -> Tensor:
         """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures."""
@@ -167,13 +143,14 @@ def read_image(path: Path) -> Image.Image:
     EXIF orientation is applied; grey is repeated to three channels; 16-bit grey is scaled from its full range;
     an alpha channel is dropped (the colours under it are kept).
 
-    Args:
-        path: Image file in any format Pillow reads.
-
     Raises:
         UserError: If the file is missing, not an image, cut short, or holds floating-point pixels.
     """
-    image = _open(path)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
     if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):  # type: ignore[operator]
         raise UserError(f"{path}: pixels of mode {image.mode} have no defined range; save it with 8 or 16 bits.")
     if image.mode.startswith("I"):
@@ -182,35 +159,8 @@ def read_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_mask(path: Path, threshold: int = 127) -> np.ndarray:
-    """Read a ground-truth mask.
-
-    Args:
-        path: Image file, grey (of several channels the brightest counts).
-        threshold: Grey levels above it, of 0 to 255, are anomalous; what lies below (soft edges of drawn masks)
-            is nominal. The original's levels are cut before any resize.
-
-    Returns:
-        uint8 ``(H, W)``: 1 anomalous, 0 nominal.
-
-    Raises:
-        UserError: If the file cannot be read.
-    """
-    image = _open(path)
-    if image.mode == "1":
-        levels = np.asarray(image).astype(np.uint8) * 255
-    elif image.mode.startswith("I"):
-        levels = (np.asarray(image) // 257).astype(np.uint8)
-    else:
-        levels = np.asarray(image.convert("RGB")).max(axis=2)
-    return (levels > threshold).astype(np.uint8)
-
-
 def check_image(path: Path) -> tuple[int, int]:
-    """Check an image file without decoding it, where that is enough.
-
-    Reads the header and the end marker of JPEG and PNG files (about 0.1 ms); a file without its end marker is
-    decoded, and refused if that fails.
+    """Check an image file by its header and, of JPEG and PNG, its end marker; without that it is decoded.
 
     Returns:
         Height and width, upright.
@@ -230,18 +180,8 @@ def check_image(path: Path) -> tuple[int, int]:
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
     if not whole:
-        _open(path)
+        read_image(path)
     return height, width
-
-
-def _open(path: Path) -> Image.Image:
-    """Decode an image file, upright."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

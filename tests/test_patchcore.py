@@ -68,7 +68,7 @@ def test_figures_match_the_references(fitted):
     (logged,) = runner.test(model, data_of(), verbose=False)
     records = data_of().records[1]
     scores, maps = model(images_of(model, 1))
-    masks = [model.transform.mask(record.read()[1]).numpy() for record in records]
+    masks = [model.transform.apply(*record.read())["mask"].numpy() for record in records]
     labels = np.array([record.label for record in records])
     scores, maps = scores.numpy(), maps.double().numpy()
     assert logged["test/image_auroc"] == pytest.approx(reference.auroc(scores[labels == 0], scores[labels == 1]))

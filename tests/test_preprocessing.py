@@ -7,7 +7,8 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from pl_patchcore import Preprocessing, UserError
-from pl_patchcore.preprocessing import check_image, read_image, read_mask
+from pl_patchcore.data import Record
+from pl_patchcore.preprocessing import check_image, read_image
 
 GRADIENT = np.linspace(0, 255, 48 * 32).reshape(48, 32).astype(np.uint8)
 
@@ -33,13 +34,13 @@ def test_values_are_normalised_and_back():
 def test_crop_box_is_where_the_crop_is(mode):
     transform = Preprocessing(60, 40, mode)
     for size in ((90, 240), (240, 90), (91, 91)):
-        top, left, bottom, right = transform.crop_box(size)
-        mask = np.zeros(size, np.uint8)
+        image, mask = Image.new("RGB", size[::-1]), np.zeros(size, np.uint8)
+        top, left, bottom, right = transform.apply(image)["crop_box"].tolist()
         mask[round(top) : round(bottom), round(left) : round(right)] = 1
-        cropped = transform.mask(mask)
+        cropped = transform.apply(image, mask)["mask"]
         assert cropped.shape == (40, 40)
         assert cropped[1:-1, 1:-1].all()  # all of the crop is inside the box,
-        inverse = transform.mask(1 - mask)
+        inverse = transform.apply(image, 1 - mask)["mask"]
         assert inverse.float().mean() < 0.1  # and nothing outside is in the crop
 
 
@@ -49,8 +50,10 @@ def test_apply_is_what_torchvision_does(mode, size):
     """Image and mask at once, whatever the default type."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     transform = Preprocessing(40, [25, 30], mode, "bicubic")
-    steps = [tv.Resize((40, 40) if mode == "squash" else 40, tv.InterpolationMode.BICUBIC), tv.CenterCrop((25, 30))]
-    same = tv.Compose([*steps, tv.ToTensor(), tv.Normalize(transform.mean, transform.std)])
+    sides, crop = (40, 40) if mode == "squash" else 40, tv.CenterCrop((25, 30))
+    normalise = [tv.ToTensor(), tv.Normalize(transform.mean, transform.std)]
+    same = tv.Compose([tv.Resize(sides, tv.InterpolationMode.BICUBIC), crop, *normalise])
+    mask = crop(tv.Resize(sides, tv.InterpolationMode.NEAREST)(Image.fromarray(pixels[..., 0])))
     expected = same(Image.fromarray(pixels))
     torch.set_default_dtype(torch.float64)
     try:
@@ -59,9 +62,13 @@ def test_apply_is_what_torchvision_does(mode, size):
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found["image"], expected)
     assert found["image"].is_contiguous()
-    assert torch.equal(found["mask"], transform.mask(pixels[..., 0]))
+    assert np.array_equal(found["mask"].numpy(), np.asarray(mask))
     assert found["original_size"].tolist() == list(size)
-    assert found["crop_box"].tolist() == pytest.approx(transform.crop_box(size))
+    longer = (40 * 80 // 50, 40) if size[0] > size[1] else (40, 40 * 80 // 50)
+    height, width = (40, 40) if mode == "squash" else longer
+    top, left = round((height - 25) / 2), round((width - 30) / 2)
+    box = np.array([top, left, top + 25, left + 30]) / [height, width, height, width] * [*size, *size]
+    assert found["crop_box"].tolist() == pytest.approx(box)
     assert found["crop_box"].dtype == torch.float32
 
 
@@ -69,7 +76,8 @@ def test_masks_keep_their_values():
     mask = np.zeros((50, 70), np.uint8)
     mask[10:30, 20:50] = 1
     mask[40:, :] = 255
-    assert set(Preprocessing(33, None).mask(mask).unique().tolist()) == {0, 1, 255}
+    found = Preprocessing(33, None).apply(Image.new("RGB", (70, 50)), mask)["mask"]
+    assert set(found.unique().tolist()) == {0, 1, 255}
 
 
 def test_grey_rgba_16_bit_palette(tmp_path):
@@ -99,9 +107,12 @@ def test_orientation_is_applied(tmp_path):
 
 def test_mask_threshold(tmp_path):
     Image.fromarray(np.array([[0, 100, 127, 128, 255]], np.uint8)).save(tmp_path / "mask.png")
-    assert read_mask(tmp_path / "mask.png").tolist() == [[0, 0, 0, 1, 1]]
-    Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1").save(tmp_path / "bits.png")
-    assert read_mask(tmp_path / "bits.png").tolist() == [[0, 1]]
+    Image.fromarray(np.array([[0, 100, 127, 128, 255]], np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(np.array([[0, 0, 0, 255, 255]], np.uint8)).convert("1").save(tmp_path / "bits.png")
+    Image.new("RGB", (5, 1)).save(tmp_path / "image.png")
+    for name in ("mask.png", "deep.png", "bits.png"):
+        mask = Record(tmp_path / "image.png", 1, "dirt", "tile", tmp_path / name).read()[1]
+        assert mask.tolist() == [[0, 0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

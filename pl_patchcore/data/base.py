@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from tqdm import tqdm
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.preprocessing import UNKNOWN, Preprocessing, check_image, read_image, read_mask
+from pl_patchcore.preprocessing import UNKNOWN, Preprocessing, check_image, read_image
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Record:
 
     Args:
         path: Image file.
-        label: 0 nominal, 1 anomalous, as the data set's folders say (never derived from the mask); -1 not known.
+        label: 0 nominal, 1 anomalous, as the data set's folders say, never from the mask; -1 not known.
         defect: Defect type, ``nominal`` for nominal images.
         category: Product or scene.
         mask_path: Ground-truth mask; None means all nominal for a nominal image, unknown for an anomalous one.
@@ -54,22 +55,22 @@ class Record:
     def read(self) -> tuple[Image.Image, np.ndarray]:
         """Read the image, RGB, and its ground truth, uint8 ``(H, W)``: 0 nominal, 1 anomalous, 255 unknown.
 
-        An anomalous image without a mask, or with an empty one (four tiles of MTD), is unknown everywhere: its
-        defect is somewhere, so that its pixels can count neither as nominal nor as anomalous.
+        Grey levels of a mask above 127 of 255 are anomalous, of several channels the brightest counts. An anomalous
+        image without a mask, or with an empty one, is unknown everywhere: its pixels count neither way.
 
         Raises:
             UserError: If the image or mask cannot be read, or their sizes differ.
         """
         image = read_image(self.path)
-        size = (image.height, image.width)
-        if self.label == 0:
-            return image, np.zeros(size, np.uint8)
-        if self.mask_path is None:
-            return image, np.full(size, UNKNOWN, np.uint8)
-        mask = read_mask(self.mask_path)
-        if mask.shape != size:
-            raise self.mismatch(mask.shape, size)
-        return image, mask if mask.any() else np.full(size, UNKNOWN, np.uint8)
+        mask = np.zeros((image.height, image.width), np.uint8)
+        if self.label != 0 and self.mask_path is not None:
+            levels = np.asarray(read_image(self.mask_path)).max(axis=2)
+            if levels.shape != mask.shape:
+                raise self.mismatch(levels.shape, mask.shape)
+            mask = (levels > 127).astype(np.uint8)
+        if self.label != 0 and not mask.any():
+            mask[:] = UNKNOWN
+        return image, mask
 
     def image(self) -> Image.Image:
         """Read the image, RGB."""
@@ -81,7 +82,7 @@ class Record:
         if self.mask_path is not None and self.label == 1 and (found := check_image(self.mask_path)) != size:
             raise self.mismatch(found, size)
 
-    def mismatch(self, found: tuple[int, ...], size: tuple[int, int]) -> UserError:
+    def mismatch(self, found: tuple[int, ...], size: tuple[int, ...]) -> UserError:
         """Error for a mask whose size is not its image's."""
         return UserError(
             f"{self.mask_path}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
@@ -92,10 +93,8 @@ class Record:
 class ImageDataset(Dataset[Sample]):
     """Records as samples.
 
-    A sample holds ``image`` float32 (3, H, W); ``mask`` uint8 (H, W), 0 nominal, 1 anomalous, 255 unknown;
-    ``label`` 0 or 1; ``index`` in the data set; ``category``, ``defect`` and ``path`` as strings;
-    ``original_size`` int64 (2,), height and width; ``crop_box`` float32 (4,), the part of the original that
-    the input covers (top, left, bottom, right, pixels of the original).
+    A sample holds ``image``, ``mask``, ``original_size`` and ``crop_box`` as `Preprocessing.apply` gives them;
+    ``label``, ``index`` in the data set; ``category``, ``defect`` and ``path`` as strings.
 
     Args:
         records: The images, in the data set's order.
@@ -103,35 +102,26 @@ class ImageDataset(Dataset[Sample]):
     """
 
     def __init__(self, records: Sequence[Record], transform: Preprocessing) -> None:
-        self.records = records
-        self.transform = transform
+        self.records, self.transform = records, transform
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        image, mask = record.read()
-        return {
-            **self.transform.apply(image, mask),
-            "label": record.label,
-            "index": index,
-            "category": record.category,
-            "defect": record.defect,
-            "path": str(record.path),
-        }
+        names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
+        return self.transform.apply(*record.read()) | {"label": record.label, "index": index} | names
 
 
 def collate(samples: list[Sample]) -> Sample:
     """Stack samples into a batch; images of different shapes are refused by name."""
-    first = samples[0]
-    for sample in samples:
-        if sample["image"].shape != first["image"].shape:
-            raise UserError(
-                f"{sample['path']} is {tuple(sample['image'].shape[1:])} pixels after preprocessing, "
-                f"{first['path']} is {tuple(first['image'].shape[1:])}; "
-                "set crop, or resize_mode 'squash', so that all images have one shape."
-            )
+    shapes = {tuple(sample["image"].shape[1:]): sample["path"] for sample in samples}
+    if len(shapes) > 1:
+        (one, first), (other, second) = list(shapes.items())[:2]
+        raise UserError(
+            f"{second} is {other} pixels after preprocessing, {first} is {one}; "
+            "set crop, or resize_mode 'squash', so that all images have one shape."
+        )
     batch: Sample = default_collate(samples)
     return batch
 
@@ -140,9 +130,8 @@ def as_batch(batch: Any) -> dict[str, Any]:
     """Read a batch of any of the accepted forms as a dict.
 
     Args:
-        batch: A dict with at least ``image``; a tensor of images; or a tuple ``(image,)``, ``(image, label)``,
-            ``(image, label, mask)``. Images are floating-point ``(B, 3, H, W)``, of any precision, normalised;
-            labels are numbers ``(B,)``.
+        batch: A dict with at least ``image``, a tensor of images, or a tuple ``(image[, label[, mask]])``. Images are
+            floating-point ``(B, 3, H, W)``, of any precision, normalised; labels are numbers ``(B,)``.
 
     Raises:
         UserError: If it is none of these, or comes from several loaders.
@@ -156,7 +145,11 @@ def as_batch(batch: Any) -> dict[str, Any]:
     images, labels = named.get("image"), named.get("label")
     first = labels[0] if isinstance(labels, tuple | list) and labels else labels
     if not isinstance(images, Tensor) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
-        raise _no_batch(batch)
+        raise UserError(
+            f"a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]), got a "
+            f"{type(batch).__name__}; where it comes from several loaders give one loader, e.g. over "
+            "torch.utils.data.ConcatDataset."
+        )
     if images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
     if not images.is_floating_point():
@@ -172,37 +165,18 @@ def as_batch(batch: Any) -> dict[str, Any]:
     return named
 
 
-def _no_batch(batch: Any) -> UserError:
-    """Error for what is no batch, or for the batches of several loaders."""
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    parts = [part for part in parts if part is not None]  # of a loader that has ended
-    several = [
-        isinstance(part, Mapping)
-        or (isinstance(part, tuple | list) and part and isinstance(part[0], Tensor | Mapping))
-        or (isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == 3 and len(parts) > 1)
-        for part in parts
-    ]
-    if parts and all(several):
-        return UserError(
-            f"the batch is a {type(batch).__name__} of {len(parts)} batches, as several loaders give; "
-            "give one loader, e.g. over torch.utils.data.ConcatDataset."
-        )
-    return UserError("a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]).")
-
-
 class AnomalyDataModule(L.LightningDataModule):
     """Base of the data modules: subclasses say which records they hold (`load_records`).
 
-    The preprocessing is the model's: it is taken from the Trainer's model, if that has a ``transform``, or can
-    be set by hand (``data.transform = model.transform``).
+    The preprocessing is that of the Trainer's model, or set by hand (``data.transform = model.transform``).
 
     Args:
         batch_size: Images per batch.
         num_workers: Loader processes; None takes one per core, at most 8.
-        validation: ``none`` (no validation set: PatchCore has nothing to validate while it fits), or ``test``
-            to run ``validate`` on the test set, knowingly.
-        shots: Train on so many nominal images only, drawn by ``shots_seed``; draws are nested: with one seed, the
-            images of fewer shots are among those of more. None takes all.
+        validation: ``none`` (no validation set: nothing is tuned while fitting), or ``test`` to run ``validate`` on the
+            test set, knowingly.
+        shots: Train on so many nominal images only, drawn by ``shots_seed``; with one seed, the images of fewer shots
+            are among those of more. None takes all.
         shots_seed: Seed of that draw.
         on_broken: ``error`` stops at the first file that cannot be read, after a look at headers and ends;
             ``skip`` decodes every file beforehand and leaves out those that cannot be read, counted and listed.
@@ -227,11 +201,13 @@ class AnomalyDataModule(L.LightningDataModule):
             raise UserError(f"num_workers must be 0 or more, got {num_workers}.")
         if shots is not None and shots < 1:
             raise UserError(f"shots must be at least 1, got {shots}; leave it out to train on all nominal images.")
-        if validation not in ("none", "test"):
-            raise UserError(f"validation must be none or test, got {validation!r}.")
-        if on_broken not in ("error", "skip"):
-            raise UserError(f"on_broken must be error or skip, got {on_broken!r}.")
-        self.batch_size = batch_size
+        for name, choice, other in (
+            ("validation", validation, "none or test"),
+            ("on_broken", on_broken, "error or skip"),
+        ):
+            if choice not in other.split(" or "):
+                raise UserError(f"{name} must be {other}, got {choice!r}.")
+        self.batch_size, self.validation, self.on_broken = batch_size, validation, on_broken
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.loading: dict[str, Any] = {  # arguments that the loaders have in common
             "num_workers": self.num_workers,
@@ -239,12 +215,9 @@ class AnomalyDataModule(L.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "collate_fn": collate,
         }
-        self.validation = validation
         self.shots, self.shots_seed = shots, shots_seed
-        self.on_broken = on_broken
         self.skipped: list[str] = []  # what was wrong with each file left out
         self.transform: Preprocessing | None = None
-        self._lists: tuple[list[Record], list[Record], list[Record]] | None = None
         self._checked = False
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
@@ -264,29 +237,30 @@ class AnomalyDataModule(L.LightningDataModule):
 
     @property
     def records(self) -> tuple[list[Record], list[Record]]:
-        """Training and test records, listed once."""
-        return self._listed()[:2]
+        """Training and test records."""
+        return self.lists[:2]
 
-    @property
-    def predict_records(self) -> list[Record]:
-        """Records that ``predict`` scores."""
-        return self._listed()[2]
-
-    def _listed(self) -> tuple[list[Record], list[Record], list[Record]]:
-        """Training, test and predict records."""
-        if self._lists is None:
-            train, test = self.load_records()
-            predict = self.load_predict_records()
-            if self.on_broken == "skip":
-                broken = self._find_broken([*train, *test, *(predict or [])])
-                train, test = ([r for r in part if r not in broken] for part in (train, test))
-                predict = predict and [r for r in predict if r not in broken]
-            self._lists = self._draw_shots(train), test, test if predict is None else predict
-        return self._lists
+    @cached_property
+    def lists(self) -> tuple[list[Record], list[Record], list[Record]]:
+        """Training, test and predict records, listed once."""
+        train, test = self.load_records()
+        predict = self.load_predict_records()
+        if self.on_broken == "skip":
+            broken = self._find_broken([*train, *test, *(predict or [])])
+            train, test = ([r for r in part if r not in broken] for part in (train, test))
+            predict = predict and [r for r in predict if r not in broken]
+        if self.shots is not None:
+            if self.shots > len(train):
+                raise UserError(
+                    f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
+                )
+            order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
+            train = [train[i] for i in sorted(order[: self.shots])]
+        return train, test, test if predict is None else predict
 
     def require(self, stage: str) -> None:
         """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty."""
-        train, test, predict = self._listed()
+        train, test, predict = self.lists
         if not {"fit": train, "predict": predict}.get(stage, test):
             name = "training" if stage == "fit" else stage
             raise UserError(f"{type(self).__name__}: the {name} set is empty; look at the data module's options.")
@@ -295,37 +269,27 @@ class AnomalyDataModule(L.LightningDataModule):
         """Fetch what is to be downloaded, and check every file of both sets before any work is done."""
         self.download_data()
         if not self._checked and self.on_broken == "error":
-            for record in dict.fromkeys(chain(*self._listed())):
+            for record in dict.fromkeys(chain(*self.lists)):
                 record.check()
             self._checked = True
 
-    def _draw_shots(self, train: list[Record]) -> list[Record]:
-        if self.shots is None:
-            return train
-        if self.shots > len(train):
-            raise UserError(
-                f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
-            )
-        order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
-        return [train[i] for i in sorted(order[: self.shots])]
-
     def _find_broken(self, records: list[Record]) -> set[Record]:
         """Decode every file, and say which records cannot be read."""
+        broken = {}
 
-        def problem(record: Record) -> str | None:
+        def read(record: Record) -> None:
             try:
                 record.read()
             except UserError as error:
-                return str(error)
-            return None
+                broken[record] = str(error)
 
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
-            found = pool.map(problem, records)
-            problems = list(tqdm(found, "Checking images", len(records), delay=2, unit=" images"))
-        self.skipped = [text for text in problems if text is not None]
-        if self.skipped:
-            log.warning("%d files are left out (on_broken: skip):\n  %s", len(self.skipped), "\n  ".join(self.skipped))
-        return {record for record, text in zip(records, problems, strict=True) if text is not None}
+            for _ in tqdm(pool.map(read, records), "Checking images", len(records), delay=2, unit=" images"):
+                pass
+        self.skipped = [broken[record] for record in records if record in broken]
+        if broken:
+            log.warning("%d files are left out (on_broken: skip):\n  %s", len(broken), "\n  ".join(self.skipped))
+        return set(broken)
 
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
@@ -336,7 +300,7 @@ class AnomalyDataModule(L.LightningDataModule):
         if not isinstance(transform, Preprocessing):
             transform = Preprocessing()
         self.require(stage)
-        self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self._listed())
+        self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self.lists)
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
 

@@ -1,15 +1,13 @@
 """Archives from the network: an address -> the folder that a data module reads.
 
-``fetch_archive`` downloads a ``.tar``, ``.tar.gz``, ``.tar.xz`` or ``.zip``, checks it and unpacks it. Three names may
-lie beside the folder ``data/mtd``: the archive ``data/mtd.zip`` (it stays, and may be deleted), ``mtd.zip.partial``
-with its ``mtd.zip.partial.note`` (what came so far, and of which version of the file), and ``mtd.unpacking`` (removed,
-or left by a killed process and removed by the next call). A folder under the final name is always whole.
-
-Only the standard library speaks to the network: urllib follows redirects and obeys ``https_proxy``.
+Beside the folder ``data/mtd`` lie the archive ``data/mtd.zip`` and ``mtd.zip.lock`` (both may be deleted), and for
+a while ``mtd.zip.partial``, its ``mtd.zip.partial.note`` (of which version of the file it is), and ``mtd.unpacking``.
+A killed process leaves these to the next call. A folder under the final name is always whole.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.client
@@ -20,29 +18,26 @@ import shutil
 import ssl
 import stat
 import struct
-import sys
 import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from email.message import Message
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any, NamedTuple, cast
-from urllib.error import HTTPError, URLError
+from typing import IO, Any
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
-from urllib.request import FTPHandler, Request, build_opener
+from urllib.request import Request, urlopen
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pl_patchcore.errors import UserError
 
-if sys.platform != "win32":
-    import fcntl
-
 SUFFIXES = (".tar", ".tar.gz", ".tar.xz", ".zip")
 _BLOCK = 1 << 20  # bytes read at once
+_TIMEOUT = 30.0  # seconds that connecting, or waiting for more bytes, may take
 _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before the second try, the third, ...
 _PASSING = (408, 429, 500, 502, 503, 504)  # HTTP answers that a later try may not get
 _BROKEN = (
@@ -62,14 +57,12 @@ def fetch_archive(
     name: str | None = None,
     strip: bool = False,
     by_hand: str = "",
-    timeout: float = 30.0,
-    progress: bool = True,
 ) -> Path:
     """Make ``folder`` from the archive at ``url``.
 
-    An archive that already lies beside ``folder`` is used without network. A broken download is continued, by up to
-    four further tries here and by the next call, unless the file has changed meanwhile. An archive with an absolute
-    path, a ``..``, a link or a device in it is refused before anything is written.
+    An archive that lies beside ``folder`` already is used without network. A broken download is continued, here and by
+    the next call, unless the file has changed meanwhile. An archive with a path that leads out of the folder, a link or
+    a device in it is refused before anything is written.
 
     Args:
         url: Address of the archive: http, https or file.
@@ -78,8 +71,6 @@ def fetch_archive(
         name: File name of the archive beside ``folder``; None takes the last part of ``url``.
         strip: Leave out the one folder at the top of the archive that holds all others.
         by_hand: How a person gets the archive, for error messages: "register at ... and fetch ...".
-        timeout: Seconds that connecting, or waiting for more bytes, may take.
-        progress: Show bars with bytes, rate and time left.
 
     Raises:
         UserError: If ``folder`` exists, the archive cannot be had, has another checksum, is broken or hostile, the
@@ -93,64 +84,30 @@ def fetch_archive(
         raise UserError(f"{url}: is not an address that begins with http://, https:// or file://; give one.")
     archive = folder.with_name(name)
     remedy = f"{by_hand or f'fetch {url} by other means'}, put it at {archive} and run again"
+    again = f"delete {archive} and run again, or {remedy}"
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(archive):
+        with FileLock(f"{archive}.lock", timeout=0):  # a killed process holds it no longer
             if folder.exists() or folder.is_symlink():
                 raise UserError(f"{folder}: is there already and is never overwritten; move it away or use it.")
-            if by_person := archive.exists():
-                log.info("%s: is there, nothing is downloaded.", archive)
-            else:
-                _download(url, archive, remedy, timeout, progress)
+            if not archive.exists():
+                _download(url, archive, remedy)
             with archive.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if sha256 is None:
                 log.warning("%s: no checksum is known for it, so it was not checked; its sha256 is %s.", archive, found)
             elif found != sha256.lower():
-                if not by_person:
-                    archive.unlink()
-                advice = "delete it and run again to download it" if by_person else "it was removed: run again"
-                raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {advice}, or {remedy}.")
-            _unpack(archive, folder, strip, progress, f"delete {archive} and run again, or {remedy}")
-    except OSError as error:
+                raise UserError(f"{archive}: its sha256 is {found}, not {sha256.lower()}; {again}.")
+            _unpack(archive, folder, strip, again)
+    except Timeout:
+        raise UserError(f"{archive}: another process is fetching it; wait until it is done.") from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system that knows no locks
         message = f"{folder}: cannot be made ({_line(error)}); give a folder that can be written, with space."
         raise UserError(message) from error
     return folder
 
 
-@contextmanager
-def _alone(archive: Path) -> Iterator[None]:
-    """Refuse a second process at the same archive; a killed one holds no lock."""
-    path = archive.with_name(f"{archive.name}.lock")
-    with path.open("ab") as lock:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{archive}: another process is fetching it; wait until it is done.") from None
-            except OSError as error:
-                log.info("%s: cannot be locked (%s); run no second process on it.", archive, error)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-# Download
-
-
-class _FailedTry(Exception):
-    """A try at the network that failed: the reason, and whether another try may do better."""
-
-
-class _NoFTP(FTPHandler):
-    """Takes the place of urllib's own, which would follow a redirect to ftp."""
-
-    def ftp_open(self, request: Request) -> Any:
-        raise URLError("ftp is not accepted")
-
-
-def _download(url: str, archive: Path, remedy: str, timeout: float, progress: bool) -> None:
+def _download(url: str, archive: Path, remedy: str) -> None:
     """Bring ``url`` to ``archive`` through ``<archive>.partial``, in as many tries as it takes."""
     part = archive.with_name(f"{archive.name}.partial")
     note = part.with_name(f"{part.name}.note")
@@ -158,12 +115,14 @@ def _download(url: str, archive: Path, remedy: str, timeout: float, progress: bo
         with part.open("ab") as out:
             for pause in (*_PAUSES, None):
                 try:
-                    _one_try(url, out, note, archive, timeout, progress)
+                    _one_try(url, out, note)
                     break
-                except _FailedTry as failure:
-                    reason, again = failure.args
+                except (OSError, http.client.HTTPException, ValueError) as error:
+                    if getattr(error, "errno", None) == errno.ENOSPC:
+                        raise
+                    reason, again = _explain(error)
                     if pause is None or not again or url.startswith("file:"):
-                        raise UserError(f"{url}: cannot be downloaded ({reason}); {remedy}.") from failure
+                        raise UserError(f"{url}: cannot be downloaded ({reason}); {remedy}.") from error
                     log.warning("%s: %s; trying again in %g s.", url, reason, pause)
                     time.sleep(pause)
     finally:
@@ -174,25 +133,28 @@ def _download(url: str, archive: Path, remedy: str, timeout: float, progress: bo
     note.unlink(missing_ok=True)
 
 
-def _one_try(url: str, out: IO[bytes], note: Path, archive: Path, timeout: float, progress: bool) -> None:
+def _one_try(url: str, out: IO[bytes], note: Path) -> None:
     """Ask for the bytes that ``out`` lacks, append them, and return only if it is whole then."""
     have = out.seek(0, 2)
     noted_url, _, version = note.read_text(encoding="utf-8").partition("\n") if note.exists() else ("", "", "")
     resume = bool(have and version and noted_url == url)
     conditions = {"Range": f"bytes={have}-", "If-Range": version} if resume else {}
-    request = Request(url, headers={"User-Agent": "pl-patchcore", **conditions})
-    with _network(build_opener(_NoFTP).open, request, timeout=timeout) as response:
-        headers = response.headers
-        same = resume and _version(headers) in ("", version)
-        span = headers.get("Content-Range", "")
-        total: int | None
+    try:
+        response = urlopen(Request(url, headers={"User-Agent": "pl-patchcore", **conditions}), timeout=_TIMEOUT)
+    except HTTPError as error:
+        if error.code != 416:  # Range Not Satisfiable
+            raise
+        response = error
+    with response:
+        headers, total = response.headers, None
         if response.status in (206, 416):
-            if same and response.status == 416 and span == f"bytes */{have}":
-                return
-            found = re.fullmatch(rf"bytes {have}-\d+/(\d+)", span)
-            if response.status == 416 or not same or not found:
+            same, span = resume and _version(headers) in ("", version), headers.get("Content-Range", "")
+            found = re.fullmatch(rf"bytes \*/({have})" if response.status == 416 else rf"bytes {have}-\d+/(\d+)", span)
+            if not same or not found:
                 out.truncate(0)
-                raise _FailedTry("the file has changed since its first part came; that part was dropped", True)
+                raise OSError("the file has changed since its first part came; that part was dropped")
+            if response.status == 416:  # nothing is lacking
+                return
             total = int(found[1])
         else:  # the whole file: a first try, a changed file, or a server that knows no ranges
             out.truncate(0)
@@ -200,40 +162,35 @@ def _one_try(url: str, out: IO[bytes], note: Path, archive: Path, timeout: float
             note.write_text(f"{url}\n{_version(headers)}", encoding="utf-8")
             length = headers.get("Content-Length", "")
             total = int(length) if length.isdecimal() else None
-        _check_space(archive, 0 if total is None else total - have)
-        with _bar(desc=archive.name, total=total, initial=have, disable=not progress) as bar:
-            while block := _network(response.read1, _BLOCK):  # read1: keeps what came before a connection breaks
+        _check_space(note.parent, 0 if total is None else total - have)
+        with _bar(desc=note.name.removesuffix(".partial.note"), total=total, initial=have) as bar:
+            while block := response.read1(_BLOCK):  # read1: keeps what came before a connection breaks
                 out.write(block)
                 bar.update(len(block))
     size = out.seek(0, 2)
     if not size or total not in (None, size):
-        raise _FailedTry(f"{size} of {total or 'unknown'} bytes came", True)
+        raise OSError(f"{size} of {total or 'unknown'} bytes came")
 
 
-def _network(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call what may fail for reasons of the network; an answer of status 416 is returned."""
-    try:
-        return call(*args, **options)
-    except HTTPError as error:
-        if error.code == 416:
-            return error
+def _explain(error: Exception) -> tuple[str, bool]:
+    """What went wrong, and whether another try may do better."""
+    if isinstance(error, HTTPError):
         error.close()
-        raise _FailedTry(f"the server answers {error.code} {error.reason}", error.code in _PASSING) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise _FailedTry(_line(reason), not isinstance(reason, ssl.SSLCertVerificationError)) from error
+        return f"the server answers {error.code} {error.reason}", error.code in _PASSING
+    reason = getattr(error, "reason", error)
+    return _line(reason), not isinstance(reason, ssl.SSLCertVerificationError)
 
 
-def _version(headers: http.client.HTTPMessage) -> str:
+def _version(headers: Message) -> str:
     """What tells two versions of a file apart; a weak ETag (``W/...``) does not by the byte."""
     tag = str(headers.get("ETag", "W/"))
     return str(headers.get("Last-Modified", "")) if tag.startswith("W/") else tag
 
 
-def _check_space(path: Path, size: int) -> None:
-    free = shutil.disk_usage(path.parent).free
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{path}: needs {size:,} bytes on a disk with {free:,} free; make room or use another disk.")
+        raise OSError(errno.ENOSPC, f"needs {size:,} bytes on a disk with {free:,} free")
 
 
 def _line(error: object) -> str:
@@ -241,39 +198,29 @@ def _line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# Unpacking
-
-
-class _Member(NamedTuple):
-    name: str
-    kind: str  # file, folder, or what is refused
-    size: int  # bytes, unpacked
-    open: Callable[[], IO[bytes]]
-
-
-def _unpack(archive: Path, folder: Path, strip: bool, progress: bool, remedy: str) -> None:
+def _unpack(archive: Path, folder: Path, strip: bool, remedy: str) -> None:
     """Write the members of ``archive`` beside ``folder``, then give them its name."""
     staging = folder.with_name(f"{folder.name}.unpacking")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        zipped = archive.name.endswith(".zip")
-        with zipfile.ZipFile(archive) if zipped else tarfile.open(archive) as packed:
-            members = _zip_members(packed) if isinstance(packed, zipfile.ZipFile) else _tar_members(packed)
-            placed = _placed(archive, members, strip)
-            total = sum(member.size for _, member in placed)
-            _check_space(folder, total)
+        with zipfile.ZipFile(archive) if archive.name.endswith(".zip") else tarfile.open(archive) as packed:
+            members = _checked_members(archive, packed)
+            total = sum(size for _, size in members)
+            _check_space(folder.parent, total)
             staging.mkdir()
-            with _bar(desc=folder.name, total=total, disable=not progress) as bar:
-                for parts, member in placed:
-                    path = staging.joinpath(*parts)
-                    (path if member.kind == "folder" else path.parent).mkdir(parents=True, exist_ok=True)
-                    if member.kind == "file":
-                        with member.open() as source, path.open("wb") as out:
-                            shutil.copyfileobj(source, out, _BLOCK)
-                    bar.update(member.size)
-        for path in (staging, *staging.rglob("*")):
+            with _bar(desc=folder.name, total=total) as bar:
+                for member, size in members:
+                    packed.extract(member, staging)
+                    bar.update(size)
+        paths, tops = list(staging.rglob("*")), sorted(staging.iterdir())
+        if not any(path.is_file() for path in paths):
+            raise UserError(f"{archive}: holds no file; give the archive of the data set.")
+        if strip and (len(tops) != 1 or tops[0].is_file()):
+            names = ", ".join(path.name for path in tops[:5])
+            raise UserError(f"{archive}: has {names} at its top, not one folder; set strip=False.")
+        for path in (staging, *paths):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        staging.rename(folder)
+        (tops[0] if strip else staging).rename(folder)
     except UserError:
         raise
     except _BROKEN as error:
@@ -282,49 +229,23 @@ def _unpack(archive: Path, folder: Path, strip: bool, progress: bool, remedy: st
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _zip_members(packed: zipfile.ZipFile) -> list[_Member]:
-    members = []
-    for info in packed.infolist():
-        mode = info.external_attr >> 16  # 0 where the archive was not made under Unix
-        plain = stat.S_IFMT(mode) in (0, stat.S_IFREG)
-        kind = "folder" if info.is_dir() else "file" if plain else "link" if stat.S_ISLNK(mode) else "device"
-        members.append(_Member(info.filename, kind, info.file_size, partial(packed.open, info)))
-    return members
-
-
-def _tar_members(tar: tarfile.TarFile) -> list[_Member]:
-    """List a .tar, reading it to its end: what is cut short or fails its own checksum shows here."""
-    members = []
-    for info in tar.getmembers():  # ends without a word at a header that is cut or nonsense
-        link = info.issym() or info.islnk()
-        kind = "folder" if info.isdir() else "file" if info.isreg() else "link" if link else "device"
-        read = cast(Callable[[], IO[bytes]], partial(tar.extractfile, info))
-        members.append(_Member(info.name, kind, info.size, read))
-    file = cast(IO[bytes], tar.fileobj)
-    file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("its end is missing")
-    while file.read(_BLOCK):
-        pass  # .gz and .xz keep a checksum at the end
-    return members
-
-
-def _placed(archive: Path, members: list[_Member], strip: bool) -> list[tuple[tuple[str, ...], _Member]]:
-    """Check every member, and say where below the folder it goes."""
-    placed = []
-    for member in members:
-        path = PureWindowsPath(member.name)  # takes / and \ as separators, and knows drives
+def _checked_members(archive: Path, packed: Any) -> list[tuple[Any, int]]:
+    """List the members with their sizes; refuse what is no plain file or folder, or leads out of the folder."""
+    if isinstance(packed, zipfile.ZipFile):
+        kinds = (0, stat.S_IFREG, stat.S_IFDIR)  # 0 where the archive was not made under Unix
+        listed = [(i, i.filename, i.file_size, stat.S_IFMT(i.external_attr >> 16) in kinds) for i in packed.infolist()]
+    else:
+        packed.extraction_filter = getattr(tarfile, "data_filter", None)  # None before Python 3.11.4
+        listed = [(info, info.name, info.size, info.isreg() or info.isdir()) for info in packed.getmembers()]
+        packed.fileobj.seek(packed.offset)  # getmembers ends without a word at a header that is cut or nonsense
+        if packed.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
+        while packed.fileobj.read(_BLOCK):
+            pass  # .gz and .xz keep a checksum at the end
+    for _, name, _, plain in listed:
+        path = PureWindowsPath(name)  # takes / and \ as separators, and knows drives
         if path.anchor or ".." in path.parts:
-            raise UserError(f"{archive}: its member {member.name!r} leads out of the folder; do not use this archive.")
-        if member.kind not in ("file", "folder"):
-            raise UserError(f"{archive}: its member {member.name!r} is a {member.kind}; do not use this archive.")
-        if parts := PurePosixPath(member.name).parts:
-            placed.append((parts, member))
-    if strip:
-        tops = sorted({parts[0] for parts, _ in placed})
-        if len(tops) != 1 or any(len(parts) == 1 and member.kind == "file" for parts, member in placed):
-            raise UserError(f"{archive}: has {', '.join(tops[:5])} at its top, not one folder; set strip=False.")
-        placed = [(parts[1:], member) for parts, member in placed]
-    if not any(member.kind == "file" for _, member in placed):
-        raise UserError(f"{archive}: holds no file; give the archive of the data set.")
-    return placed
+            raise UserError(f"{archive}: its member {name!r} leads out of the folder; do not use this archive.")
+        if not plain:
+            raise UserError(f"{archive}: its member {name!r} is a link or a device; do not use this archive.")
+    return [(member, size) for member, _, size, _ in listed]

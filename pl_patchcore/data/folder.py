@@ -1,14 +1,17 @@
 """Images of your own: folders, or a CSV list -> records.
 
-The least that is needed is one folder of nominal images. A share of them is then held out as a test set without
-anomalous images, which tells the false-alarm rate at the calibrated thresholds (``model.calibration_share``) and no
-AUROC. With anomalous images, all figures of image level; with masks, those of pixel level. Next: `base.py`.
+One folder of nominal images is enough: a share of them is held out for a test, which tells the false-alarm rate at the
+calibrated thresholds (``model.calibration_share``). Anomalous images add the figures of image level, masks those of
+pixel level. Next: `base.py`.
 """
 
 from __future__ import annotations
 
 import csv
+import logging
+import os
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,69 @@ from typing import Any
 import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
-from pl_patchcore.data.files import list_images
 from pl_patchcore.errors import UserError
 
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _LABELS = {"nominal": 0, "0": 0, "anomalous": 1, "1": 1}
 _COLUMNS = ("path", "split", "label", "defect", "category", "mask")
+
+
+def list_images(folder: Path, remedy: str, recursive: bool = False) -> list[Path]:
+    """List the image files in a folder by their suffix, upper or lower case, in the order of their names.
+
+    Hidden files are passed over; other files that are no images are counted in a log line. With ``recursive`` also the
+    images in folders inside, links followed, each folder once.
+
+    Raises:
+        UserError: If there is no such folder, or no image in it; it ends with the ``remedy``.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {remedy}.")
+    files, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(here)
+        folders[:] = [n for n in sorted(folders) if recursive and place not in seen and not n.startswith(".")]
+        files += [Path(here, name) for name in names if place not in seen and not name.startswith(".")]
+        seen.add(place)
+    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)}); {remedy}.")
+    if others := sorted(set(files) - set(images)):
+        log.info("%s: %d files that are no images are passed over, such as %s.", folder, len(others), others[0].name)
+    return images
+
+
+def pair_masks(
+    images: Sequence[Path], root: Path, masks: Sequence[Path], folder: Path, remedy: str
+) -> dict[Path, Path]:
+    """Mask of each image: exactly one, and none left over.
+
+    Images in ``root`` and masks in ``folder`` have the same names but for the suffix, and ``_mask`` behind a mask's.
+
+    Raises:
+        UserError: If an image has no mask (then with the ``remedy``), a mask no image, or two have one name.
+    """
+    of_image, of_mask = _by_name(images, root), _by_name(masks, folder, "_mask")
+    if missing := [name for name in of_image if name not in of_mask]:
+        path, wanted = of_image[missing[0]], folder / missing[0]
+        raise UserError(f"{path}: has no mask {wanted.name}_mask.png or {wanted}.png; {remedy}.")
+    if stray := sorted(set(of_mask) - set(of_image)):
+        raise UserError(f"{of_mask[stray[0]]}: belongs to no image in {root}; remove it, or put the image back.")
+    return {path: of_mask[name] for name, path in of_image.items()}
+
+
+def _by_name(paths: Sequence[Path], folder: Path, ending: str = "") -> dict[str, Path]:
+    """Paths by their names inside ``folder``, without suffix and ``ending``."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
+        name = unicodedata.normalize("NFC", name)  # accents in one form, as file systems differ in that
+        if name in found:
+            raise UserError(f"{path}: has the same name as {found[name]}; rename one, so that the mask is known.")
+        found[name] = path
+    return found
 
 
 class FolderDataModule(AnomalyDataModule):
@@ -85,18 +146,28 @@ class FolderDataModule(AnomalyDataModule):
                 "no images are named: set data.nominal (a folder of nominal images) or data.manifest (a CSV file); "
                 "data.predict is enough to predict."
             )
-        train = [Record(path, 0, NOMINAL, self.category) for path in self._images("nominal")]
-        if "test_nominal" in self.folders:
-            test = [Record(path, 0, NOMINAL, self.category) for path in self._images("test_nominal")]
+        listed = {
+            name: list_images(folder, f"set data.{name} to a folder of images", recursive=True)
+            for name, folder in self.folders.items()
+        }
+        train = [Record(path, 0, NOMINAL, self.category) for path in listed["nominal"]]
+        if "test_nominal" in listed:
+            test = [Record(path, 0, NOMINAL, self.category) for path in listed["test_nominal"]]
         else:
             train, test = self._split(train)
-        if "anomalous" in self.folders:
-            test += self._anomalous(self.folders["anomalous"])
-        seen: set[Path] = set()
-        for record in (*train, *test):
-            if (place := record.path.resolve()) in seen:
-                raise UserError(f"{record.path}: is named twice; nominal, test and anomalous images must lie apart.")
-            seen.add(place)
+        if "anomalous" in listed:
+            images, root = listed["anomalous"], self.folders["anomalous"]
+            masks = {}
+            if "masks" in listed:
+                remedy = "add it, or use data.manifest, where an image may go without"
+                masks = pair_masks(images, root, listed["masks"], self.folders["masks"], remedy)
+            for path in images:
+                inside = path.relative_to(root).parts
+                defect = inside[0] if len(inside) > 1 else "anomalous"
+                test.append(Record(path, 1, defect, self.category, masks.get(path)))
+        places = Counter(record.path.resolve() for record in (*train, *test))
+        if twice := [place for place, times in places.items() if times > 1]:
+            raise UserError(f"{twice[0]}: is named twice; nominal, test and anomalous images must lie apart.")
         return train, test
 
     def load_predict_records(self) -> list[Record] | None:
@@ -107,35 +178,8 @@ class FolderDataModule(AnomalyDataModule):
             raise UserError(f"{self.predict}: no such file or folder; set data.predict to the images to score.")
         paths = [self.predict]
         if self.predict.is_dir():
-            paths = list_images(self.predict, recursive=True, remedy="look at data.predict")
+            paths = list_images(self.predict, "look at data.predict", recursive=True)
         return [Record(path, -1, "unknown", self.category) for path in paths]
-
-    def _images(self, name: str) -> list[Path]:
-        return list_images(self.folders[name], recursive=True, remedy=f"set data.{name} to a folder of images")
-
-    def _anomalous(self, folder: Path) -> list[Record]:
-        images = self._images("anomalous")
-        masks = self._masks(images, folder) if "masks" in self.folders else {}
-        records = []
-        for path in images:
-            inside = path.relative_to(folder).parts
-            defect = inside[0] if len(inside) > 1 else "anomalous"
-            records.append(Record(path, 1, defect, self.category, masks.get(path)))
-        return records
-
-    def _masks(self, images: Sequence[Path], root: Path) -> dict[Path, Path]:
-        """Mask of each image: exactly one, and none left over."""
-        folder = self.folders["masks"]
-        masks = _by_name(self._images("masks"), folder, "_mask")
-        named = _by_name(images, root)
-        if missing := [path for name, path in named.items() if name not in masks]:
-            raise UserError(
-                f"{missing[0]}: has no mask {folder / missing[0].relative_to(root).with_suffix('.png')}; "
-                "add it, or use data.manifest, where an image may go without."
-            )
-        if stray := sorted(set(masks) - set(named)):
-            raise UserError(f"{masks[stray[0]]}: belongs to no image in {root}; remove it, or put the image back.")
-        return {path: masks[name] for name, path in named.items()}
 
     def _split(self, nominal: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         number = round(self.test_share * len(nominal))
@@ -144,12 +188,12 @@ class FolderDataModule(AnomalyDataModule):
         return train, [record for i, record in enumerate(nominal) if i in tested]
 
     def _read_manifest(self, path: Path) -> tuple[list[Record], list[Record]]:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; set data.manifest to a CSV file with the column path.")
         try:
             text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text ({error}); save it as CSV, UTF-8.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}: is not UTF-8 text ({error}); set data.manifest to a CSV file in UTF-8."
+            ) from error
         first = text.partition("\n")[0]
         rows = csv.DictReader(text.splitlines(), delimiter=";" if first.count(";") > first.count(",") else ",")
         names = rows.fieldnames or []
@@ -183,15 +227,3 @@ class FolderDataModule(AnomalyDataModule):
         mask = folder / row["mask"] if row["mask"] else None
         defect = (row["defect"] or "anomalous") if label else NOMINAL
         return Record(folder / row["path"], label, defect, row["category"] or self.category, mask), split
-
-
-def _by_name(paths: Sequence[Path], folder: Path, ending: str = "") -> dict[str, Path]:
-    """Paths by their names inside ``folder``, without suffix and ``ending``."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
-        name = unicodedata.normalize("NFC", name)  # accents in one form, as file systems differ in that
-        if name in found:
-            raise UserError(f"{path}: has the same name as {found[name]}; rename one, so that the mask is known.")
-        found[name] = path
-    return found

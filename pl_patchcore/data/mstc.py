@@ -2,14 +2,14 @@
 
 Layout, as its authors publish it: ``training/videos/SS_NNN.avi`` (nominal; SS is the scene),
 ``testing/frames/SS_NNNN/000.jpg, 001.jpg, ...``, and of each test video ``testing/test_frame_mask/SS_NNNN.npy`` (a 0
-or 1 for each frame) and ``testing/test_pixel_mask/SS_NNNN.npy`` (frames, H, W). The paper gives neither offset nor
-filter: frame k of the mini set is frame 5k of the original here, in the order of display. It also does not say
-whether its 12 scenes shared a memory bank: ``scenes`` says which scenes one bank is made of.
+or 1 for each frame) and ``testing/test_pixel_mask/SS_NNNN.npy`` (frames, H, W). The paper gives no offset, and does not
+say whether its 12 scenes shared a memory bank: here frame k of the mini set is frame 5k of the original, in the order
+of display, and ``scenes`` says which scenes one bank is made of.
 
 Training frames are decoded while they are read; nothing is written. Each process keeps one video open and goes
-on from where it is, so that frames are best asked for in their order; going back starts again at frame 0. (Seeking
-ends on the right frame with some codecs only.) So each loader process also decodes what the others return: 0.4 ms a
-frame of 480x856 pixels (MPEG-4 or H.264, one core), and 1 ms for the colours of a frame that is returned.
+on from where it is: frames are best asked for in their order, and going back starts again at frame 0. (Seeking
+ends on the right frame with some codecs only.) So each loader process also decodes what the others return, which
+takes 0.4 ms for a frame of 480x856 pixels; the colours of a frame that is returned take 1 ms.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import re
 import threading
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,11 +65,7 @@ class FrameRecord(Record):
     """A frame of a test video; ``mask_path`` holds the masks of the whole video."""
 
     def read(self) -> tuple[Image.Image, np.ndarray]:
-        """Read the frame and its mask; one with label 1 and no pixel marked is unknown everywhere.
-
-        Raises:
-            UserError: If a file cannot be read, the mask has another size, or marks pixels of a frame of label 0.
-        """
+        """Read the frame and its mask, as `Record.read`; a mask must mark no pixel of a frame of label 0."""
         image = read_image(self.path)
         return image, self._mask((image.height, image.width))
 
@@ -82,9 +79,7 @@ class FrameRecord(Record):
         if mask.shape != size:
             raise self.mismatch(mask.shape, size)
         if mask.any() and self.label == 0:
-            raise UserError(
-                f"{path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both files."
-            )
+            raise UserError(f"{path}: marks pixels of frame {frame}, whose label in {_LABELS} is 0; restore both.")
         return mask if mask.any() or self.label == 0 else np.full(size, UNKNOWN, np.uint8)
 
 
@@ -94,7 +89,7 @@ class MSTCDataModule(AnomalyDataModule):
     Args:
         root: Folder that holds ``training`` and ``testing``.
         scenes: Scenes that one memory bank is made of: one (``1`` or ``01``), a list, or ``all`` that have test
-            videos (scene 13 has none; name it to train on it).
+            videos (scene 13 has none).
         frame_step: Every so many frames of a video are taken, from its first on; the mini set takes every fifth.
         **loading: Arguments of `AnomalyDataModule`.
 
@@ -133,9 +128,8 @@ class MSTCDataModule(AnomalyDataModule):
         videos, tests = self._by_scene(_VIDEOS, "*.avi"), self._by_scene(_FRAMES, "*/")
         found = tuple(sum(map(len, part.values())) for part in (videos, tests))
         if found[0] < _ORIGINAL[0] or found[1] < _ORIGINAL[1]:
-            log.warning(
-                "%s: %d training and %d test videos, of %d and %d in the original.", self.root, *found, *_ORIGINAL
-            )
+            message = "%s: %d training and %d test videos, of %d and %d in the original."
+            log.warning(message, self.root, *found, *_ORIGINAL)
         train: list[Record] = []
         test: list[Record] = []
         for scene in self.scenes or self.categories():
@@ -163,17 +157,19 @@ class MSTCDataModule(AnomalyDataModule):
         return scenes
 
     def _length(self, video: Path) -> int:
-        """Number of frames: the packets are counted, as headers may lie; nothing is decoded."""
+        """Number of frames: the packets are counted, as headers may lie; nothing is decoded.
+
+        Where broken files are skipped it is 1 at least: that frame cannot be read, and is left out with the reason.
+        """
+        announced, frames, problem = 0, 0, "holds no frame"
         try:
             with av.open(str(video)) as container:
                 announced = container.streams.video[0].frames
                 frames = sum(packet.size > 0 for packet in container.demux(video=0))
         except (OSError, FFmpegError, IndexError) as error:  # IndexError: no video in it
-            if self.on_broken == "skip":
-                return 1  # this one frame cannot be read either, and is left out with the reason
-            raise UserError(f"{video}: is no video that can be read ({error}); replace the file.") from error
+            problem = f"is no video that can be read ({error})"
         if frames == 0 and self.on_broken == "error":
-            raise UserError(f"{video}: holds no frame; replace the file.")
+            raise UserError(f"{video}: {problem}; replace the file.")
         if frames < announced:
             message = "%s: announces %d frames and holds %d: some were dropped, or are damaged."
             log.warning(message, video, announced, frames)
@@ -191,9 +187,8 @@ class MSTCDataModule(AnomalyDataModule):
         labels, masks = _array(labels_path), _array(masks_path)
         for path, array, axes in ((labels_path, labels, 1), (masks_path, masks, 3)):
             if array.ndim != axes or len(array) != len(files):
-                raise UserError(
-                    f"{path}: has the shape {array.shape}, but {folder} holds {len(files)} frames; restore both."
-                )
+                frames = f"{folder} holds {len(files)} frames"
+                raise UserError(f"{path}: has the shape {array.shape}, but {frames}; restore both.")
         if not np.isin(labels, (0, 1)).all():
             raise UserError(f"{labels_path}: holds labels other than 0 and 1; restore the file.")
         return [
@@ -202,43 +197,41 @@ class MSTCDataModule(AnomalyDataModule):
         ]
 
 
-class _Video:
-    """An open video; gives frames by number, in increasing order."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.process, self.number = path, os.getpid(), -1
-        self.container = av.open(str(path))
-        stream = self.container.streams.video[0]
-        stream.thread_count = 1  # loader processes are many already, and a fork waits for threads it has not
-        self.frames = self.container.decode(stream)  # in the order of display
-        self.frame: av.VideoFrame | None = None  # the one of that number
-        self.to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
-
-
-_opened = threading.local()  # the video that each thread reads
+_reading = threading.local()  # what each thread reads: (path and process, reader, last frame)
 
 
 def _decode(path: Path, number: int) -> Image.Image:
     """Frame ``number`` of a video, RGB."""
-    video: _Video | None = getattr(_opened, "video", None)
+    video: Any = getattr(_reading, "video", (None, None, 0))
+    opened, reader, last = video
+    _reading.video = (None, None, 0)  # not to be used again if this fails
     try:
         # a video opened before a fork shares its place in the file with the other processes
-        if video is None or (video.path, video.process) != (path, os.getpid()) or video.number > number:
-            if video is not None:
-                _opened.video = None  # not to be used again, whatever becomes of the next one
-                video.container.close()
-            video = _opened.video = _Video(path)
-        while video.number < number:
-            video.frame = next(video.frames)
-            video.number += 1
-        assert video.frame is not None
-        return Image.fromarray(video.to_rgb.reformat(video.frame, format="rgb24", threads=1).to_ndarray())
+        if opened == (path, os.getpid()) and number >= last:
+            image: Image.Image = reader.send(number)
+        else:
+            if reader is not None:
+                reader.close()
+            reader = _read_frames(path, number)
+            image = next(reader)
     except StopIteration:
         raise UserError(f"{path}: ends before frame {number} is decoded; replace or re-encode the file.") from None
     except FFmpegError as error:
-        raise UserError(
-            f"{path}: frame {number} cannot be decoded ({error.strerror}); replace or re-encode it."
-        ) from error
+        message = f"{path}: frame {number} cannot be decoded ({error.strerror}); replace or re-encode it."
+        raise UserError(message) from error
+    _reading.video = (path, os.getpid()), reader, number
+    return image
+
+
+def _read_frames(path: Path, number: int) -> Generator[Image.Image, int, None]:
+    """Frame ``number`` of a video, RGB, then those whose numbers are sent, never a smaller one."""
+    to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # loader processes are many already, and a fork waits for threads it has not
+        for place, frame in enumerate(container.decode(stream)):  # in the order of display
+            while place == number:
+                number = yield Image.fromarray(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
 
 
 def _array(path: Path) -> np.ndarray:

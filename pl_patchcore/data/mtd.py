@@ -3,8 +3,8 @@
 Layout, as its authors publish it: ``MT_Free/Imgs/*.jpg`` (nominal) and ``MT_Blowhole``, ``MT_Break``, ``MT_Crack``,
 ``MT_Fray``, ``MT_Uneven`` (anomalous), a mask ``.png`` of the same stem beside each image. Protocol of the PatchCore
 paper: 20 % of the nominal tiles and all anomalous ones are the test set, the other nominal tiles train. (The paper
-counts 925 nominal tiles; the published set holds 952.) Masks carry grey levels at their edges: above 127 of 255
-is defect. Four anomalous tiles have an empty mask; they count in image figures only.
+counts 925 nominal tiles; the published set holds 952.) Four anomalous tiles have an empty mask; they count in image
+figures only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pl_patchcore.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DEFECTS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 COMMIT = "cc4eb530b57b9cb7225bf76023873043ffd50655"
 URL = f"https://github.com/abin24/Magnetic-tile-defect-datasets./archive/{COMMIT}.zip"
 COUNTS = {"Free": 952, "Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Uneven": 103}  # as published
@@ -57,34 +56,35 @@ class MTDDataModule(AnomalyDataModule):
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
-        self.download, self.url = download, url
-        self.root = Path(root)
-        self.train_files = None if train_files is None else Path(train_files)
-        self.split_seed = split_seed
+        self.root, self.download, self.url = Path(root), download, url
+        self.train_files, self.split_seed = train_files, split_seed
 
     def download_data(self) -> None:
         """Fetch the data set where that was asked for and ``root`` does not exist."""
         if self.download and not self.root.exists():
-            name = "magnetic_tile_defects.zip"
-            fetch_archive(self.url, self.root, name=name, strip=True, by_hand=_BY_HAND)
+            fetch_archive(self.url, self.root, name="magnetic_tile_defects.zip", strip=True, by_hand=_BY_HAND)
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
         """List the tiles: nominal ones by name, then defects in alphabetical order."""
-        nominal = [Record(path, 0, NOMINAL, "magnetic_tile") for path in self._images("Free")]
-        training = self._training_names(nominal)
-        train = [record for record in nominal if record.path.name in training]
-        test = [record for record in nominal if record.path.name not in training]
-        for defect in DEFECTS:
+        nominal = self._images("Free")
+        if self.train_files is None:
+            order = np.random.default_rng(self.split_seed).permutation(len(nominal))
+            training = {nominal[i].name for i in order[: int(0.8 * len(nominal))]}
+        else:
+            training = self._read_names(Path(self.train_files), nominal)
+        train: list[Record] = []
+        test: list[Record] = []
+        for path in nominal:
+            (train if path.name in training else test).append(Record(path, 0, NOMINAL, "magnetic_tile"))
+        for defect in list(COUNTS)[1:]:
             for path in self._images(defect):
                 mask = path.with_suffix(".png")
                 if not mask.is_file():
                     raise UserError(f"{path}: has no mask {mask.name} beside it; {_HELP}.")
                 test.append(Record(path, 1, defect.lower(), "magnetic_tile", mask))
         found = Counter(record.path.parts[-3].removeprefix("MT_") for record in (*train, *test))
-        if short := [
-            f"{found[kind]} of {number} MT_{kind}" for kind, number in COUNTS.items() if found[kind] != number
-        ]:
-            log.warning("%s: not the published numbers of images: %s.", self.root, ", ".join(short))
+        if other := [f"{found[kind]} of {count} MT_{kind}" for kind, count in COUNTS.items() if found[kind] != count]:
+            log.warning("%s: not the published numbers of images: %s.", self.root, ", ".join(other))
         return train, test
 
     def _images(self, kind: str) -> list[Path]:
@@ -94,17 +94,13 @@ class MTDDataModule(AnomalyDataModule):
             raise UserError(f"{folder}: {'holds no .jpg image' if folder.is_dir() else 'no such folder'}; {_HELP}.")
         return images
 
-    def _training_names(self, nominal: list[Record]) -> set[str]:
-        names = [record.path.name for record in nominal]
-        if self.train_files is None:
-            order = np.random.default_rng(self.split_seed).permutation(len(names))
-            return {names[i] for i in order[: int(0.8 * len(names))]}
-        if not self.train_files.is_file():
-            raise UserError(f"{self.train_files}: no such list of training tiles; leave train_files out to draw them.")
-        listed = set(self.train_files.read_text(encoding="utf-8").split())
-        if strange := sorted(listed - set(names)):
+    def _read_names(self, path: Path, nominal: list[Path]) -> set[str]:
+        if not path.is_file():
+            raise UserError(f"{path}: no such list of training tiles; leave train_files out to draw them.")
+        listed = set(path.read_text(encoding="utf-8").split())
+        if strange := sorted(listed - {tile.name for tile in nominal}):
             raise UserError(
-                f"{self.train_files}: {len(strange)} names are not in {self.root / 'MT_Free' / 'Imgs'}, "
-                f"such as {strange[0]}; give the list that belongs to this data set."
+                f"{path}: {len(strange)} names are not in {nominal[0].parent}, such as {strange[0]}; "
+                "give the list that belongs to this data set."
             )
         return listed

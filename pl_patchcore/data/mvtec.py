@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.download import fetch_archive
-from pl_patchcore.data.files import list_images
+from pl_patchcore.data.folder import list_images, pair_masks
 from pl_patchcore.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -87,14 +87,15 @@ class MVTecDataModule(AnomalyDataModule):
             raise UserError(f"{folder}: no such folder; choose one of {', '.join(self.categories())}.")
         defects = sorted(path.name for path in (folder / "test").glob("*") if path.is_dir() and path.name != "good")
         train, test = (
-            [Record(path, 0, NOMINAL, self.category) for path in list_images(folder / split / "good", remedy=_HELP)]
+            [Record(path, 0, NOMINAL, self.category) for path in list_images(folder / split / "good", _HELP)]
             for split in ("train", "test")
         )
         nominal = len(test)
         for defect in defects:
-            images = list_images(folder / "test" / defect, remedy=_HELP)
-            masks = self._masks(folder / "ground_truth" / defect, images)
-            test += [Record(path, 1, defect, self.category, masks[path.stem]) for path in images]
+            root, truth = folder / "test" / defect, folder / "ground_truth" / defect
+            images = list_images(root, _HELP)
+            masks = pair_masks(images, root, list_images(truth, _HELP), truth, _HELP)
+            test += [Record(path, 1, defect, self.category, masks[path]) for path in images]
         found = (len(train), nominal, len(test) - nominal)
         published = COUNTS.get(self.category)
         if published is not None and found != published:
@@ -104,13 +105,3 @@ class MVTecDataModule(AnomalyDataModule):
                 *(folder, *found, *published),
             )
         return train, test
-
-    @staticmethod
-    def _masks(folder: Path, images: list[Path]) -> dict[str, Path]:
-        """Masks by the stem of the image they belong to, one for each image and none left over."""
-        masks = {path.stem.removesuffix("_mask"): path for path in list_images(folder)}
-        if missing := [path for path in images if path.stem not in masks]:
-            raise UserError(f"{missing[0]}: has no mask {folder / (missing[0].stem + '_mask.png')}; {_HELP}.")
-        if stray := sorted(set(masks) - {path.stem for path in images}):
-            raise UserError(f"{masks[stray[0]]}: belongs to no image; put the image back or remove the mask.")
-        return masks

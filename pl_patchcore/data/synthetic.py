@@ -1,10 +1,9 @@
 """Generated data set: photographs of textures -> nominal crops, and crops with drawn defects.
 
-For trying everything where no data set is at hand. The photographs (brick, gravel, grass; 512x512, grey) come with
-scikit-image. Training crops are taken from the left half, test crops from the right half, and mirrored at random
-(the brick wall is photographed from its middle: its right half is a mirrored left half). Each image is made when it
-is read, from the seed, its set and its number alone. The figures tell that the pipeline works, and nothing about a
-method's worth on real defects.
+For trying everything where no data set is at hand. The photographs (512x512, grey) come with scikit-image. Training
+crops are taken from the left half, test crops from the right half, and mirrored at random (the halves of the brick wall
+are mirror images). Each image is made when it is read, from the seed, its set and its number alone. The figures tell
+that the pipeline works, and nothing about a method's worth on real defects.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import skimage.data
@@ -29,8 +28,8 @@ from pl_patchcore.errors import UserError
 Array = NDArray[np.float64]
 Rng = np.random.Generator
 Texture = Literal["brick", "gravel", "grass"]
+TEXTURES = get_args(Texture)
 _SPLIT = 256  # column of the photograph: training images from the left of it, test images from the right
-TEXTURES = ("brick", "gravel", "grass")
 _VISIBLE = 0.03  # least mean change of grey inside a defect, of 1; three times the sensor's noise
 
 
@@ -166,9 +165,7 @@ class SyntheticDataModule(AnomalyDataModule):
         return train, test
 
     def export(self, folder: str | Path) -> Path:
-        """Write the data set into ``folder / texture``, in the layout of MVTec AD, and return that.
-
-        It is written under another name beside it, then renamed, so that it is complete.
+        """Write the data set, all of it or nothing, into ``folder / texture`` in the layout of MVTec AD; return that.
 
         Raises:
             UserError: If it is there already.
@@ -181,11 +178,10 @@ class SyntheticDataModule(AnomalyDataModule):
             partial = Path(place, self.texture)
             for record in (*self.records[0], *self.records[1]):
                 image, mask = record.read()
-                split, kind, name = record.path.parts[-3:]
-                files = {partial / split / kind / name: image}
+                files = {partial.joinpath(*record.path.parts[-3:]): image}
                 if record.label == 1:
-                    truth = partial / "ground_truth" / kind / f"{record.path.stem}_mask.png"
-                    files[truth] = Image.fromarray(mask * 255)
+                    name = f"{record.path.stem}_mask.png"
+                    files[partial / "ground_truth" / record.defect / name] = Image.fromarray(mask * 255)
                 for path, picture in files.items():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     picture.save(path)
@@ -208,7 +204,7 @@ def _damage(image: Array, draw: Callable[[Array, Rng], tuple[Array, Array]], rng
     return (1 - alpha) * image + alpha * content, alpha
 
 
-@lru_cache(maxsize=len(TEXTURES))
+@cache
 def _photograph(texture: str) -> Array:
     grey: Array = np.asarray(getattr(skimage.data, texture)(), np.float64) / 255
     return grey
