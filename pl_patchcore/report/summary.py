@@ -19,7 +19,7 @@ from rich.table import Table
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
-from pl_patchcore.report.pictures import Gallery
+from pl_patchcore.report.pictures import Gallery, Shown
 
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
 ALARMS = {
@@ -45,8 +45,6 @@ class TestReport(Callback):
         if pictures < 0:
             raise UserError(f"pictures must be 0 or more, got {pictures}.")
         self.pictures = pictures
-        self.gallery = Gallery(pictures)
-        self.seconds, self.images, self.started = 0.0, 0, 0.0
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the last test."""
@@ -66,15 +64,15 @@ class TestReport(Callback):
         self.images += len(scores)
         if not self.pictures:
             return
-        batch = {name: value[: len(scores)] for name, value in as_batch(batch).items()}
-        labels = torch.as_tensor(batch["label"]).tolist()
-        pictures = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
-        for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
-            order = int(outputs["index"][i])
+        batch = as_batch(batch)
+        images = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
+        for i, score in enumerate(scores):
+            order, label = int(outputs["index"][i]), int(batch["label"][i])
             name = Path(batch["path"][i]).name if "path" in batch else f"image {order}"
             kind = batch["defect"][i] if "defect" in batch else ("nominal", "anomalous")[label]
             mask = batch["mask"][i] if "mask" in batch else None
-            self.gallery.add(score, label, f"{name} ({kind})", pictures[i], outputs["anomaly_map"][i], mask, order)
+            heat = outputs["anomaly_map"][i].float()
+            self.gallery.add(Shown(score, order, f"{name} ({kind})", images[i], heat, mask), label)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and write."""
