@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from pl_patchcore.data import AnomalyDataModule
@@ -157,17 +157,11 @@ def run_jobs(jobs: Sequence[Job], processes: int = 1, restart: bool = False) -> 
             bar.set_postfix_str(shown, refresh=shown != bar.postfix or sys.stderr.isatty())
             time.sleep(_POLL_SECONDS)
             for slot, (job, process, start) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                bar.update()
-                del running[slot]
-                if (figures := job.figures()) is not None:
-                    values = [f"{name} {_text(figures.get(key), 1, '.4f')}" for key, name in FIGURES.items()]
-                    said = f"{', '.join(values)} ({time.monotonic() - start:.0f} s)"
-                else:
-                    failed[job.folder.name] = reason = _reason(job, process.returncode)
-                    said = f"failed: {reason}"
-                bar.write(f"{job.folder.name}: {said}")
+                if process.poll() is not None:
+                    del running[slot]
+                    bar.update()
+                    seconds = time.monotonic() - start
+                    bar.write(f"{job.folder.name}: {_outcome(job, process.returncode, failed)} ({seconds:.0f} s)")
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -210,13 +204,18 @@ def _start(job: Job, slot: int, processes: int) -> subprocess.Popen[bytes] | Non
         )
 
 
-def _reason(job: Job, code: int) -> str:
-    """Why a process has failed: its signal, or the last line of its log."""
+def _outcome(job: Job, code: int, failed: dict[str, str]) -> str:
+    """What a process that has ended leaves: figures, or a reason, which goes into ``failed``."""
+    if (figures := job.figures()) is not None:
+        return ", ".join(f"{name} {_text(figures.get(key), 1, '.4f')}" for key, name in FIGURES.items())
     if code < 0:
-        return f"killed by signal {-code}{'; out of memory, perhaps' if code == -9 else ''}"
-    log_file = job.folder / "log.txt"
-    last = log_file.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-    return f"{last.removeprefix('pl-patchcore: error: ')} (see {log_file})"
+        reason = f"killed by signal {-code}{'; out of memory, perhaps' if code == -9 else ''}"
+    else:
+        log_file = job.folder / "log.txt"
+        last = log_file.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+        reason = f"{last.removeprefix('pl-patchcore: error: ')} (see {log_file})"
+    failed[job.folder.name] = reason
+    return f"failed: {reason}"
 
 
 def table_lines(jobs: Sequence[Job], published: Published | None = None) -> list[Line]:
@@ -278,9 +277,7 @@ def write_table(folder: Path, lines: Sequence[Line], failed: Mapping[str, str], 
     text.insert(1, "|---|" + "---:|" * (len(header) - 1))
     with whole_file(folder / "benchmark.md") as partial:
         partial.write_text("\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n", encoding="utf-8")
-    table = Table(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
+    table = Table(header[0], *(Column(name, justify="right") for name in header[1:]))
     for row in rows:
         table.add_row(*row)
     console = plain_console()
@@ -292,10 +289,9 @@ def _cells(lines: Sequence[Line]) -> list[list[str]]:
     """Header and rows as text, in percent; columns that hold nothing are left out."""
     with_shots = any(line["shots"] is not None for line in lines)
     compared = [key for key in FIGURES if any(line[f"{key}_published"] is not None for line in lines)]
-    header = ["category", *["shots"] * with_shots]
+    rows = [["category", *["shots"] * with_shots]]
     for key, name in FIGURES.items():
-        header += [name, *[f"published {name}"] * (key in compared)]
-    rows = [header]
+        rows[0] += [name, *[f"published {name}"] * (key in compared)]
     for line in lines:
         missing = f" ({line['missing']} missing)" if line["missing"] else ""
         row = [line["category"] + missing, *[str(line["shots"] or "all")] * with_shots]

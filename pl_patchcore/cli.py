@@ -64,19 +64,14 @@ class Trainer(L.Trainer):
         self.fit(model, datamodule=datamodule)
         self.test(model, datamodule=datamodule, verbose=False)
 
-    def update(self, model: PatchCore, datamodule: AnomalyDataModule, ckpt_path: str | None = None) -> None:
+    def update(self, model: PatchCore, datamodule: AnomalyDataModule, ckpt_path: str = "") -> None:
         """Add the data module's nominal training images to a fitted model (see `PatchCore.update`).
 
         Args:
             model: The model.
             datamodule: The data.
             ckpt_path: Checkpoint of the fitted model; the updated one is written to the run's folder.
-
-        Raises:
-            UserError: If no checkpoint is given.
         """
-        if not ckpt_path:
-            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
         checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

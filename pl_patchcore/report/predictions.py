@@ -67,14 +67,14 @@ class PredictionWriter(Callback):
             csv.writer(self.file).writerow(row)
             self.rows.append((number, row))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Give the file its name; of several processes, put all rows into the first one's."""
         if self.file is None:
             return
         self.file.close()
         partial, rows, self.file = Path(self.file.name), self.rows, None
         if trainer.world_size > 1:
-            shares = pl_module.processes().objects(self.rows)  # type: ignore[operator]
+            shares = pl_module.processes().objects(self.rows)
             if not trainer.is_global_zero:
                 partial.unlink()
                 return
