@@ -17,7 +17,7 @@ from pl_patchcore.report.files import output_folder, plain_console, whole_file
 SHOWN = 20_000  # patch features drawn and measured, at most
 
 
-def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> None:
+def draw_coverage(features: Tensor, rows: Tensor, path: Path) -> None:
     """Draw which of ``features`` were selected, beside a random selection of the same size.
 
     Both panels show the features on their first two principal components. The titles give the mean and largest
@@ -27,10 +27,8 @@ def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> 
         features: (Projected) patch features, ``(N, d)``.
         rows: Rows selected, ``(M,)``, int64.
         path: Picture to write.
-        seed: Seed of the random selection, and of the features drawn.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(features), generator=generator).to(features.device)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(features.device)
     drawn = features[order[:SHOWN]].float()  # (n, d)
     mean = drawn.mean(0)
     _, _, axes = torch.pca_lowrank(drawn - mean, q=min(2, *drawn.shape), center=False)  # (d, 2)

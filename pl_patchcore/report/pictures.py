@@ -64,10 +64,9 @@ class Gallery:
         sign, group = GROUPS[name][1], self.groups[name]
         place = bisect([(-sign * shown.score, shown.order) for shown in group], (-sign * item.score, item.order))
         if place < self.size:
-            image, anomaly_map, mask = (
-                None if tensor is None else tensor.cpu().clone() for tensor in (item.image, item.anomaly_map, item.mask)
-            )
-            group.insert(place, replace(item, image=image, anomaly_map=anomaly_map, mask=mask))
+            mask = None if item.mask is None else item.mask.cpu().clone()
+            kept = replace(item, image=item.image.cpu().clone(), anomaly_map=item.anomaly_map.cpu().clone(), mask=mask)
+            group.insert(place, kept)
             del group[self.size :]
 
     def merge(self, other: Gallery) -> None:
