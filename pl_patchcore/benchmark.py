@@ -8,6 +8,7 @@ rows that are not. The table says nothing of time, so that it is the same howeve
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import logging
@@ -16,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,20 +26,20 @@ from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.errors import UserError
 from pl_patchcore.published import Published
 from pl_patchcore.report.files import plain_console, whole_file
+from pl_patchcore.report.summary import FIGURES
 
 if sys.platform != "win32":
     import fcntl
 
 log = logging.getLogger(__name__)
 
-FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
 # settings that change where and how fast a row is computed, and not what
 _ELSEWHERE = {
     "accelerator", "callbacks", "default_root_dir", "devices", "enable_checkpointing", "enable_model_summary",
@@ -68,7 +69,7 @@ class Job:
             return None
         saved = self.folder / "job.yaml"
         theirs = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
-        old, new = dict(_identity(theirs)), dict(_identity(self.settings))
+        old, new = _identity(theirs), _identity(self.settings)
         if changed := [name for name in sorted(old | new) if old.get(name) != new.get(name)]:
             name, more = changed[0], f" (and {len(changed) - 1} other changes)" if changed[1:] else ""
             raise UserError(
@@ -79,15 +80,14 @@ class Job:
         return result
 
 
-def _identity(settings: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+def _identity(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings that a row's figures depend on, dotted."""
+    dotted: dict[str, Any] = {}
     for key, value in settings.items():
-        if key in _ELSEWHERE or not (name or key in ("model", "data", "trainer", "seed_everything")):
-            continue
-        if isinstance(value, Mapping):
-            yield from _identity(value, f"{name}{key}.")
-        else:
-            yield f"{name}{key}", value
+        if key not in _ELSEWHERE and (prefix or key in ("model", "data", "trainer", "seed_everything")):
+            name = f"{prefix}{key}"
+            dotted |= _identity(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return dotted
 
 
 def plan(
@@ -107,7 +107,7 @@ def plan(
         raise UserError(f"no category {strange[0]!r}; there are {', '.join(known) or 'none to choose from'}.")
     names, jobs = categories or known or [kind.__name__.removesuffix("DataModule").lower()], []
     for category, number, seed in product(names, shots or [None], seeds or [None]):
-        job, name = json.loads(json.dumps(settings)), str(category)
+        job, name = copy.deepcopy(settings), str(category)
         options = job["data"].setdefault("init_args", {})
         if known and kind.category_argument is not None:
             options[kind.category_argument] = category
@@ -158,11 +158,10 @@ def run_jobs(jobs: Sequence[Job], processes: int = 1, restart: bool = False) -> 
             time.sleep(_POLL_SECONDS)
             for slot, (job, process, start) in list(running.items()):
                 if process.poll() is not None:
-                    bar.update()
                     del running[slot]
-                    bar.write(
-                        f"{job.folder.name}: {_outcome(job, process.returncode, failed, time.monotonic() - start)}"
-                    )
+                    bar.update()
+                    seconds = time.monotonic() - start
+                    bar.write(f"{job.folder.name}: {_outcome(job, process.returncode, failed)} ({seconds:.0f} s)")
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -191,11 +190,10 @@ def _start(job: Job, slot: int, processes: int) -> subprocess.Popen[bytes] | Non
         environment = dict(os.environ)
         if processes > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-            if torch.cuda.is_available():
-                devices = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(
-                    map(str, range(torch.cuda.device_count()))
-                )
-                environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[slot % len(devices.split(","))]
+            visible = environment.get("CUDA_VISIBLE_DEVICES")
+            gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return subprocess.Popen(
             [sys.executable, "-m", "pl_patchcore", "run", "--config", str(job.folder / "job.yaml")],
             stdin=subprocess.DEVNULL,
@@ -206,17 +204,16 @@ def _start(job: Job, slot: int, processes: int) -> subprocess.Popen[bytes] | Non
         )
 
 
-def _outcome(job: Job, code: int, failed: dict[str, str], seconds: float) -> str:
+def _outcome(job: Job, code: int, failed: dict[str, str]) -> str:
     """What a process that has ended leaves: figures, or a reason, which goes into ``failed``."""
     if (figures := job.figures()) is not None:
-        values = [f"{name} {_text(figures.get(key), 1, '.4f')}" for key, name in FIGURES.items()]
-        return f"{', '.join(values)} ({seconds:.0f} s)"
+        return ", ".join(f"{name} {_text(figures.get(key), 1, '.4f')}" for key, name in FIGURES.items())
     if code < 0:
         reason = f"killed by signal {-code}{'; out of memory, perhaps' if code == -9 else ''}"
     else:
-        lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        reason = f"{last.removeprefix('pl-patchcore: error: ')} (see {job.folder / 'log.txt'})"
+        log_file = job.folder / "log.txt"
+        last = log_file.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+        reason = f"{last.removeprefix('pl-patchcore: error: ')} (see {log_file})"
     failed[job.folder.name] = reason
     return f"failed: {reason}"
 
@@ -254,7 +251,7 @@ def _average(name: str, jobs: Sequence[Job], published: Sequence[float | None] |
             if figures[key] is not None:
                 by_seed.setdefault(seed, []).append(figures[key])
         means = [fmean(values) for values in by_seed.values()]
-        reference = None if published is None else published[place]
+        reference = published[place] if published else None
         line[key] = fmean(means) if means else None
         line[f"{key}_se"] = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
         line[f"{key}_published"] = None if reference is None else reference / 100
@@ -280,9 +277,7 @@ def write_table(folder: Path, lines: Sequence[Line], failed: Mapping[str, str], 
     text.insert(1, "|---|" + "---:|" * (len(header) - 1))
     with whole_file(folder / "benchmark.md") as partial:
         partial.write_text("\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n", encoding="utf-8")
-    table = Table(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
+    table = Table(header[0], *(Column(name, justify="right") for name in header[1:]))
     for row in rows:
         table.add_row(*row)
     console = plain_console()
@@ -294,10 +289,9 @@ def _cells(lines: Sequence[Line]) -> list[list[str]]:
     """Header and rows as text, in percent; columns that hold nothing are left out."""
     with_shots = any(line["shots"] is not None for line in lines)
     compared = [key for key in FIGURES if any(line[f"{key}_published"] is not None for line in lines)]
-    header = ["category", *["shots"] * with_shots]
+    rows = [["category", *["shots"] * with_shots]]
     for key, name in FIGURES.items():
-        header += [name, *[f"published {name}"] * (key in compared)]
-    rows = [header]
+        rows[0] += [name, *[f"published {name}"] * (key in compared)]
     for line in lines:
         missing = f" ({line['missing']} missing)" if line["missing"] else ""
         row = [line["category"] + missing, *[str(line["shots"] or "all")] * with_shots]

@@ -1,9 +1,7 @@
 """The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update and benchmark.
 
-Lightning's command line, with four things of its own: option names are checked before anything else, so that a
-misspelt one, on the command line or anywhere in a YAML file, is answered with one line; what a user can put right
-(`UserError`) is shown as one line without a traceback; ``ckpt_path`` brings the model's settings; reports are written
-after test and predict.
+Lightning's command line, with three things of its own: what a user can put right, such as a misspelt option, is said in
+one line without a traceback; ``ckpt_path`` brings the model's settings; reports are written after test and predict.
 """
 
 from __future__ import annotations
@@ -13,15 +11,14 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -48,7 +45,6 @@ _QUIET = (
     ".*does not have many workers.*",  # num_workers is the data module's business
 )
 _COMMANDS = LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "update", "benchmark")}
-_CLASSES = ("pl_patchcore.data", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")  # found by name alone
 
 
 class Trainer(L.Trainer):
@@ -56,32 +52,26 @@ class Trainer(L.Trainer):
 
     settings: dict[str, Any]  # of the whole command, which ``benchmark`` hands on; set by the command line
 
-    def run(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
+    def run(self, model: PatchCore, datamodule: AnomalyDataModule) -> None:
         """Fit, then test, in one process.
 
         Args:
             model: The model.
             datamodule: The data.
         """
-        if isinstance(datamodule, AnomalyDataModule):
-            datamodule.prepare_data()
-            datamodule.require("test")
+        datamodule.prepare_data()
+        datamodule.require("test")
         self.fit(model, datamodule=datamodule)
         self.test(model, datamodule=datamodule, verbose=False)
 
-    def update(self, model: L.LightningModule, datamodule: L.LightningDataModule, ckpt_path: str | None = None) -> None:
+    def update(self, model: PatchCore, datamodule: AnomalyDataModule, ckpt_path: str = "") -> None:
         """Add the data module's nominal training images to a fitted model (see `PatchCore.update`).
 
         Args:
             model: The model.
             datamodule: The data.
             ckpt_path: Checkpoint of the fitted model; the updated one is written to the run's folder.
-
-        Raises:
-            UserError: If no checkpoint is given.
         """
-        if ckpt_path is None or not isinstance(model, PatchCore):
-            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
         checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
@@ -89,8 +79,8 @@ class Trainer(L.Trainer):
 
     def benchmark(
         self,
-        model: L.LightningModule,
-        datamodule: L.LightningDataModule,
+        model: PatchCore,
+        datamodule: AnomalyDataModule,
         folder: str = "benchmark",
         categories: list[str] | None = None,
         shots: list[int] | None = None,
@@ -119,7 +109,6 @@ class Trainer(L.Trainer):
 
         if processes < 1:
             raise UserError(f"processes must be at least 1, got {processes}.")
-        assert isinstance(datamodule, AnomalyDataModule)  # the command makes no other
         datamodule.download_data()
         jobs = benchmark.plan(self.settings, datamodule, Path(folder), categories, shots, seeds)
         beside = published.published_for(type(datamodule).__name__, self.settings["model"])
@@ -133,30 +122,13 @@ class _ConfigFile(ActionConfigFile):
     """A YAML file, or the name of one that comes with the package, such as ``data/folder``."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(config_file(values)), option_string)  # type: ignore[no-untyped-call]
-
-
-class _Parser(LightningArgumentParser):
-    """Lightning's parser, which answers a wrong value in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say which option has a value it cannot have; jsonargparse's own answer is a nest of types."""
-        if not self.exit_on_error:  # one inside another, whose message the outer one has
-            super().error(message, ex)
-        key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-        expected = re.findall(
-            r"Expected an? (?:<class '(?:[^']*\.)?|typing\.)?(.+?)(?:'>)?(?:\. Got value: .*)?$", message, re.MULTILINE
-        )
-        values = re.findall(r"(?:Got|Given) value: (.*)", message)
-        if not (key and expected and values):
-            raise UserError(" ".join(message.split())) from ex
-        if key == "data":
-            names = [name for name in data_modules.__all__ if name.endswith("DataModule")]
-            raise UserError(f"no data module {values[0]!r}; did you mean {nearest(values[0], names)!r}?") from ex
-        kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"] or expected[:1]
-        if choices := [kind[8:-1] for kind in kinds if kind.startswith("Literal[")]:
-            kinds = ["one of " + ", ".join(choices)]
-        raise UserError(f"{key} must be {' or '.join(kinds)}, got {values[0]}.") from ex
+        path = config_file(values)
+        read_config(path)  # says in plain words where a file is no YAML
+        try:
+            super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
+            parser.validate(cfg, skip_required=True)  # here, where it is known which file is wrong
+        except (ArgumentError, KeyError, TypeError) as error:
+            raise UserError(_in_one_line(str(error), parser.get_defaults().keys(), f" in {path}")) from error
 
 
 class PatchCoreCLI(LightningCLI):
@@ -166,15 +138,14 @@ class PatchCoreCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.arguments = list(sys.argv[1:] if args is None else args)
-        self.options: dict[str, Any] = {}  # what the user gives, on the command line and in files
-        self.saved: dict[str, Any] | None = None  # the model's settings in the checkpoint to be loaded
+        self.saved: dict[str, Any] = {}  # the model's settings in the checkpoint to be loaded
+        self.given: Any = None  # those that the user gives beside it
         super().__init__(
             PatchCore,
             AnomalyDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,
             seed_everything_default=False,
-            parser_class=_Parser,
             parser_kwargs={"prog": "pl-patchcore", "description": "PatchCore anomaly detection."},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
@@ -187,40 +158,48 @@ class PatchCoreCLI(LightningCLI):
         return {name: skip for name, skip in _COMMANDS.items() if self.arguments[:1] == [name]} or _COMMANDS
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser with ``--config``."""
-        parser = _Parser(**kwargs)
+        """A parser with ``--config`` that raises its errors."""
+        parser = LightningArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
         parser.add_argument("-c", "--config", action=_ConfigFile, help=_ConfigFile.__doc__)
         return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add Trainer, model and data; the data is missed only once all names are known to be right."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(PatchCore, "model")
+        parser.add_lightning_class_args(AnomalyDataModule, "data", subclass_mode=True, required=False)
+        parser.set_defaults({"trainer.max_epochs": 1})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reports and their options."""
         parser.add_lightning_class_args(TestReport, "report")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CoverageReport, "coverage")
-        parser.set_defaults({"trainer.max_epochs": 1})
         self.command_parser = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Check the names of all options, read the model's settings in ``ckpt_path``, then parse."""
+        """Parse, and read the model's settings in ``ckpt_path``."""
         command = self.arguments[0] if self.arguments else ""
-        if command in _COMMANDS:
-            self.options = _check_names(self.command_parser, self.arguments[1:])
-            path = self.options.get("ckpt_path")
-            if command == "update" and not path and not {"h", "help"} & self.options.keys():
-                raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
-            if path and path not in ("best", "last", "hpc") and command != "fit":
-                self._read_checkpoint(parser, path)
-        elif command.lstrip("-") in ("c", "config"):
+        if command.lstrip("-") in ("c", "config"):
             raise UserError(f"the command comes first: pl-patchcore fit {' '.join(self.arguments)}.")
-        elif not command:
+        if not command:
             raise UserError(f"give a command, {{{','.join(_COMMANDS)}}}; pl-patchcore --help explains them.")
-        elif not command.startswith("-"):
+        if not command.startswith("-") and command not in _COMMANDS:
             raise UserError(f"unknown command {command!r}; did you mean {nearest(command, _COMMANDS)!r}?")
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise UserError(_in_one_line(str(error), self.command_parser.get_defaults().keys())) from error
         self.chosen: Any = self.config[self.config["subcommand"]]  # settings of the command
         # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
         # leave that out; it does without where there is no ckpt_path.
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
+        if self.chosen["data"] is None:
+            raise UserError(f"{command} needs a data module, such as --data MTDDataModule.")
+        if command == "update" and not self.ckpt_path:
+            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
+        if self.ckpt_path and self.ckpt_path not in ("best", "last", "hpc") and command != "fit":
+            self._read_checkpoint(parser, self.ckpt_path)
 
     def _read_checkpoint(self, parser: LightningArgumentParser, path: str) -> None:
         """Have the model made with the settings of a checkpoint, save what the user sets otherwise.
@@ -230,22 +209,19 @@ class PatchCoreCLI(LightningCLI):
         """
         checkpoint = read_checkpoint(path)
         self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
-        if "backbone" not in self.saved and not any(name.startswith("model.backbone") for name in self.options):
+        self.given = self.command_parser.parse_args(self.arguments[1:], defaults=False).get("model") or Namespace()  # type: ignore[no-untyped-call]
+        if "backbone" not in self.saved and "backbone" not in self.given:
             raise UserError(
                 f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
             )
-        self.brings_weights = holds_backbone(checkpoint) and not {"model.weights", "model.backbone"} & {*self.options}
+        self.brings_weights = holds_backbone(checkpoint) and not ("weights" in self.given or "backbone" in self.given)
         parser.add_instantiator(self._make_model, PatchCore)
 
     def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:
         """Make the model with the settings of the checkpoint, under those that the user gives."""
-        settings = dict(values if "model" in self.options else self.saved or {})
-        for name in (name for name in self.options if name.startswith("model.")):
-            group, option = [*name.removeprefix("model.").split(".", 1), ""][:2]
-            if group in GROUPS and option:
-                settings[group] = {**settings.get(group, {}), option: getattr(values[group], option)}
-            else:
-                settings[group] = values[group]
+        settings = dict(self.saved)
+        for name, value in vars(self.given).items():
+            settings[name] = {**settings.get(name, {}), **vars(value)} if name in GROUPS else values[name]
         with warnings.catch_warnings():
             if self.brings_weights:
                 settings["weights"] = None  # the checkpoint's own are loaded over the random ones
@@ -273,10 +249,8 @@ class PatchCoreCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Where a checkpoint brings the model, let the saved configuration hold only what the user sets of it."""
-        if self.saved is not None:
-            given = [f"{name}." for name in self.options]
-            kept = {k: v for k, v in self.chosen["model"].items() if f"model.{k}.".startswith(tuple(given))}
-            self.chosen["model"] = type(self.chosen)(kept)
+        if self.given is not None:
+            self.chosen["model"] = self.given
 
     def before_benchmark(self) -> None:
         """Hand the settings on: each row of a benchmark is a ``run`` with them."""
@@ -285,96 +259,48 @@ class PatchCoreCLI(LightningCLI):
         self.trainer.settings = {name: value for name, value in yaml.safe_load(text).items() if name not in own}
 
 
-def _check_names(parser: LightningArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """Refuse option names that do not exist, wherever they stand.
+def _in_one_line(message: str, known: Iterable[str], file: str = "") -> str:
+    """What is wrong with an option, out of jsonargparse's own message, which may be a nest of types.
 
     Args:
-        parser: The parser of the command.
-        arguments: What follows the command.
-
-    Returns:
-        The options given, dotted, and the last value of each: text from the command line, data from a file.
-
-    Raises:
-        UserError: Naming the option, the file it is in, and the nearest right one.
+        message: That of jsonargparse.
+        known: Options there are, dotted.
+        file: `` in <path>``, if the option stands in a file.
     """
-    known = {*parser.get_defaults().keys(), "config", "c", "h"}
-    options: list[tuple[str, Any, str]] = []  # name, value, file
-    for argument, following in pairwise([*arguments, ""]):
-        if not re.match(r"-+[^\d-]", argument):
-            continue
-        name, equals, value = argument.lstrip("-").partition("=")
-        value = value if equals else following
-        if name in ("config", "c"):
-            path = config_file(value)
-            options += [(inner, given, f" in {path}") for inner, given in _flat(read_config(path), known)]
-        else:
-            options.append((name.removesuffix("+"), value, ""))
-    module = next((given for name, value, _ in reversed(options) if (given := _data_module(name, value))), "")
-    for name, value, file in options:
-        if name.startswith("data."):
-            _check_arguments([name.removeprefix("data.").removeprefix("init_args.")], module, file, "data.")
-        elif name == "data":
-            _check_value(value, file, "data.", module)
-        else:
-            _check_name(name, value, known, file)
-            _check_value(value, file)
-    return {name: value for name, value, _ in options}
-
-
-def _flat(content: Mapping[str, Any], known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options of a YAML file, dotted."""
-    for key, value in content.items():
-        if isinstance(value, dict) and f"{prefix}{key}" not in known:
-            yield from _flat(value, known, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _data_module(name: str, value: Any) -> str:
-    """The data module's class, if it is what an option gives."""
-    given = value.get("class_path") if isinstance(value, dict) else value
-    return str(given or "") if name in ("data", "data.class_path") else ""
-
-
-def _check_name(name: str, value: Any, known: Collection[str], file: str) -> None:
-    options = sorted(option for option in known if option.startswith(f"{name}."))
-    is_group = options and (not value or value[:1] in ("{", "-") or Path(value).is_file())
-    is_known = any(f"{name}.".startswith(f"{option}.") for option in known)  # or belongs to a class of its own
-    if is_group or is_known or re.fullmatch(r"(.*\.)?help|print_.*", name):
-        return
-    if name.startswith("model.") and (place := moved(name.removeprefix("model."), "model.")):
-        raise UserError(f"{file.removeprefix(' in ')}: {place}".removeprefix(": "))
-    if options:
-        raise UserError(f"{name}{file} is a group of options, {', '.join(options)}; got {value!r}.")
-    raise UserError(f"unknown option {name!r}{file}; did you mean {nearest(name, known)!r}?")
-
-
-def _check_value(value: Any, file: str, prefix: str = "", class_path: str = "") -> None:
-    """Refuse arguments that a class inside an option's value does not have."""
-    if isinstance(value, dict):
-        if isinstance(given := value.get("init_args"), dict):
-            _check_arguments(given, str(value.get("class_path") or class_path), file, prefix)
-        value = list(value.values())
-    for inner in value if isinstance(value, list) else []:
-        _check_value(inner, file)
-
-
-def _check_arguments(names: Iterable[str], class_path: str, file: str, prefix: str) -> None:
-    """Refuse arguments that a class does not have; jsonargparse says where there is no such class."""
-    module, _, name = class_path.rpartition(".")
-    for place in [module] if module else _CLASSES:
-        try:
-            found = getattr(importlib.import_module(place), name)
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    unknown = re.search(
+        r"(?:Group '(\w+)' does not )?(?:nrecognized arguments: -+|(?:Key|Option|accept [a-z ]+) ')([a-z_][\w.]*)",
+        message,
+    )
+    no_group = re.search(r"Unable to load config '(.*)'", message)
+    name = ".".join(filter(None, unknown.groups())) if unknown else ".".join(keys[:1])
+    if (unknown or no_group) and name.startswith("model.") and (place := moved(name.removeprefix("model."), "model.")):
+        return f"{file.removeprefix(' in ')}: {place}".removeprefix(": ")
+    if no_group:
+        options = ", ".join(sorted(option for option in known if option.startswith(f"{name}.")))
+        return f"{name}{file} is a group of options, {options}; got {no_group[1]!r}."
+    if unknown:
+        prefix = "data." if keys[:1] == ["data"] else ""
+        if kind := re.search(r"given class_path '(.+)\.(\w+)'", message):  # the option is an argument of this class
+            if kind[2] == AnomalyDataModule.__name__:
+                return f"{prefix}{name}{file} needs a data module before it, such as --data MTDDataModule."
+            found = getattr(importlib.import_module(kind[1]), kind[2])
             arguments = ArgumentParser().add_class_arguments(found, "it", fail_untyped=False)
-        except (ImportError, AttributeError, ValueError):
-            continue
-        known = [argument.split(".")[1] for argument in arguments]
-        for given in names:
-            if given.partition(".")[0] not in (*known, "class_path", "help"):
-                alike = prefix + nearest(given, known)
-                raise UserError(f"unknown option {prefix + given!r}{file}; did you mean {alike!r}?")
-        return
+            known = [argument.removeprefix("it.") for argument in arguments]
+        return f"unknown option {prefix + name!r}{file}; did you mean {prefix + nearest(name, known)!r}?"
+    expected = re.findall(
+        r"Expected an? (?:<class '(?:[^']*\.)?|typing\.)?(.+?)(?:'>)?(?:\. Got value: .*)?$", message, re.MULTILINE
+    )
+    values = re.findall(r"(?:Got|Given) value: (.*)", message)
+    if not (keys and expected and values):
+        return " ".join(message.split())
+    if keys == ["data"]:
+        names = [name for name in data_modules.__all__ if name.endswith("DataModule")]
+        return f"no data module {values[0]!r}; did you mean {nearest(values[0], names)!r}?"
+    kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"] or expected[:1]
+    if choices := [kind[8:-1] for kind in kinds if kind.startswith("Literal[")]:
+        kinds = ["one of " + ", ".join(choices)]
+    return f"{'.'.join(keys)} must be {' or '.join(kinds)}, got {values[0]}."
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -24,11 +24,6 @@ def config_names(folder: str = "") -> list[str]:
     return sorted(path.relative_to(place).with_suffix("").as_posix() for path in place.rglob("*.yaml"))
 
 
-def recipe_names() -> list[str]:
-    """Names that `recipe` takes."""
-    return config_names("recipes")
-
-
 def config_file(name: str | Path) -> Path:
     """Find a configuration file: a path, or the name of one that comes with the package.
 
@@ -75,7 +70,7 @@ def recipe(name: str) -> dict[str, Any]:
         >>> recipe("mstc")["layers"]
         ['layer3', 'layer4']
     """
-    names = recipe_names()
+    names = config_names("recipes")
     if name not in names:
         raise UserError(f"recipe {name!r} is unknown; choose one of {', '.join(names)}.")
     model: dict[str, Any] = read_config(CONFIGS / "recipes" / f"{name}.yaml").get("model") or {}

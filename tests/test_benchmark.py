@@ -128,7 +128,6 @@ def test_rows_are_dealt_out_to_gpus(tmp_path, monkeypatch, visible, processes, e
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     seen = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, env, **kwargs: seen.append(env.get("CUDA_VISIBLE_DEVICES")))

@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from pl_patchcore import PatchCore, UserError
-from pl_patchcore.configs import CONFIGS, config_file, config_names, recipe, recipe_names
+from pl_patchcore.configs import CONFIGS, config_file, config_names, recipe
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_names():
     assert {"demo", "patchcore", "data/folder", "recipes/mtd", "trainer/ddp"} <= set(config_names())
-    assert {"paper", "official", "mstc"} <= set(recipe_names())
+    assert {"paper", "official", "mstc"} <= set(config_names("recipes"))
 
 
 def test_a_file_of_ones_own_wins_over_one_that_comes_with_the_package(tmp_path, monkeypatch):

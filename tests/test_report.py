@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pl_patchcore import PatchCore, SyntheticDataModule
 from pl_patchcore.report import PredictionWriter, TestReport
 from pl_patchcore.report.files import whole_file
-from pl_patchcore.report.pictures import Gallery
+from pl_patchcore.report.pictures import Gallery, Shown
 
 
 @pytest.fixture
@@ -85,7 +85,8 @@ def test_gallery_keeps_the_right_images():
     gallery = Gallery(2)
     scores = np.random.default_rng(0).permutation(20).tolist()
     for i, score in enumerate(scores):
-        gallery.add(float(score), i % 2, str(i), torch.zeros(3, 4, 4), torch.full((4, 4), float(score)), None)
+        heat = torch.full((4, 4), float(score))
+        gallery.add(Shown(float(score), i, str(i), torch.zeros(3, 4, 4), heat, None), i % 2)
     kept = {name: sorted(item.score for item in group) for name, group in gallery.groups.items()}
     nominal, anomalous = sorted(scores[::2]), sorted(scores[1::2])
     assert kept == {
@@ -126,7 +127,9 @@ def test_every_process_asks_for_the_folder(fitted):
 
     process = SecondProcess()
     fitted[0]._trainer, before = None, fitted[0]._trainer
-    TestReport().on_test_end(process, fitted[0])
+    report = TestReport()
+    report.on_test_start(process, fitted[0])
+    report.on_test_end(process, fitted[0])
     fitted[0]._trainer = before
     assert process.asked == 1
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
@@ -18,7 +17,7 @@ from pl_patchcore.report.files import output_folder, plain_console, whole_file
 SHOWN = 20_000  # patch features drawn and measured, at most
 
 
-def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> None:
+def draw_coverage(features: Tensor, rows: Tensor, path: Path) -> None:
     """Draw which of ``features`` were selected, beside a random selection of the same size.
 
     Both panels show the features on their first two principal components. The titles give the mean and largest
@@ -28,23 +27,19 @@ def draw_coverage(features: Tensor, rows: Tensor, path: Path, seed: int = 0) -> 
         features: (Projected) patch features, ``(N, d)``.
         rows: Rows selected, ``(M,)``, int64.
         path: Picture to write.
-        seed: Seed of the random selection, and of the features drawn.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(features), generator=generator).to(features.device)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(features.device)
     drawn = features[order[:SHOWN]].float()  # (n, d)
     mean = drawn.mean(0)
     _, _, axes = torch.pca_lowrank(drawn - mean, q=min(2, *drawn.shape), center=False)  # (d, 2)
     picture = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(picture)
     panels = picture.subplots(1, 2, sharex=True, sharey=True)
     for panel, (name, chosen) in zip(panels, (("coreset", rows), ("random", order[: len(rows)])), strict=True):
         picked, bank = features[chosen].float(), MemoryBank()
         bank.fill(picked)
         distance = bank(drawn)[0][:, 0]
         for points, size, colour in ((drawn, 2, "0.8"), (picked, 6, "tab:red")):
-            flat = ((points - mean) @ axes).cpu().numpy()
-            flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+            flat = pad((points - mean) @ axes, (0, 2 - axes.shape[1])).cpu().numpy()  # (n, 2)
             panel.scatter(flat[:, 0], flat[:, 1], s=size, c=colour, linewidths=0, rasterized=True)
         panel.set_title(
             f"{name}: {len(chosen)} of {len(features)}\ndistance {distance.mean():.3g}, at most {distance.max():.3g}"

@@ -32,7 +32,7 @@ class PredictionWriter(Callback):
     def __init__(self, maps: bool = False) -> None:
         self.maps = maps
         self.file: IO[str] | None = None  # open while images are scored
-        self.numbers: list[int] = []  # number in the data set of each image written
+        self.rows: list[tuple[int, list[str]]] = []  # number in the data set, row of the table
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the file under a temporary name."""
@@ -45,9 +45,9 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier()  # nobody writes a map before the old ones are gone
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         self.file = (folder / f"predictions{rank}.csv.partial").open("w", newline="", encoding="utf-8")
-        self.numbers = []
         calibrated = CALIBRATED if pl_module.image_threshold is not None else ()
-        csv.writer(self.file).writerow(["path", "score", *calibrated, *(["map"] if self.maps else [])])
+        self.rows = [(-1, ["path", "score", *calibrated, *["map"] * self.maps])]
+        csv.writer(self.file).writerow(self.rows[0][1])
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
@@ -57,7 +57,7 @@ class PredictionWriter(Callback):
             return
         columns = [outputs[name].tolist() for name in ("score", *CALIBRATED) if name in outputs]
         for i, values in enumerate(zip(*columns, strict=True)):
-            number = int(outputs["index"][i]) if trainer.world_size > 1 else len(self.numbers)
+            number = int(outputs["index"][i]) if trainer.world_size > 1 else len(self.rows) - 1
             path = outputs["path"][i] if "path" in outputs else str(number)
             row = [path, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
             if self.maps:
@@ -65,33 +65,27 @@ class PredictionWriter(Callback):
                 _write_map(outputs, i, target)
                 row.append(f"maps/{target.name}")
             csv.writer(self.file).writerow(row)
-            self.numbers.append(number)
+            self.rows.append((number, row))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the rows of all processes into one file, and give it its name."""
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Give the file its name; of several processes, put all rows into the first one's."""
         if self.file is None:
             return
-        partial, images = Path(self.file.name), len(self.numbers)
-        self._close()
+        self.file.close()
+        partial, rows, self.file = Path(self.file.name), self.rows, None
         if trainer.world_size > 1:
-            with partial.open(newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
-            shares = pl_module.processes().objects((self.numbers, rows))  # type: ignore[operator]
+            shares = pl_module.processes().objects(self.rows)
             if not trainer.is_global_zero:
                 partial.unlink()
                 return
-            numbered = sorted((pair for share in shares for pair in zip(*share, strict=True)), key=lambda pair: pair[0])
-            images = len(numbered)
+            rows = sorted([*shares[0], *(pair for share in shares[1:] for pair in share[1:])], key=lambda pair: pair[0])
             with partial.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([header, *(row for _, row in numbered)])
-        partial.replace(partial.parent / "predictions.csv")
-        plain_console().print(f"{images} anomaly scores written to {partial.parent / 'predictions.csv'}")
+                csv.writer(file).writerows(row for _, row in rows)
+        target = partial.replace(partial.parent / "predictions.csv")
+        plain_console().print(f"{len(rows) - 1} anomaly scores written to {target}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave an unfinished file under its temporary name."""
-        self._close()
-
-    def _close(self) -> None:
         if self.file is not None:
             self.file.close()
             self.file = None

@@ -14,12 +14,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.table import Table
+from rich.table import Column, Table
 
 from pl_patchcore.data.base import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
-from pl_patchcore.report.pictures import Gallery
+from pl_patchcore.report.pictures import Gallery, Shown
 
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
 ALARMS = {
@@ -45,8 +45,6 @@ class TestReport(Callback):
         if pictures < 0:
             raise UserError(f"pictures must be 0 or more, got {pictures}.")
         self.pictures = pictures
-        self.gallery = Gallery(pictures)
-        self.seconds, self.images, self.started = 0.0, 0, 0.0
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the last test."""
@@ -66,29 +64,28 @@ class TestReport(Callback):
         self.images += len(scores)
         if not self.pictures:
             return
-        batch = {name: value[: len(scores)] for name, value in as_batch(batch).items()}
-        labels = torch.as_tensor(batch["label"]).tolist()
-        pictures = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
-        for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
-            order = int(outputs["index"][i])
+        batch = as_batch(batch)
+        images = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
+        for i, score in enumerate(scores):
+            order, label = int(outputs["index"][i]), int(batch["label"][i])
             name = Path(batch["path"][i]).name if "path" in batch else f"image {order}"
             kind = batch["defect"][i] if "defect" in batch else ("nominal", "anomalous")[label]
             mask = batch["mask"][i] if "mask" in batch else None
-            self.gallery.add(score, label, f"{name} ({kind})", pictures[i], outputs["anomaly_map"][i], mask, order)
+            heat = outputs["anomaly_map"][i].float()
+            self.gallery.add(Shown(score, order, f"{name} ({kind})", images[i], heat, mask), label)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print and write."""
         folder = output_folder(trainer)
-        others = pl_module.processes().objects(self.gallery)[1:]  # type: ignore[operator]
+        others = pl_module.processes().objects(self.gallery)[1:]
         if not trainer.is_global_zero:
             return
         for gallery in others:
             self.gallery.merge(gallery)
         seconds = self.seconds / max(1, self.images)
         _write_json(folder / "metrics.json", pl_module, seconds)
-        written = self.gallery.write(folder / "pictures", pl_module.image_threshold, pl_module.pixel_threshold)  # type: ignore[arg-type]
-        figures: dict[str, dict[str, Any]] = pl_module.figures  # type: ignore[assignment]
-        categories: dict[str, dict[str, Any]] = pl_module.figures_by_category  # type: ignore[assignment]
+        written = self.gallery.write(folder / "pictures", pl_module.image_threshold, pl_module.pixel_threshold)
+        figures, categories = pl_module.figures, pl_module.figures_by_category
         console = plain_console()
         console.print(_table("defect", figures, seconds))
         if len(categories) > 1:
@@ -132,10 +129,8 @@ def _write_json(path: Path, pl_module: Any, seconds: float) -> None:
 
 
 def _table(what: str, figures: dict[str, dict[str, Any]], seconds: float) -> Table:
-    table = Table(what, *FIGURES.values(), "nominal", "anomalous", "s / image")
-    table.columns[0].overflow = "fold"  # a defect type's name is never cut short
-    for column in table.columns[1:]:
-        column.justify = "right"
+    numbers = (Column(name, justify="right") for name in (*FIGURES.values(), "nominal", "anomalous", "s / image"))
+    table = Table(Column(what, overflow="fold"), *numbers)  # a defect type's name is never cut short
     for name, row in figures.items():
         values = ["–" if math.isnan(row[key]) else f"{row[key]:.4f}" for key in FIGURES]
         per_image = f"{seconds:.4f}" if name == "all" else ""
