@@ -6,8 +6,10 @@ one line without a traceback; ``ckpt_path`` brings the model's settings; reports
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -21,6 +23,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from pl_patchcore import data as data_modules
 from pl_patchcore.backbone import UntrainedBackboneWarning
@@ -28,9 +31,11 @@ from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpo
 from pl_patchcore.configs import config_file, read_config
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.errors import UserError
+from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.options import GROUPS, moved, nearest
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
+from pl_patchcore.report.files import check_output
 
 _QUIET = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
@@ -247,6 +252,17 @@ class PatchCoreCLI(LightningCLI):
             found = re.search(r"Errors:\n  - (.*)\n  - Expected a <class 'NoneType'>", str(error), re.DOTALL)
             raise UserError(" ".join((found[1] if found else str(error)).split())) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Give the Trainer a way to write checkpoints that leaves no half file, unless the user gives another."""
+        trainer = self.config_init[self.config["subcommand"]]["trainer"]
+        plugins = trainer["plugins"] or []
+        plugins = list(plugins) if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeFiles())
+        made = super().instantiate_trainer(plugins=plugins, **kwargs)
+        check_output(Path(made.default_root_dir))
+        return made
+
     def after_instantiate_classes(self) -> None:
         """Where a checkpoint brings the model, let the saved configuration hold only what the user sets of it."""
         if self.given is not None:
@@ -320,4 +336,12 @@ def main(args: Sequence[str] | None = None) -> None:
         lines = [line for line in str(error).splitlines() if line.strip()]
         text = lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error)
         sys.stderr.write(f"pl-patchcore: error: {text}\n")
+        raise SystemExit(2) from None
+    except OSError as error:  # a full or read-only disk, an occupied name
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.stderr.write(
+            f"pl-patchcore: error: {where}{os.strerror(error.errno or 0).lower()}; choose another place.\n"
+        )
         raise SystemExit(2) from None

@@ -6,16 +6,19 @@ The one place that counts steps in Lightning's loop and calls its checkpoint cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
 
 from pl_patchcore.checkpoint import read_checkpoint
 from pl_patchcore.errors import UserError
+from pl_patchcore.report.files import whole_file
 
 LOGGED = ("train/images", "epoch", "step")  # what callbacks can monitor while a fit runs
 
@@ -30,6 +33,22 @@ class Anchor(nn.Module):
     def _save_to_state_dict(self, *args: Any) -> None: ...
 
     def _load_from_state_dict(self, *args: Any) -> None: ...
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it; reads one as the data of a stranger."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write it, in the same folder, so that it is whole or not there."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with whole_file(Path(path)) as partial:
+            torch.save(checkpoint, partial)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Open it by `read_checkpoint`."""
+        return read_checkpoint(path)
 
 
 class ReleaseOnException(L.Callback):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import lightning as L
 from rich.console import Console
+
+from pl_patchcore.errors import UserError
+
+FULL = 1 << 20  # bytes free on a disk that has just refused a file
 
 
 def output_folder(trainer: L.Trainer) -> Path:
@@ -26,15 +32,53 @@ def plain_console() -> Console:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``, renamed to it when the block ends well, removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+def clear_errors(path: Path) -> Iterator[None]:
+    """Say in one line why ``path``, or its folder, cannot be written.
+
+    Raises:
+        UserError: If the disk is full, the folder cannot be written to, or something else has the name.
+    """
     try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+        there = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
+        free = shutil.disk_usage(there).free
+        number = error.errno if isinstance(error, OSError) else errno.ENOSPC if free < FULL else None
+        if number is None:
+            raise
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"the disk is full ({free / 1e6:.1f} MB free); make room, or choose another folder"
+        else:
+            reason = f"{os.strerror(number).lower()}; make {there} a folder that takes it, or choose another one"
+        raise UserError(f"{path}: cannot be written: {reason}.") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path``, renamed to it when the block ends well, removed otherwise.
+
+    Raises:
+        UserError: If the disk is full, the folder cannot be written to, or something else has the name.
+    """
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            partial.chmod(0o644)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_output(folder: Path) -> None:
+    """Make a folder for what a run writes, and see whether it takes files, before the work.
+
+    Raises:
+        UserError: If it does not.
+    """
+    with whole_file(folder / ".check") as partial:
+        partial.write_bytes(bytes(FULL))
+    (folder / ".check").unlink()
