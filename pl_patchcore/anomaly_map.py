@@ -2,8 +2,8 @@
 
 Reads distances ``(B, h, w)``, returns anomaly scores ``(B,)`` and anomaly maps ``(B, H, W)``; the end of the way.
 Equations are those of Roth et al. 2022. The maps' Gaussian repeats the edge pixel outside the map
-(``d c b a | a b c d``) and is cut at four standard deviations, in both recipes; the paper leaves this open, the
-authors' code has it through SciPy.
+(``d c b a | a b c d``) and is cut at four standard deviations: the paper leaves this open, the authors' code has it
+through SciPy.
 """
 
 from __future__ import annotations
@@ -93,11 +93,10 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
     b = min(b, bank.features.shape[0])
     if b == 1:
         return patch.new_ones(patch.shape[0], dtype=torch.float32)
-    features = bank.features
-    star = features[nearest].float()  # (B, D)
+    star = bank.features[nearest].float()  # (B, D)
     _, rows = bank(star, b)
     # Duplicates of m* may stand before it, even crowd it out; being equal, any of them stands for it.
-    company = features[rows].double()  # (B, b, D)
+    company = bank.features[rows].double()  # (B, b, D)
     distance = torch.linalg.vector_norm(patch.double()[:, None] - company, dim=2)
     own = torch.linalg.vector_norm(patch.double() - star.double(), dim=1)
     return (1 - torch.exp(own - torch.logsumexp(distance, 1))).clamp(0, 1).float()
@@ -126,9 +125,8 @@ def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) ->
             place = torch.arange(-radius, length + radius, device=maps.device).remainder(2 * length)
             places.append(torch.minimum(place, 2 * length - 1 - place))
         maps = maps[:, :, places[0][:, None], places[1]]
-        width = 2 * radius + 1
-        maps = gaussian_blur2d(maps, (width, width), (sigma, sigma), border_type="constant")
-        maps = maps[:, :, radius:-radius, radius:-radius] if radius else maps
+        maps = gaussian_blur2d(maps, (2 * radius + 1,) * 2, (sigma, sigma), border_type="constant")
+        maps = maps[:, :, radius : radius + size[0], radius : radius + size[1]]
     return maps[:, 0]
 
 
