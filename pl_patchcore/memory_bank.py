@@ -115,12 +115,13 @@ class MemoryBank(nn.Module):
             rows = square.topk(k, dim=1, largest=False).indices
             distance, order = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2).sort(1)
             return distance, rows.gather(1, order)
-        if not self.size:
+        size, dimension = self.features.shape
+        if not size:
             raise UserError("the memory bank is empty; fit the model first, or load a checkpoint of a fitted one.")
-        if not 1 <= k <= self.size:
-            raise UserError(f"k must be from 1 to the size of the memory bank, {self.size}, got {k}.")
-        if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
-            raise UserError(f"queries must be (Q, {self.features.shape[1]}), got {tuple(queries.shape)}.")
+        if not 1 <= k <= size:
+            raise UserError(f"k must be from 1 to the size of the memory bank, {size}, got {k}.")
+        if queries.ndim != 2 or queries.shape[1] != dimension:
+            raise UserError(f"queries must be (Q, {dimension}), got {tuple(queries.shape)}.")
         if len(queries) and not torch.isfinite(torch.stack(queries.aminmax())).all():  # NaN comes through
             raise UserError("patch features hold NaN or infinity; look for a broken image or an overflow in float16.")
         features, version, search = self._prepared
