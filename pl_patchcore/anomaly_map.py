@@ -98,7 +98,7 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
 
 
 def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) -> Tensor:
-    """Upsample patch distances ``(B, h, w)`` bilinearly to maps ``(B, *size)``, smoothed with ``sigma`` in pixels.
+    """Upsample patch distances ``(B, h, w)`` bilinearly to maps ``(B, *size)``, smoothed by ``sigma`` pixels (0: not).
 
     Example:
         >>> anomaly_map(torch.ones(1, 4, 4), (16, 16)).shape

@@ -137,8 +137,7 @@ class MemoryBank(nn.Module):
     def recall(self, queries: Tensor) -> float:
         """Share of queries for which the approximate search finds a nearest row, and log it; 1 for exact search.
 
-        Queries that are rows of the bank are left out, for an index finds them too easily; so give nominal patch
-        features ``(Q, D)`` that were not kept. Test images, whose patches are farther, may do worse or better.
+        Give nominal patch features ``(Q, D)``. Rows of the bank are left out, which an index finds too easily.
         """
         if not self.approximate:
             return 1.0
@@ -201,7 +200,8 @@ class ExactSearch:
         self.margin = product_margin(dimension)
         low, high = features.aminmax(dim=0)
         largest = float((high.double() - low.double()).max())  # no number of a row is farther from its mean
-        self.scale = 2.0 ** -math.frexp(largest)[1]  # to numbers of at most 1, whose squares float32 can hold; exact
+        # by a power of two, which is exact, to numbers whose squares float32 can hold
+        self.scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
         self.mean = features.mean(0, dtype=torch.float64).to(torch.promote_types(features.dtype, torch.float32))
         copies = earlier_copies(features)
         self.order = F.pad(copies.argsort(stable=True), (0, -size % _GROUP_ROWS))  # (M',) first copies, second, ...

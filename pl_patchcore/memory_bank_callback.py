@@ -40,28 +40,25 @@ log.addFilter(on_first_process)
 class MemoryBankCallback(L.Callback):
     """Fits a `PatchCore` on the encoder of a LightningModule when its training has ended.
 
-    It comes after all that other callbacks do to the weights (averaging them, say) and after their checkpoints, and
-    takes the weights as training leaves them; for those of a checkpoint, fit a ``PatchCore(backbone=encoder)``. The
-    encoder is copied, in float32 and eval mode; training is the same, bit for bit, with and without the callback.
-    On several processes (``ddp``) each extracts its share of the images, every image counts once, and every process
-    has the result, of the first process's encoder. A training that is interrupted or fails leaves no memory bank; one
-    that ends by ``max_steps``, ``max_time`` or early stopping does. With ``fast_dev_run`` a few batches are fitted and
-    nothing is written.
+    It takes the weights as training and all other callbacks leave them; for those of a checkpoint, fit a
+    ``PatchCore(backbone=encoder)``. The encoder is copied, in float32 and eval mode; training is the same, bit for bit,
+    with and without the callback. On several processes (``ddp``) each extracts its share of the images, and every
+    process has the result, of the first process's encoder. A training that is interrupted or fails leaves no memory
+    bank. With ``fast_dev_run`` a few batches are fitted and nothing is written.
 
     Args:
         encoder: Dotted name of the encoder in the LightningModule, such as ``encoder`` or ``model.backbone``.
         layers: Layers by dotted name inside the encoder; the first gives the patch grid.
-        data: Loader or data module of nominal images, in the batches that `PatchCore` takes: images float
-            ``(B, 3, H, W)``, alone or first of a tuple of up to three, or a dict with ``image``. They must come from
-            the loader as the encoder wants them, normalised: the module's own hooks on batches do not run. A data
-            module should be one that the Trainer has not got. None: the Trainer's own training loader, which must then
-            hold nominal images only. Mind that loader's augmentations, which would go into the memory bank, and its
-            ``drop_last``, which leaves images out; a loader without either is better.
+        data: Loader or data module (one that the Trainer has not got) of nominal images, in the batches that
+            `PatchCore` takes: images float ``(B, 3, H, W)``, alone or first of a tuple of up to three, or a dict with
+            ``image``; normalised, for the module's own hooks on batches do not run. None: the Trainer's own training
+            loader, of nominal images only; its augmentations go into the memory bank, and what ``drop_last`` leaves out
+            does not.
         path: File to write the `PatchCore` to; None: ``patchcore.ckpt`` in the Trainer's ``log_dir``, or
             ``patchcore_<encoder>.ckpt`` where several callbacks have no path. An earlier one is replaced.
-        options: Other arguments of `PatchCore`, such as ``coreset_ratio``. ``resize``, ``crop``, ``mean`` and ``std``
-            change nothing in images that a loader gives; they should say what it does, for ``patchcore.transform``
-            to bring new images to the same form. ``save_backbone`` is True here unless given.
+        options: Other arguments of `PatchCore`, such as ``coreset_ratio``. Those of images should say what the loader
+            does: they are for ``patchcore.transform``, which brings new images to the same form. ``save_backbone`` is
+            True here unless given.
 
     Attributes:
         patchcore: The fitted model, on the CPU, in eval mode; None before the end of training.

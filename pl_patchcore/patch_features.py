@@ -80,13 +80,7 @@ class PatchFeatures(nn.Module):
         return self.feature_dim or sum(self.channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute patch features.
-
-        Args:
-            images: ``(B, 3, H, W)``, of any floating type (brought to the network's).
-
-        Returns:
-            float32 ``(B, h, w, D)``.
+        """Compute patch features float32 ``(B, h, w, D)`` of images ``(B, 3, H, W)``, of any floating type.
 
         Raises:
             UserError: If the images are whole numbers, or of a size that the network does not take.
@@ -143,12 +137,6 @@ class PatchFeatures(nn.Module):
     @property
     def identity(self) -> dict[str, Any]:
         """What the features depend on, in plain values; two models with the same may share a memory bank."""
-        return {
-            "backbone": self.backbone_name,
-            "backbone_sha256": self.weights_sha256,
-            "layers": list(self.layers),
-            "patch_size": self.patch_size,
-            "patch_stride": self.patch_stride,
-            "layer_dim": self.layer_dim,
-            "feature_dim": self.feature_dim,
-        }
+        names = ("patch_size", "patch_stride", "layer_dim", "feature_dim")
+        own = {"backbone": self.backbone_name, "backbone_sha256": self.weights_sha256, "layers": list(self.layers)}
+        return own | {name: getattr(self, name) for name in names}

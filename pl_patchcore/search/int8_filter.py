@@ -1,7 +1,4 @@
-"""A filter of exact search: a product of small integers rules out most rows of a bank.
-
-Reads centred queries ``(Q, D)`` and rows ``(M, D)``; `memory_bank.py` looks at the rows that are left.
-"""
+"""A filter of exact search: a product of small integers rules out most rows of a bank. Next: `memory_bank.py`."""
 
 from __future__ import annotations
 
