@@ -13,7 +13,7 @@ import io
 import logging
 import pickle
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -217,7 +217,7 @@ def _load(cut: nn.Module, whole: nn.Module, state: Mapping[str, Tensor], path: s
     needed = {key: value for key, value in cut.state_dict().items() if not key.endswith("num_batches_tracked")}
     stems = {key.partition(".")[0] for key in needed}
     unknown = state.keys() - whole.state_dict().keys()
-    faults: dict[str, Collection[str]] = {
+    faults = {
         "missing": sorted(needed.keys() - state.keys()),
         "unknown": sorted(key for key in unknown if key.partition(".")[0] in stems),
         "of another shape": [
@@ -227,7 +227,7 @@ def _load(cut: nn.Module, whole: nn.Module, state: Mapping[str, Tensor], path: s
         ],
     }
     told = "; ".join(
-        f"{len(keys)} {what} ({', '.join(list(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for what, keys in faults.items()
         if keys
     )
