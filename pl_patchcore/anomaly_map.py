@@ -2,8 +2,8 @@
 
 Reads distances ``(B, h, w)``, returns anomaly scores ``(B,)`` and anomaly maps ``(B, H, W)``; the end of the way.
 Equations are those of Roth et al. 2022. The maps' Gaussian repeats the edge pixel outside the map
-(``d c b a | a b c d``) and is cut at four standard deviations, in both recipes; the paper leaves this open, the
-authors' code has it through SciPy.
+(``d c b a | a b c d``) and is cut at four standard deviations: the paper leaves this open, the authors' code has it
+through SciPy.
 """
 
 from __future__ import annotations
@@ -53,12 +53,7 @@ class AnomalyScorer(nn.Module):
         self.reweighting_neighbors, self.sigma = reweighting_neighbors, sigma
 
     def forward(self, patches: Tensor, bank: MemoryBank, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Compare patch features with the memory bank.
-
-        Args:
-            patches: Patch features, ``(B, h, w, D)``.
-            bank: The memory bank.
-            size: Height and width of the input images.
+        """Compare patch features ``(B, h, w, D)`` of images of ``size`` (height, width) with the memory bank.
 
         Returns:
             Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, in units of feature distance
@@ -83,9 +78,9 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
 
     Args:
         patch: Most anomalous patch feature x of each image, ``(B, D)``.
-        nearest: Bank row of its nearest neighbour m*, int64 ``(B,)``.
+        nearest: Number of its nearest row m* of the bank, int64 ``(B,)``.
         bank: The memory bank.
-        b: Neighbours, capped at the bank's size; 1 is defined as no re-weighting.
+        b: Neighbours, at most the bank's size.
 
     Returns:
         float32 ``(B,)`` in [0, 1]; all 1 for b = 1 or a bank of one row.
@@ -93,26 +88,17 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
     b = min(b, bank.features.shape[0])
     if b == 1:
         return patch.new_ones(patch.shape[0], dtype=torch.float32)
-    features = bank.features
-    star = features[nearest].float()  # (B, D)
+    star = bank.features[nearest].float()  # (B, D)
     _, rows = bank(star, b)
     # Duplicates of m* may stand before it, even crowd it out; being equal, any of them stands for it.
-    company = features[rows].double()  # (B, b, D)
+    company = bank.features[rows].double()  # (B, b, D)
     distance = torch.linalg.vector_norm(patch.double()[:, None] - company, dim=2)
     own = torch.linalg.vector_norm(patch.double() - star.double(), dim=1)
     return (1 - torch.exp(own - torch.logsumexp(distance, 1))).clamp(0, 1).float()
 
 
 def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) -> Tensor:
-    """Upsample patch distances bilinearly to pixels and smooth them.
-
-    Args:
-        distances: Patch distances, ``(B, h, w)``.
-        size: Height and width of the map.
-        sigma: Standard deviation of the Gaussian, pixels; 0 for none.
-
-    Returns:
-        Anomaly maps, ``(B, *size)``.
+    """Upsample patch distances ``(B, h, w)`` bilinearly to maps ``(B, *size)``, smoothed by ``sigma`` pixels (0: not).
 
     Example:
         >>> anomaly_map(torch.ones(1, 4, 4), (16, 16)).shape
@@ -121,27 +107,20 @@ def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) ->
     maps = F.interpolate(distances[:, None], size, mode="bilinear", align_corners=False)
     if sigma > 0:
         radius = int(4 * sigma + 0.5)
-        places = []  # along each axis, continued by ``radius`` on both sides, the edge repeated, however short it is
-        for length in size:
-            place = torch.arange(-radius, length + radius, device=maps.device).remainder(2 * length)
-            places.append(torch.minimum(place, 2 * length - 1 - place))
-        maps = maps[:, :, places[0][:, None], places[1]]
-        width = 2 * radius + 1
-        maps = gaussian_blur2d(maps, (width, width), (sigma, sigma), border_type="constant")
-        maps = maps[:, :, radius:-radius, radius:-radius] if radius else maps
+        # places along each axis, continued by ``radius`` on both sides, the edge repeated, however short it is
+        turns = [torch.arange(-radius, n + radius, device=maps.device).remainder(2 * n) for n in size]
+        y, x = (torch.minimum(place, 2 * n - 1 - place) for place, n in zip(turns, size, strict=True))
+        maps = maps[:, :, y[:, None], x]
+        maps = gaussian_blur2d(maps, (2 * radius + 1,) * 2, (sigma, sigma), border_type="constant")
+        maps = maps[:, :, radius : radius + size[0], radius : radius + size[1]]
     return maps[:, 0]
 
 
 def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: tuple[float, ...]) -> Tensor:
-    """Map an anomaly map of the input back to the original image's pixels.
+    """Map an anomaly map ``(H, W)`` of the input back to the original image's pixels: float32 ``original_size``.
 
-    Args:
-        anomaly_map: ``(H, W)``.
-        original_size: Height and width of the original image.
-        crop_box: Part of the original that the map covers: top, left, bottom, right in its pixels.
-
-    Returns:
-        float32 ``original_size``; NaN where the crop has left pixels out, which have no score.
+    ``crop_box`` is the part of the original that the map covers: top, left, bottom, right in its pixels. Those that
+    the crop has left out have no score: NaN.
 
     Example:
         >>> to_original(torch.ones(2, 2), (4, 8), (0.0, 2.0, 4.0, 6.0)).isnan().float().mean()
@@ -151,9 +130,6 @@ def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: t
     device = anomaly_map.device
     y = (torch.arange(original_size[0], device=device) + 0.5 - top) / (bottom - top) * 2 - 1  # -1 to 1 in the box
     x = (torch.arange(original_size[1], device=device) + 0.5 - left) / (right - left) * 2 - 1
-    grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)[None]
-    full = F.grid_sample(
-        anomaly_map.float()[None, None], grid, mode="bilinear", padding_mode="border", align_corners=False
-    )[0, 0]
-    inside = (y.abs() <= 1)[:, None] & (x.abs() <= 1)
-    return full.masked_fill(~inside, torch.nan)
+    grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)  # (h, w, 2)
+    full = F.grid_sample(anomaly_map.float()[None, None], grid[None], padding_mode="border", align_corners=False)
+    return full[0, 0].masked_fill(grid.abs().amax(-1) > 1, torch.nan)

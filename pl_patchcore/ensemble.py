@@ -1,9 +1,7 @@
 """Several `PatchCoreModel` on the same images, their scores combined.
 
 Each member has its own backbone, layers and memory bank. Their distances differ in scale, so they are brought to one
-before they are averaged: in units of what is usual among nominal patches (``nominal``), or, as in the authors' code, to
-the range over the whole test set (``test_range``), which takes a first pass over all test images and makes each score
-depend on the others. Has the methods of `PatchCoreModel`; `patchcore.py` uses either.
+before they are averaged. Has the methods of `PatchCoreModel`; `patchcore.py` uses either.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ class EnsembleModel(nn.Module):
     Args:
         models: The members.
         combine: ``nominal``: in units of the mean distance of nominal patches to the member's memory bank.
-            ``test_range``: scaled to [0, 1] over the whole test set, as in the authors' code; for comparison with their
-            figures, not for use.
+            ``test_range``: scaled to [0, 1] over the whole test set, as in the authors' code: a first pass over all
+            test images, and each score depends on the others. For comparison with their figures, not for use.
 
     Attributes:
         scale: Mean distance of nominal patches, of each member, float32 ``(n,)``.

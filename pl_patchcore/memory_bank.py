@@ -1,10 +1,9 @@
 """Memory bank: patch features kept -> nearest neighbours of queries.
 
 Holds the kept rows ``(M, D)`` in buffers that are saved with the model. Search is exact unless an index of faiss is
-asked for (`search/approximate.py`): a cheap product over the whole bank proposes rows, float64 differences decide. A
-bound of the product's error says which rows may be among the nearest. Queries that leave too many in doubt go to the
-next, more precise product: of int8 coordinates (`search/int8_filter.py`), of float32 rows, of float64 ones. All give
-the same answers. Next: `anomaly_map.py`.
+asked for (`search/approximate.py`): a product over the whole bank, with a bound of its error, says which rows may be
+among the nearest; float64 differences decide. Queries that leave too many rows in doubt go to the next, more precise
+product: of int8 coordinates (`search/int8_filter.py`), float32 rows, float64 rows. Next: `anomaly_map.py`.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ from pl_patchcore.search.int8_filter import Int8Filter
 log = logging.getLogger(__name__)
 
 BankDtype = Literal["float32", "float16", "bfloat16"]
-_SCORES = 1 << 23  # held at once on the CPU (32 MiB); 8 times as many on a GPU, where starting a kernel takes longest
-_NUMBERS = 1 << 17  # float64 numbers gathered at once on the CPU (1 MiB, which a cache holds); 8 times on a GPU
-_GROUP = 128  # rows of the bank looked at together
-_SAFE = 2.0**40  # float32 holds the squares of numbers up to this, and down to its reciprocal
-_SMALL = 1 << 21  # numbers in a bank for which the int8 filter is not worth its other work
-_FASTER = 2.0  # times as fast as float32: an int8 product that pays
-_LEFT_OUT = 0.06  # share of the variance that they may leave out
-_LOOK = 16  # queries of a block that the int8 filter is tried with first
-_INEXACT = 2.0**-18  # of a row's length: bounds what float32 does to centring and to the distance of the row proposed
+_CPU_SCORES = 1 << 23  # scores held at once on the CPU (32 MiB); a GPU, slow to start a kernel, takes 8 times as many
+_CPU_GATHERED = 1 << 17  # float64 numbers gathered at once on the CPU (1 MiB, which a cache holds); 8 times on a GPU
+_GROUP_ROWS = 128  # rows of the bank looked at together
+_SMALL_BANK_NUMBERS = 1 << 21  # numbers in a bank for which the int8 filter is not worth its other work
+_LEAST_INT8_SPEEDUP = 2.0  # times as fast as float32: an int8 product that pays
+_MOST_VARIANCE_LEFT_OUT = 0.06  # share of the variance that the filter's components may leave out
+_FLOAT32_ERROR = 2.0**-18  # of a row's length: bounds what float32 does to centring and to a proposed row's distance
 
 
 class MemoryBank(nn.Module):
@@ -69,17 +66,13 @@ class MemoryBank(nn.Module):
         super().__init__()
         if dtype not in ("float32", "float16", "bfloat16"):
             raise UserError(f"bank_dtype must be float32, float16 or bfloat16, got {dtype!r}.")
-        if search in ("pca", "bf16", "faiss"):
-            raise UserError(f"search {search!r} is gone; use auto.")
         self.search, self.approximate = search, search not in ("auto", "torch", "int8")
         self.check()
         self.register_buffer("features", torch.empty(0, 0, dtype=getattr(torch, dtype)))
         self.register_buffer("radii", torch.empty(0, dtype=torch.float32))
         self.register_buffer("seen", torch.tensor(0, dtype=torch.int64))
         self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
-        self._prepared: tuple[Tensor, int, Any] | None = None  # features, their version, the search among them
-        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        self._prepared: tuple[Any, int, Any] = None, 0, None  # features, their version, the search among them
 
     @property
     def size(self) -> int:
@@ -91,27 +84,19 @@ class MemoryBank(nn.Module):
         if self.approximate:
             check_factory(self.search, dimension, rows)
 
+    @torch.inference_mode(False)  # its tensors would not tell when they are written to
     def fill(self, features: Tensor, radii: Tensor | None = None) -> None:
         """Replace the bank by ``features``, ``(M, D)``; ``(0, 0)`` empties it. Builds the index, if there is one."""
         if not torch.isfinite(features).all():
             raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
-        with torch.inference_mode(False):  # whose tensors do not tell when they are written to
-            rounded = features.detach().to(self.features.dtype, copy=True)
-            if not torch.isfinite(rounded).all():
-                far = f"features reach {float(features.abs().max()):.3g}, too far for {rounded.dtype}"
-                raise UserError(f"{far}; use bfloat16.")
-            index, radii = self._built(rounded), self.radii[:0] if radii is None else radii
-            self.index, self.radii = index.to(rounded.device), radii.to(rounded.device, torch.float32, copy=True)
-            self.features = rounded
-        _prepare(self)
-
-    def cut(self, size: int) -> None:
-        """Keep the first ``size`` rows, and the radii up to there."""
-        self.fill(self.features[:size], self.radii[: size + 1])
-
-    def rows(self, numbers: Tensor) -> Tensor:
-        """Rows by number, int64 of any shape ``(...)``: float32 ``(..., D)``."""
-        return self.features[numbers].float()
+        rounded = features.detach().to(self.features.dtype, copy=True)
+        if not torch.isfinite(rounded).all():
+            far = f"features reach {float(features.abs().max()):.3g}, too far for {rounded.dtype}"
+            raise UserError(f"{far}; use bfloat16.")
+        self.index, radii = self._built(rounded).to(rounded.device), self.radii[:0] if radii is None else radii
+        self.radii = radii.to(rounded.device, torch.float32, copy=True)
+        self.features = rounded
+        self._prepare()
 
     def forward(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """Find the ``k`` nearest rows of each query ``(Q, D)``, k at most M.
@@ -122,30 +107,37 @@ class MemoryBank(nn.Module):
         Returns:
             Euclidean distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``, ties to the lowest.
         """
-        features, prepared = self.features, self._prepared
         if torch.compiler.is_compiling():
-            return _recorded(features.float(), queries.float(), k)
-        if not len(features):
+            features, queries = self.features.float(), queries.float()
+            mean = features.mean(0)
+            centred = features - mean
+            square = torch.addmm(centred.square().sum(1), queries - mean, centred.T, alpha=-2)
+            rows = square.topk(k, dim=1, largest=False).indices
+            distance, order = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2).sort(1)
+            return distance, rows.gather(1, order)
+        size, dimension = self.features.shape
+        if not size:
             raise UserError("the memory bank is empty; fit the model first, or load a checkpoint of a fitted one.")
-        if not 1 <= k <= len(features):
-            raise UserError(f"k must be from 1 to the size of the memory bank, {len(features)}, got {k}.")
-        if queries.ndim != 2 or queries.shape[1] != features.shape[1]:
-            raise UserError(f"queries must be (Q, {features.shape[1]}), got {tuple(queries.shape)}.")
+        if not 1 <= k <= size:
+            raise UserError(f"k must be from 1 to the size of the memory bank, {size}, got {k}.")
+        if queries.ndim != 2 or queries.shape[1] != dimension:
+            raise UserError(f"queries must be (Q, {dimension}), got {tuple(queries.shape)}.")
         if len(queries) and not torch.isfinite(torch.stack(queries.aminmax())).all():  # NaN comes through
             raise UserError("patch features hold NaN or infinity; look for a broken image or an overflow in float16.")
+        features, version, search = self._prepared
         # _version: nothing public tells that a tensor was written to; tensors of inference mode do not have it.
-        if not prepared or prepared[0] is not features or prepared[1] != features._version:
-            prepared = _prepare(self)
-        search = prepared[2] if prepared else ExactSearch(features, self.search)
+        if features is not self.features or version != features._version:
+            search = self._prepare()
         with full_precision(queries.device):
-            found: tuple[Tensor, Tensor] = search(queries, k)
-            return found
+            distance, rows = search(queries, k)
+            if self.approximate and (short := distance[:, -1].isinf()).any():  # the index finds too few rows
+                distance[short], rows[short] = ExactSearch(self.features, "torch")(queries[short], k)
+            return distance, rows
 
     def recall(self, queries: Tensor) -> float:
         """Share of queries for which the approximate search finds a nearest row, and log it; 1 for exact search.
 
-        Queries that are rows of the bank are left out, for an index finds them too easily; so give nominal patch
-        features ``(Q, D)`` that were not kept. Test images, whose patches are farther, may do worse or better.
+        Give nominal patch features ``(Q, D)``. Rows of the bank are left out, which an index finds too easily.
         """
         if not self.approximate:
             return 1.0
@@ -166,83 +158,68 @@ class MemoryBank(nn.Module):
         if not self.approximate or not len(features):
             return torch.empty(0, dtype=torch.uint8)
         if index is not None and len(index):
-            found = ApproximateSearch(index, features, ExactSearch)
+            found = ApproximateSearch(index, features)
             if found.name == self.search and found.index.ntotal == len(features):
                 return index
         return build_index(self.search, features)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": None}
-
-
-def _make_room(bank: MemoryBank, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before a state dict is loaded: buffers of its sizes, and an index as this bank's search wants it."""
-    if (features := state_dict.get(prefix + "features")) is not None:
-        state_dict[prefix + "index"] = bank._built(features, state_dict.get(prefix + "index"))
-    with torch.inference_mode(False):
-        for name, buffer in bank.named_buffers():
-            shape = state_dict.get(prefix + name, buffer).shape
-            setattr(bank, name, torch.zeros(shape, dtype=buffer.dtype, device=buffer.device))
-
-
-def _after_loading(bank: MemoryBank, _: object) -> None:
-    _prepare(bank)
-
-
-def _prepare(bank: MemoryBank) -> tuple[Tensor, int, Any] | None:
-    """Prepare the search among the rows as they are now, if there are any."""
-    prepared = None
-    with torch.inference_mode(False), full_precision(bank.features.device):
-        if bank.features.is_inference():
-            bank.features = bank.features.clone()
-        features = bank.features
+    @torch.inference_mode(False)
+    def _prepare(self) -> Any:
+        """Prepare the search among the rows as they are now, if there are any."""
+        if self.features.is_inference():
+            self.features = self.features.clone()
+        features, search = self.features, None
+        version = features._version  # before the preparation: what is written meanwhile is noticed
         if len(features) and not features.is_meta:
-            version = features._version  # before the preparation: what is written meanwhile is noticed
-            by_index = ApproximateSearch(bank.index, features, ExactSearch) if bank.approximate else None
-            prepared = features, version, by_index or ExactSearch(features, bank.search)
-    bank._prepared = prepared
-    return prepared
+            with full_precision(features.device):
+                by_index = ApproximateSearch(self.index, features) if self.approximate else None
+                search = by_index or ExactSearch(features, self.search)
+        self._prepared = features, version, search
+        return search
 
+    @torch.inference_mode(False)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Give the buffers the sizes of those saved, and build the index if another was saved; torch documents this."""
+        if (features := state_dict.get(prefix + "features")) is not None:
+            state_dict[prefix + "index"] = self._built(features, state_dict.get(prefix + "index"))
+        for name, buffer in self.named_buffers():
+            if (saved := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, buffer.new_empty(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._prepare()
 
-def _recorded(features: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    mean = features.mean(0)
-    centred = features - mean
-    square = torch.addmm(centred.square().sum(1), queries - mean, centred.T, alpha=-2)
-    rows = square.topk(k, dim=1, largest=False).indices
-    distance, order = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2).sort(1)
-    return distance, rows.gather(1, order)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": (None, 0, None)}
 
 
 class ExactSearch:
     """Nearest neighbours in a bank ``(M, D)``, finite, prepared for any number of searches, as ``search`` says."""
 
     def __init__(self, features: Tensor, search: str) -> None:
-        self.features, (size, dimension), on_cpu = features, features.shape, features.device.type == "cpu"
+        self.features, (size, dimension) = features, features.shape
         self.margin = product_margin(dimension)
         low, high = features.aminmax(dim=0)
         largest = float((high.double() - low.double()).max())  # no number of a row is farther from its mean
-        self.mean, self.scale = features.mean(0, dtype=torch.float64), 1.0
-        if 1 / _SAFE < largest < _SAFE and features.dtype != torch.float64:
-            self.mean = self.mean.float()  # any shift will do that all rows have in common
-        else:
-            self.scale = 2.0 ** -math.frexp(largest)[1]
+        # by a power of two, which is exact, to numbers whose squares float32 can hold
+        self.scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
+        self.mean = features.mean(0, dtype=torch.float64).to(torch.promote_types(features.dtype, torch.float32))
         copies = earlier_copies(features)
-        self.order = F.pad(copies.argsort(stable=True), (0, -size % _GROUP))  # (M',) first copies, second copies, ...
+        self.order = F.pad(copies.argsort(stable=True), (0, -size % _GROUP_ROWS))  # (M',) first copies, second, ...
         self.enough = copies.bincount().cumsum(0).tolist()  # by k - 1: rows that have fewer than k copies before them
-        self.centred = torch.zeros(len(self.order), dimension, dtype=torch.float32, device=features.device)
-        for place, rows in zip(self.centred[:size].split(1024), self.order[:size].split(1024), strict=True):
-            place[:] = (features[rows] - self.mean) * self.scale
+        self.centred = features[self.order].to(self.mean.dtype).sub_(self.mean).mul_(self.scale).float()  # (M', D)
         self.norm = self.centred.square().sum(1)
         self.minus_half = F.pad(self.norm[:size] / -2, (0, len(self.order) - size), value=-torch.inf)
         self.longest = float(self.norm.max().sqrt())
-        self.filter, why = None, "a GPU" if not on_cpu else "asked for" if search == "torch" else "a small bank"
-        if on_cpu and (search == "int8" or (search == "auto" and size * dimension >= _SMALL)):
+        self.filter, why = None, "asked for" if search == "torch" else "a small bank"
+        if features.device.type != "cpu":
+            why = "a GPU"
+        elif search == "int8" or (search == "auto" and size * dimension >= _SMALL_BANK_NUMBERS):
             faster = int8_product()
             why = f"int8 products are {faster:.1f} times as fast here"
-            if faster and (search == "int8" or faster >= _FASTER):
+            if faster and (search == "int8" or faster >= _LEAST_INT8_SPEEDUP):
                 made = Int8Filter(self.centred[:size], len(self.centred))
                 why += f", {made.axes.shape[1]} components leave out {made.left_out:.1%}"
-                self.filter = made if search == "int8" or made.left_out <= _LEFT_OUT else None
+                self.filter = made if search == "int8" or made.left_out <= _MOST_VARIANCE_LEFT_OUT else None
         name = "float32 product" if self.filter is None else "int8 filter"
         log.info("nearest neighbours among %d rows of %d numbers: %s (%s).", size, dimension, name, why)
 
@@ -252,26 +229,21 @@ class ExactSearch:
         found = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         at_once = 1 if queries.device.type == "cpu" else 8
         size = self.enough[min(k, len(self.enough)) - 1]
-        size += -size % _GROUP
-        blocks = 1 + len(queries) * size * (4 if product == "float64" else 1) // (at_once * _SCORES)
-        for block, nearest, rows in zip(
-            *(each.tensor_split(blocks) for each in (queries, distance, found)), strict=True
-        ):
-            used = "float32" if self.filter is None and product == "int8" else product
-            if used == "int8" and len(block) > 32 * _LOOK:  # does it rule out enough for most?
-                unsure = self._candidates(block[:: len(block) // _LOOK], k, size, used)[2]
-                used = "float32" if 2 * int(unsure.sum()) > len(unsure) else used
-            query, place, unsure = self._candidates(block, k, size, used)
-            row, step = self.order[place], max(1, at_once * _NUMBERS // block.shape[1])
-            exact = torch.empty(len(row), dtype=torch.float64, device=block.device)
-            for q, r, part in zip(query.split(step), row.split(step), exact.split(step), strict=True):
-                difference = block.index_select(0, q).double().sub_(self.features.index_select(0, r))
-                torch.linalg.vector_norm(difference, dim=1, out=part)
+        size += -size % _GROUP_ROWS
+        blocks = 1 + len(queries) * size // (at_once * _CPU_SCORES)
+        product = "float32" if self.filter is None and product == "int8" else product
+        parts = (each.tensor_split(blocks) for each in (queries, distance, found))
+        for block, nearest, rows in zip(*parts, strict=True):
+            query, place, unsure = self._candidates(block, k, size, product)
+            row, step = self.order[place], max(1, at_once * _CPU_GATHERED // block.shape[1])
+            pairs = zip(query.split(step), row.split(step), strict=True)
+            differences = (block.index_select(0, q).double().sub_(self.features.index_select(0, r)) for q, r in pairs)
+            exact = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in differences])  # (P,)
             if len(row):
                 best = k_least(exact, row, query, len(block), k)
                 nearest[:], rows[:] = exact[best], row[best]
             if unsure.any():
-                nearest[unsure], rows[unsure] = self(block[unsure], k, "float32" if used == "int8" else "float64")
+                nearest[unsure], rows[unsure] = self(block[unsure], k, "float32" if product == "int8" else "float64")
         return distance, found
 
     def _candidates(self, queries: Tensor, k: int, size: int, product: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,34 +252,32 @@ class ExactSearch:
         Also the queries that leave too many rows in doubt, and have no pairs, bool ``(Q,)``.
         """
         exactly, small = product == "float64", self.filter if product == "int8" else None
-        centred = (queries - self.mean) * self.scale
-        centred = centred.double() if exactly else centred.float()
+        centred = ((queries.double() if exactly else queries) - self.mean) * self.scale
+        centred = centred if exactly else centred.float()
         length = torch.linalg.vector_norm(centred, dim=1, keepdim=True)  # (Q, 1)
         margin = self.margin * (2.0**-29 if exactly else 1)
         slack = margin * self.longest * (length + self.longest)
         if small:
             scores, square, moved = small.scores(centred, size)
         elif exactly:
-            parts = self.order[: min(size, len(self.features))].split(4096)
-            wide = ((self.features[part].double() - self.mean) * self.scale for part in parts)
-            scores = torch.cat([torch.addmm(part.square().sum(1) / -2, centred, part.T) for part in wide], 1)
-            scores = F.pad(scores, (0, size - scores.shape[1]), value=-torch.inf)
+            wide = ((self.features[rows].double() - self.mean) * self.scale for rows in self.order[:size].split(4096))
+            scores = torch.cat([torch.addmm(rows.square().sum(1) / -2, centred, rows.T) for rows in wide], 1)
+            scores[:, len(self.features) :] = -torch.inf  # `order` has been padded
         else:
             scores = shifted_product(centred, self.centred[:size], self.minus_half[:size])
-        group = _GROUP if 4 * k * _GROUP <= size else 1
+        group = _GROUP_ROWS if 4 * k * _GROUP_ROWS <= size else 1
         grouped = scores.unflatten(1, (-1, group))
         best = grouped.amax(2)  # (Q, groups)
         top, place = best.topk(k, dim=1)  # of k groups, so that k rows are as near as the last of them
-        threshold = top[:, -1:]
         if small:  # the score of a row as far as the k-th nearest may be
             row = place * group + grouped[torch.arange(len(queries))[:, None], place].argmax(2)  # (Q, k)
             near = self.norm[row] - 2 * torch.linalg.vecdot(centred[:, None], self.centred[row])
             near = near.amax(1, keepdim=True) + length.square() + margin * (length.square() + self.longest**2)
-            reach = near.clamp(min=0).sqrt() + _INEXACT * (length + self.longest)
+            reach = near.clamp(min=0).sqrt() + _FLOAT32_ERROR * (length + self.longest)
             reach = reach.double() / small.step + moved + small.moved
             threshold = ((square - reach.square()) / 2).floor().clamp(min=1 - (1 << 30)).int()
         else:
-            threshold = threshold - slack
+            threshold = top[:, -1:] - slack
         may = best >= threshold
         unsure = ((may.sum(1) > max(4 * k, may.shape[1] * 7 // 8)) | ~(length[:, 0] < 1e15)) & (not exactly)
         query, part = (may & ~unsure[:, None]).nonzero(as_tuple=True)

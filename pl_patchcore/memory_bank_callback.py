@@ -8,14 +8,13 @@ also as a checkpoint. Next: `patchcore.py`.
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
@@ -31,9 +29,9 @@ from pl_patchcore.checkpoint import write_checkpoint
 from pl_patchcore.data.base import AnomalyDataModule, as_batch
 from pl_patchcore.distributed import OwnImages, Processes, on_first_process
 from pl_patchcore.errors import UserError
-from pl_patchcore.options import refuse_unknown
+from pl_patchcore.options import nearest, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
-from pl_patchcore.report.files import whole_file
+from pl_patchcore.report.files import output_folder, whole_file
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -42,31 +40,25 @@ log.addFilter(on_first_process)
 class MemoryBankCallback(L.Callback):
     """Fits a `PatchCore` on the encoder of a LightningModule when its training has ended.
 
-    It comes after all that other callbacks do to the weights (averaging them, say) and after their checkpoints, and
-    takes the weights as training leaves them; for those of a checkpoint, fit a ``PatchCore(backbone=encoder)``. The
-    encoder is copied, in float32 and eval mode; training is the same, bit for bit, with and without the callback.
-    On several processes (``ddp``) each extracts its share of the images, every image counts once, and every process
-    has the result, of the first process's encoder. A training that is interrupted or fails leaves no memory bank; one
-    that ends by ``max_steps``, ``max_time`` or early stopping does. With ``fast_dev_run`` a few batches are fitted and
-    nothing is written.
-
-    Names and the form of the images are checked before training: encoder, layers and options when ``fit`` starts, and
-    with the first batch of a loader that it has such images and that the encoder takes them.
+    It takes the weights as training and all other callbacks leave them; for those of a checkpoint, fit a
+    ``PatchCore(backbone=encoder)``. The encoder is copied, in float32 and eval mode; training is the same, bit for bit,
+    with and without the callback. On several processes (``ddp``) each extracts its share of the images, and every
+    process has the result, of the first process's encoder. A training that is interrupted or fails leaves no memory
+    bank. With ``fast_dev_run`` a few batches are fitted and nothing is written.
 
     Args:
         encoder: Dotted name of the encoder in the LightningModule, such as ``encoder`` or ``model.backbone``.
         layers: Layers by dotted name inside the encoder; the first gives the patch grid.
-        data: Loader or data module of nominal images, in the batches that `PatchCore` takes: images float
-            ``(B, 3, H, W)``, alone or first of a tuple of up to three, or a dict with ``image``. They must come from
-            the loader as the encoder wants them, normalised: the module's own hooks on batches do not run. A data
-            module should be one that the Trainer has not got. None: the Trainer's own training loader, which must then
-            hold nominal images only. Mind that loader's augmentations, which would go into the memory bank, and its
-            ``drop_last``, which leaves images out; a loader without either is better.
+        data: Loader or data module (one that the Trainer has not got) of nominal images, in the batches that
+            `PatchCore` takes: images float ``(B, 3, H, W)``, alone or first of a tuple of up to three, or a dict with
+            ``image``; normalised, for the module's own hooks on batches do not run. None: the Trainer's own training
+            loader, of nominal images only; its augmentations go into the memory bank, and what ``drop_last`` leaves out
+            does not.
         path: File to write the `PatchCore` to; None: ``patchcore.ckpt`` in the Trainer's ``log_dir``, or
             ``patchcore_<encoder>.ckpt`` where several callbacks have no path. An earlier one is replaced.
-        options: Other arguments of `PatchCore`, such as ``coreset_ratio``. ``resize``, ``crop``, ``mean`` and ``std``
-            change nothing in images that a loader gives; they should say what it does, for ``patchcore.transform``
-            to bring new images to the same form. ``save_backbone`` is True here unless given.
+        options: Other arguments of `PatchCore`, such as ``coreset_ratio``. Those of images should say what the loader
+            does: they are for ``patchcore.transform``, which brings new images to the same form. ``save_backbone`` is
+            True here unless given.
 
     Attributes:
         patchcore: The fitted model, on the CPU, in eval mode; None before the end of training.
@@ -74,7 +66,8 @@ class MemoryBankCallback(L.Callback):
 
     Raises:
         UserError: If an option is unknown; when ``fit`` starts also for the encoder's and the layers' names, values of
-            options, a batch of another form, and strategies whose processes do not hold the whole encoder.
+            options, and strategies whose processes do not hold the whole encoder; with the first batch of a loader, if
+            it holds no such images or the encoder does not take them.
 
     Example:
         >>> callback = MemoryBankCallback("encoder", ["1"], resize=64, crop=None, coreset_ratio=0.01)
@@ -92,16 +85,13 @@ class MemoryBankCallback(L.Callback):
         path: str | Path | None = None,
         **options: Any,
     ) -> None:
-        known = [
-            name for name in inspect.signature(PatchCore).parameters if name not in ("backbone", "layers", "weights")
-        ]
+        known = inspect.signature(PatchCore).parameters.keys() - {"backbone", "layers", "weights"}
         refuse_unknown(options, known, "MemoryBankCallback")
-        self.encoder, self.layers, self.data = encoder, layers, data
-        self.asked_path = path
+        self.encoder, self.layers, self.data, self.asked_path = encoder, layers, data, path
         self.options = {"save_backbone": True} | options
         self.patchcore: PatchCore | None = None
         self.path: Path | None = None
-        self._trial: PatchCore | None = None  # until the first batch has been looked at
+        self._trial: PatchCore | None = None  # until the first batch of the Trainer's own loader has been looked at
         self._made_in = os.getpid()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -113,14 +103,24 @@ class MemoryBankCallback(L.Callback):
                 f"MemoryBankCallback works in a Trainer of the package lightning, got {type(trainer).__module__}; "
                 "import lightning as L in place of pytorch_lightning."
             )
-        self.patchcore = self.path = None
-        self._check_strategy(trainer)
+        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
+        if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
+            raise UserError(
+                f"MemoryBankCallback needs the whole encoder in each process, {type(strategy).__name__} may split it; "
+                "take strategy ddp, or fit a PatchCore(backbone=encoder) after training, on the loaded checkpoint."
+            )
+        if getattr(multiprocessing.parent_process(), "pid", None) == self._made_in:
+            raise UserError(
+                "MemoryBankCallback does not work in processes that end with training (ddp_spawn, ddp_notebook): its "
+                "patchcore would end with them; take strategy ddp, or devices=1."
+            )
+        self.patchcore = self.path = self._trial = None
         with isolate_rng():
-            self._trial = self._model(pl_module)
-            if isinstance(self.data, L.LightningDataModule):
-                self._trial = None  # its loaders are made when they are needed
-            elif self.data is not None:
-                self._try(next(iter(self.data), None))
+            model = self._model(pl_module)
+            if self.data is None:
+                self._trial = model
+            elif not isinstance(self.data, L.LightningDataModule):  # whose loaders are made when they are needed
+                self._try(model, next(iter(self.data), None))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -128,45 +128,45 @@ class MemoryBankCallback(L.Callback):
         """Look at the first batch, where it is the Trainer's own loader that is to be fitted on."""
         if self._trial is not None:
             with isolate_rng():
-                self._try(batch)
+                self._try(self._trial, batch)
+            self._trial = None
 
-    def _try(self, batch: Any) -> None:
-        model, self._trial = self._trial, None
+    def _try(self, model: PatchCore, batch: Any) -> None:
         if batch is None:
             raise UserError("MemoryBankCallback: data has no batch; give it a loader of nominal images.")
         try:
             images = as_batch(batch)["image"]
         except UserError as error:
             raise UserError(f"MemoryBankCallback: {error} Give it a loader of nominal images as data.") from error
-        if model is not None:
-            with torch.no_grad():
-                model.model.members[0].patch_features(images[:1].cpu())
+        with torch.no_grad():
+            model.patch_features(images[:1].cpu())
 
     def _model(self, module: L.LightningModule) -> PatchCore:
         try:
             encoder = module.get_submodule(self.encoder)
         except AttributeError as error:
             known = [name for name, _ in module.named_modules() if name]
-            nearest = difflib.get_close_matches(self.encoder, known, 1, 0)
             children = ", ".join(name for name, _ in module.named_children()) or "none"
             raise UserError(
                 f"{type(module).__name__} has no module {self.encoder!r} for MemoryBankCallback; did you mean "
-                f"{nearest[0] if nearest else None!r}? Its modules: {children} (and those inside them)."
+                f"{nearest(self.encoder, known)!r}? Its modules: {children} (and those inside them)."
             ) from error
-        backbone: nn.Module = copy.deepcopy(encoder).cpu().float()
-        return PatchCore(backbone, self.layers, None, **self.options)
+        return PatchCore(copy.deepcopy(encoder).cpu().float(), self.layers, None, **self.options)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit a `PatchCore` on the encoder, and write it."""
         log.info("fitting a memory bank on %s.%s of this training.", type(pl_module).__name__, self.encoder)
-        self._trial, short = None, bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        with isolate_rng(), torch.autocast(trainer.strategy.root_device.type, enabled=False):
-            model = self._model(pl_module).to(trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        with isolate_rng(), torch.autocast(device.type, enabled=False):
+            model = self._model(pl_module).to(device)
             self._fit(model, trainer)
-        if not short:
-            path = Path(self.asked_path or self._default_path(trainer))
-            with whole_file(path) if trainer.is_global_zero else nullcontext(path) as partial:
-                if trainer.is_global_zero:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            unnamed = sum(isinstance(each, MemoryBankCallback) and each.asked_path is None for each in callbacks)
+            name = "patchcore.ckpt" if unnamed == 1 else f"patchcore_{self.encoder}.ckpt"
+            path = Path(self.asked_path or output_folder(trainer) / name)
+            if trainer.is_global_zero:
+                with whole_file(path) as partial:
                     write_checkpoint(model, partial)
             trainer.strategy.barrier()
             self.path = path
@@ -174,21 +174,19 @@ class MemoryBankCallback(L.Callback):
         self.patchcore = model.cpu()
 
     def _fit(self, model: PatchCore, trainer: L.Trainer) -> None:
-        loader, batches = self._loader(model, trainer)
+        device, (loader, batches) = trainer.strategy.root_device, self._loader(model, trainer)
         own_images = OwnImages(loader, trainer.global_rank, trainer.world_size)
-        processes = Processes(trainer.strategy.root_device, alone=trainer.world_size == 1)
-        features = model.patch_features
-        for weight in features.network.state_dict().values():
+        processes = Processes(device, alone=trainer.world_size == 1)
+        for weight in model.patch_features.network.state_dict().values():
             weight.copy_(processes.broadcast(weight))  # batch norms differ between processes
-        features.identify()
-        neighbours = trainer.num_devices if trainer.world_size > 1 else 1
-        fitting = model.start_fitting(loader, batches or float("inf"), processes, neighbours)
+        model.patch_features.identify()
+        fitting = model.start_fitting(loader, batches or float("inf"), processes, trainer.num_devices)
         shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
         try:
             for batch in tqdm(islice(loader, batches), "Memory bank", batches, disable=not shown, unit=" batches"):
                 own = own_images.of(as_batch(batch))
                 if len(own["image"]):
-                    fitting.add(own["image"].to(trainer.strategy.root_device), own["index"].cpu())
+                    fitting.add(own["image"].to(device), own["index"].cpu())
             fitting.select(shown=shown)
         finally:
             fitting.close()
@@ -197,9 +195,9 @@ class MemoryBankCallback(L.Callback):
     def _loader(self, model: PatchCore, trainer: L.Trainer) -> tuple[Any, int | None]:
         """The loader of this process's share, and how many of its batches to take; None where that is not known."""
         limit = int(trainer.num_training_batches) if trainer.num_training_batches < float("inf") else None
-        if self.data is None:
+        data: Any = self.data
+        if data is None:
             return trainer.train_dataloader, limit
-        data = self.data
         if isinstance(data, L.LightningDataModule):
             if isinstance(data, AnomalyDataModule):
                 data.transform = data.transform or model.transform
@@ -209,36 +207,10 @@ class MemoryBankCallback(L.Callback):
             data.setup("fit")
             data = data.train_dataloader()
         if trainer.world_size > 1 and isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-            dataset: Any = data.dataset
-            sampler: Any = DistributedSampler(dataset, trainer.world_size, trainer.global_rank, shuffle=False)
+            sampler: Any = DistributedSampler(data.dataset, trainer.world_size, trainer.global_rank, shuffle=False)
             options: Any = {"num_workers": data.num_workers, "collate_fn": data.collate_fn, "sampler": sampler}
-            data = DataLoader(dataset, data.batch_size or 1, **options)
-        try:
-            batches: int | None = len(data)
-        except TypeError:
-            batches = None
+            data = DataLoader(data.dataset, data.batch_size or 1, **options)
+        batches = length_hint(data) or None
         if trainer.fast_dev_run and limit is not None:  # type: ignore[attr-defined]
-            batches = limit if batches is None else min(limit, batches)
+            batches = min(batches or limit, limit)
         return data, batches
-
-    def _default_path(self, trainer: L.Trainer) -> Path:
-        others = [
-            callback for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, MemoryBankCallback) and callback.asked_path is None
-        ]  # fmt: skip
-        name = "patchcore.ckpt" if len(others) == 1 else f"patchcore_{self.encoder}.ckpt"
-        return Path(trainer.log_dir or trainer.default_root_dir) / name
-
-    def _check_strategy(self, trainer: L.Trainer) -> None:
-        strategy, whole = trainer.strategy, (SingleDeviceStrategy, DDPStrategy)
-        if not isinstance(strategy, whole) or isinstance(strategy, DeepSpeedStrategy):
-            raise UserError(
-                f"MemoryBankCallback needs the whole encoder in each process, {type(strategy).__name__} may split it; "
-                "take strategy ddp, or fit a PatchCore(backbone=encoder) after training, on the loaded checkpoint."
-            )
-        parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid == self._made_in:
-            raise UserError(
-                "MemoryBankCallback does not work in processes that end with training (ddp_spawn, ddp_notebook): its "
-                "patchcore would end with them; take strategy ddp, or devices=1."
-            )

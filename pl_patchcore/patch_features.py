@@ -2,8 +2,8 @@
 
 Reads images ``(B, 3, H, W)`` as `preprocessing.py` makes them, returns ``(B, h, w, D)``. Next: `coreset/` in fitting,
 `memory_bank.py` in scoring. Source: Roth et al. 2022, section 3.1; the authors' code for pooled dimensions. There,
-patches are interpolated before they are pooled; both steps are linear and act on different axes, so they are exchanged
-here: the same features from a tenth of the memory.
+patches are interpolated before they are pooled; both steps are linear and act on different axes, so the order does not
+matter: here pooling is first, which takes a tenth of the memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class PatchFeatures(nn.Module):
 
     Args:
         backbone: Name of a torchvision classification model, or a module (a copy of it is used).
-        layers: Layers by dotted name; the first gives the grid.
-        weights: Name of torchvision weights, path of a state dict, or None for random weights (`cut_network`).
+        layers: Layers by dotted name, as ``named_modules()`` gives them; the first gives the grid.
+        weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or None for
+            random weights. A module keeps the weights it has unless a path is given.
         patch_size: Side p of the neighbourhood, odd, in cells of the layer's grid.
         patch_stride: Stride s of the neighbourhoods, in cells of the layer's grid.
         layer_dim: None: features are averaged over the neighbourhood (zeros outside the map, counted) and the
@@ -63,13 +64,11 @@ class PatchFeatures(nn.Module):
         super().__init__()
         if patch_size < 1 or patch_size % 2 == 0:
             raise UserError(f"patch_size must be odd and at least 1, got {patch_size}.")
-        if isinstance(layers, str) or not isinstance(layers, Sequence):
-            raise UserError(f"layers must be a list of different layer names, got {layers!r}.")
         self.patch_size, self.patch_stride = patch_size, patch_stride
         self.layer_dim, self.feature_dim = layer_dim, feature_dim
-        self.layers = list(layers)
-        cut = cut_network(backbone, self.layers, weights, seed, image_size)
+        cut = cut_network(backbone, layers, weights, seed, image_size)
         self.network, self.backbone_name, self.layouts, self.channels, self.only_size = cut
+        self.layers = list(layers)
         weight = next(self.network.parameters(), torch.empty(0, dtype=torch.float32))
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype), persistent=False)  # of the network's type
         self.weights_sha256 = weights_sha256(self.network)
@@ -81,13 +80,7 @@ class PatchFeatures(nn.Module):
         return self.feature_dim or sum(self.channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute patch features.
-
-        Args:
-            images: ``(B, 3, H, W)``, of any floating type (brought to the network's).
-
-        Returns:
-            float32 ``(B, h, w, D)``.
+        """Compute patch features float32 ``(B, h, w, D)`` of images ``(B, 3, H, W)``, of any floating type.
 
         Raises:
             UserError: If the images are whole numbers, or of a size that the network does not take.
@@ -102,9 +95,9 @@ class PatchFeatures(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             if self.only_size in (None, size):
                 raise
-            sizes = [f"{h}x{w}" for h, w in (self.only_size, size)]
+            (height, width), (h, w) = self.only_size, size
             raise UserError(
-                f"the backbone takes images of {sizes[0]} pixels, and fails on {sizes[1]}: set resize and crop."
+                f"the backbone takes images of {height}x{width} pixels, and fails on {h}x{w}: set resize and crop."
             ) from error
         p, s = self.patch_size, self.patch_stride
         parts: list[Tensor] = []
@@ -113,17 +106,20 @@ class PatchFeatures(nn.Module):
             if layout[0] != "bchw" or not isinstance(layer, Tensor):
                 layer = as_grid(layer, layout, size, name)
             layer = layer.float()  # (B, C, h, w)
-            layer = F.avg_pool2d(layer, p, s, p // 2) if self.layer_dim is None else self._pooled(layer, self.layer_dim)
+            if self.layer_dim is None:
+                layer = F.avg_pool2d(layer, p, s, p // 2)
+            else:
+                grid = [(side - 1) // s + 1 for side in layer.shape[-2:]]
+                patches = F.unfold(layer, p, padding=p // 2, stride=s).transpose(1, 2)  # (B, h w, C p p)
+                layer = F.adaptive_avg_pool1d(patches, self.layer_dim).transpose(1, 2).unflatten(2, grid)
             if parts and layer.shape[-2:] != parts[0].shape[-2:]:
                 layer = F.interpolate(layer, size=parts[0].shape[-2:], mode="bilinear", align_corners=False)
             parts.append(layer)
         features = torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
-        if self.feature_dim is None:
-            return features
-        pooled: Tensor = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim).unflatten(
-            1, features.shape[1:3]
-        )
-        return pooled
+        if self.feature_dim is not None:
+            pooled = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim)
+            features = pooled.unflatten(1, features.shape[1:3])
+        return features
 
     def train(self, mode: bool = True) -> PatchFeatures:
         """Stay in eval mode."""
@@ -141,21 +137,6 @@ class PatchFeatures(nn.Module):
     @property
     def identity(self) -> dict[str, Any]:
         """What the features depend on, in plain values; two models with the same may share a memory bank."""
-        return {
-            "backbone": self.backbone_name,
-            "backbone_sha256": self.weights_sha256,
-            "layers": list(self.layers),
-            "patch_size": self.patch_size,
-            "patch_stride": self.patch_stride,
-            "layer_dim": self.layer_dim,
-            "feature_dim": self.feature_dim,
-        }
-
-    def _pooled(self, layer: Tensor, dimension: int) -> Tensor:
-        """Neighbourhoods of ``(B, C, h, w)``, each pooled to so many numbers: ``(B, dimension, h', w')``."""
-        p, s = self.patch_size, self.patch_stride
-        grid = [(side - 1) // s + 1 for side in layer.shape[-2:]]
-        patches = F.unfold(layer, p, padding=p // 2, stride=s)  # (B, C p p, h w)
-        pooled = F.adaptive_avg_pool1d(patches.transpose(1, 2), dimension)  # (B, h w, dimension)
-        aggregated: Tensor = pooled.transpose(1, 2).unflatten(2, grid)
-        return aggregated
+        names = ("patch_size", "patch_stride", "layer_dim", "feature_dim")
+        own = {"backbone": self.backbone_name, "backbone_sha256": self.weights_sha256, "layers": list(self.layers)}
+        return own | {name: getattr(self, name) for name in names}

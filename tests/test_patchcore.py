@@ -401,7 +401,6 @@ def test_hyper_parameters_are_plain(tmp_path):
         ({"projection_dim": 0}, "projection_dim must be at least 1"),
         ({"calibration_share": 1}, r"calibration_share must be in \[0, 1\)"),
         ({"search": "annoy"}, "search must be auto, torch, int8 or an index of faiss"),
-        ({"search": "pca"}, "'pca' is gone"),
         ({"store": "disk"}, "store.kind"),
         ({"store_dir": "x"}, "store_dir is now store.folder"),
         ({"shard_bank": True}, "shard_bank is gone"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import faiss
@@ -12,15 +11,15 @@ from torch import Tensor
 
 from pl_patchcore.errors import UserError
 
-_PROBED = 16  # lists of an inverted file that a query looks into; faiss's own default of 1 misses too much
-_PROPOSED = 16  # rows that an index proposes at least
-_ANY = 161_280  # dimension while none is known: a multiple of most numbers of parts
+_PROBED_LISTS = 16  # of an inverted file, that a query looks into; faiss's own default of 1 misses too much
+_PROPOSED_ROWS = 16  # that an index proposes at least
+_ANY_DIMENSION = 161_280  # while none is known: a multiple of most numbers of parts
 
 
 def check_factory(search: str, dimension: int | None = None, rows: int | None = None) -> None:
     """Refuse an index that faiss cannot build of ``(rows, dimension)``, as far as they are known: `UserError`."""
     try:
-        made = faiss.index_factory(dimension or _ANY, search)  # kept: what it is cast to does not own it
+        made = faiss.index_factory(dimension or _ANY_DIMENSION, search)  # kept: what it is cast to does not own it
     except RuntimeError as error:
         got = f"{search!r}, for {dimension} dimensions" if dimension else f"{search!r}"
         reason = re.split(r"Error: |failed: ", str(error))[-1].strip()
@@ -29,7 +28,7 @@ def check_factory(search: str, dimension: int | None = None, rows: int | None = 
         ) from error
     index: Any = faiss.downcast_index(made)  # C++ underneath
     needed = [1]  # rows that each stage is trained on
-    while isinstance(index, faiss.IndexPreTransform):
+    if isinstance(index, faiss.IndexPreTransform):
         chain: Any = index.chain  # a C++ vector
         stages = [chain.at(i) for i in range(chain.size())]
         if any(stage.d_out > stage.d_in for stage in stages):
@@ -52,47 +51,29 @@ def build_index(search: str, features: Tensor) -> Tensor:
     rows = features.float().cpu().contiguous().numpy()
     check_factory(search, rows.shape[1], len(rows))
     index = faiss.index_factory(rows.shape[1], search)
-    for step in (index.train, index.add):
-        _with_our_threads(step, rows)
+    index.train(rows)
+    index.add(rows)
     name = torch.tensor([*search.encode(), 0], dtype=torch.uint8)
     return torch.cat([name, torch.from_numpy(faiss.serialize_index(index))])
 
 
 class ApproximateSearch:
-    """Search by what `build_index` returned among the bank's rows ``(M, D)``; ``name`` is its factory string.
+    """Search by what `build_index` returned among the bank's rows ``(M, D)``; ``name`` is its factory string."""
 
-    ``exact`` makes the search of those queries for which the index finds too few rows.
-    """
-
-    def __init__(self, index: Tensor, features: Tensor, exact: Callable[[Tensor, str], Any]) -> None:
-        self.exact = exact
-        end = int((index == 0).nonzero()[0])
+    def __init__(self, index: Tensor, features: Tensor) -> None:
+        end = int(index.argmin())  # the first zero
         self.features, self.name = features, bytes(index[:end].tolist()).decode()
         self.index = faiss.deserialize_index(index[end + 1 :].cpu().numpy())
         if (inverted := faiss.try_extract_index_ivf(self.index)) is not None:
-            inverted.nprobe = min(_PROBED, inverted.nlist)
+            inverted.nprobe = min(_PROBED_LISTS, inverted.nlist)
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``, of queries ``(Q, D)``."""
-        count = min(max(_PROPOSED, 2 * k), len(self.features))
-        found = _with_our_threads(self.index.search, queries.float().cpu().contiguous().numpy(), count)[1]
+        """Distances float32 ``(Q, k)``, ascending, infinite where rows are missing, and rows int64 ``(Q, k)``."""
+        count = min(max(_PROPOSED_ROWS, 2 * k), len(self.features))
+        found = self.index.search(queries.float().cpu().contiguous().numpy(), count)[1]
         rows = torch.from_numpy(found).to(queries.device).sort(1).values  # -1 where there are no more
         size = max(1, (1 << 19) // (count * queries.shape[1]))  # queries whose proposals fit in 4 MiB
         parts = zip(queries.double().split(size), rows.clamp(min=0).split(size), strict=True)
         distance = torch.cat([torch.linalg.vector_norm(q[:, None] - self.features[r], dim=2) for q, r in parts])
         nearest, order = distance.masked_fill_(rows < 0, torch.inf).sort(dim=1, stable=True)
-        nearest, rows = nearest[:, :k].float(), rows.gather(1, order[:, :k])
-        short = nearest[:, -1].isinf()  # the index finds too few rows
-        if short.any():
-            nearest[short], rows[short] = self.exact(self.features, "torch")(queries[short], k)
-        return nearest, rows
-
-
-def _with_our_threads(call: Any, *arguments: Any) -> Any:
-    """A call of faiss's by as many threads as torch uses; its own number is restored."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    try:
-        return call(*arguments)
-    finally:
-        faiss.omp_set_num_threads(before)
+        return nearest[:, :k].float(), rows.gather(1, order[:, :k])

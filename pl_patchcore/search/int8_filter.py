@@ -1,7 +1,4 @@
-"""A filter of exact search: a product of small integers rules out most rows of a bank.
-
-Reads centred queries ``(Q, D)`` and rows ``(M, D)``; `memory_bank.py` looks at the rows that are left.
-"""
+"""A filter of exact search: a product of small integers rules out most rows of a bank. Next: `memory_bank.py`."""
 
 from __future__ import annotations
 
@@ -9,21 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_COMPONENTS = 255  # principal components; with the length of the rest, a multiple of what processors multiply at once
+_MOST_COMPONENTS = 255  # principal ones; with the length of the rest, a multiple of what processors multiply at once
 
 
 class Int8Filter:
     """Coordinates of a bank's centred rows float32 ``(M, D)`` in int8.
 
-    They are the first principal components and, as one more, the length of what these leave out. Distances in them
-    never exceed the true ones (triangle inequality, once more for the lengths). A random rotation spreads heavy tails
-    over all of them, so that one step size suits all. Rounding moves a row by a length that is computed, so a row can
-    be the nearest only if its rounded distance is at most the true distance of the row proposed, plus both lengths.
+    They are the first principal components and the length of what these leave out, so distances in them never exceed
+    the true ones (triangle inequality). A random rotation spreads heavy tails over all of them, so that one step size
+    suits all. Rounding moves a row by a length that is computed, so a row can be the nearest only if its rounded
+    distance is at most the true distance of the row proposed, plus both lengths.
     """
 
     def __init__(self, rows: Tensor, length: int) -> None:
         sample, g = rows[:: max(1, len(rows) // 2048)], torch.Generator().manual_seed(0)
-        axes = torch.randn(rows.shape[1], min(rows.shape[1], _COMPONENTS), generator=g, dtype=torch.float32)
+        axes = torch.randn(rows.shape[1], min(rows.shape[1], _MOST_COMPONENTS), generator=g, dtype=torch.float32)
         for _ in range(2):  # a randomised range finder: any orthonormal axes will do
             axes = torch.linalg.qr(sample.T @ (sample @ axes)).Q
         turn = torch.randn(axes.shape[1], axes.shape[1], generator=g, dtype=torch.float64)
