@@ -385,7 +385,7 @@ class PatchCore(L.LightningModule):
         log.info("memory bank: the first %d of %d patch features.", coreset.size, bank.size)
         if len(self.model.calibration.scores):
             log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
-        bank.cut(coreset.size)
+        bank.fill(bank.features[: coreset.size], bank.radii[: coreset.size + 1])
         self.model.calibration.clear()
 
     def _own(self, batch: Any, number: int, loader: int = 0) -> dict[str, Any]:

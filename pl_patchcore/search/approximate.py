@@ -69,6 +69,7 @@ class ApproximateSearch:
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Distances float32 ``(Q, k)``, ascending, infinite where rows are missing, and rows int64 ``(Q, k)``."""
+        faiss.omp_set_num_threads(torch.get_num_threads())
         count = min(max(_PROPOSED_ROWS, 2 * k), len(self.features))
         found = self.index.search(queries.float().cpu().contiguous().numpy(), count)[1]
         rows = torch.from_numpy(found).to(queries.device).sort(1).values  # -1 where there are no more
