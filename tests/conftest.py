@@ -1,8 +1,12 @@
-"""What several test modules use: a tiny backbone, a Trainer that is quiet, a port for processes that meet."""
+"""What several test modules use: a tiny backbone, a Trainer that is quiet, processes that meet at a port."""
 
 import contextlib
+import multiprocessing
+import os
 import secrets
 import socket
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: tests are small, and there is one for each core
 
 import hypothesis
 import lightning as L
@@ -57,3 +61,10 @@ def free_port() -> str:
         with contextlib.suppress(OSError), socket.socket() as tried:
             tried.bind(("127.0.0.1", port))
             return str(port)
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as copies of one that has imported torch, Lightning and the package: seconds, once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning", "pl_patchcore.patchcore", "pl_patchcore.data.mtd", "pl_patchcore.report"])
+    return context
