@@ -116,12 +116,13 @@ def none_left():
 
 
 def test_equals_one_process(tmp_path):
-    """1, 2, 3 and 4 processes, each started once for all its cases.
+    """1 and 3 processes, each started once for all cases, and 2 and 4 for the first ones.
 
     Bit for bit where each image is a batch; the backbone's last bits depend on what else is in a batch.
     """
-    cases = {name: case for name, case in CASES.items() if case[0] != "tiles" or SHARED.is_dir()}
-    for count in (1, 2, 3, 4):
+    every = {name: case for name, case in CASES.items() if case[0] != "tiles" or SHARED.is_dir()}
+    cases_of = {1: every, 2: dict([*every.items()][:3]), 3: every, 4: dict([*every.items()][:3])}
+    for count, cases in cases_of.items():
         meeting = {"MASTER_PORT": free_port()}
         own = [meeting | {"LOCAL_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
         processes = [start(tmp_path / str(count), count, cases, **environment) for environment in own]
@@ -129,10 +130,10 @@ def test_equals_one_process(tmp_path):
             output = finish(process)
             assert process.returncode == 0, output
         assert not list((tmp_path / str(count)).rglob("*.partial"))
-    for name, (own, _, batch) in cases.items():
+    for name, (own, _, batch) in every.items():
         state, figures, table = results(tmp_path / "1" / name)
         assert len(table) == 1 + {"few": 2, "tiles": 20}.get(own, 5 + 4 * 2)
-        for count in (2, 3, 4):
+        for count in (n for n in (2, 3, 4) if name in cases_of[n]):
             found, others, rows = results(tmp_path / str(count) / name)
             assert found.keys() == state.keys()
             for key, value in state.items():
