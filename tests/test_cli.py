@@ -118,6 +118,9 @@ def leaves(content, name=""):
             yield f"{name}{key}", value
 
 
+PLAIN = {}  # data module: what every option is without a configuration file
+
+
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     """Its values arrive, and none is what it would be anyway; each has a reason behind it."""
@@ -126,7 +129,9 @@ def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     content = yaml.safe_load(text)
     data = content.get("data", DATA["data"])["class_path"]
     whole = dict(leaves(parsed(capsys, "fit", "--data", data, "--config", name)))
-    plain = dict(leaves(parsed(capsys, "fit", "--data", data)))
+    if data not in PLAIN:
+        PLAIN[data] = dict(leaves(parsed(capsys, "fit", "--data", data)))
+    plain = PLAIN[data]
     for option, value in leaves(content):
         if option == "data.class_path":
             assert whole[option].endswith(f".{value}")
@@ -145,6 +150,7 @@ def test_run(ran):
         assert metrics["defects"][word]["anomalous"] == 1
 
 
+@pytest.mark.slow
 def test_test_in_another_process(ran, tmp_path):
     """The model comes from the checkpoint."""
     folder, printed = ran
