@@ -60,9 +60,7 @@ def model_and_data(own, images, batch):
         weights = str(SHARED / "weights" / "mobilenet_v2.pth")
         model = Disturbed("mobilenet_v2", ["features.6", "features.13"], weights, resize=112, crop=None)
         return model, SomeTiles(SHARED / "data" / "mtd", batch_size=batch, num_workers=0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()
-    )
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU())
     options = {"resize": 64, "crop": None, "coreset_ratio": 0.1, "projection_dim": 16, "layers": ["1", "3"]}
     options["calibration_share"] = 0.3 if images > 4 else 0.0
     if own in ("approximate", "random"):

@@ -254,7 +254,7 @@ def test_mtd(config, tmp_path, capsys):
 
 
 def test_backbone_of_your_own_by_its_class(config, tmp_path, capsys):
-    backbone = {"class_path": "conftest.TinyBackbone", "init_args": {"seed": 3}}
+    backbone = {"class_path": "networks.TinyBackbone", "init_args": {"seed": 3}}
     path = config(model={"backbone": backbone, "layers": ["fine"]})
     main(["fit", "--config", path])
     checkpoint = checkpoint_of(tmp_path)

@@ -42,7 +42,7 @@ def module_of(tiny, **options):
 @pytest.fixture(scope="module")
 def expected():
     """Memory bank of each number of images, as a plain fit makes it."""
-    from conftest import TinyBackbone
+    from networks import TinyBackbone
 
     banks = {}
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

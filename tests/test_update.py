@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import TinyBackbone
+from networks import TinyBackbone
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import PatchCore, UserError
