@@ -121,6 +121,7 @@ def leaves(content, name=""):
 PLAIN = {}  # data module: what every option is without a configuration file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     """Its values arrive, and none is what it would be anyway; each has a reason behind it."""
@@ -201,7 +202,8 @@ def test_settings_of_a_checkpoint_are_data(ran, config, tmp_path, capsys):
 
 def test_update(ran, config, tmp_path, capsys):
     main(["update", "--config", config(DATA), "--ckpt_path", checkpoint_of(ran[0]), "--data.seed", "1"])
-    assert PatchCore.load_from_checkpoint(checkpoint_of(tmp_path)).memory_bank.size == 30
+    bank = PatchCore.load_from_checkpoint(checkpoint_of(tmp_path)).memory_bank
+    assert (bank.size, int(bank.seen)) == (30, (4 + 4) * 64)
     assert "update needs ckpt_path" in error_of(capsys, "update", "--config", config(DATA))
 
 
@@ -223,6 +225,7 @@ def test_predict(ran, config, tmp_path, capsys):
     assert len({row["map"] for row in rows}) == 7
 
 
+@pytest.mark.slow
 def test_ensemble(config, tmp_path, capsys):
     members = [{"layers": ["layer1"]}, {"layers": ["layer2"], "coreset_size": 20, "patches": {"stride": 2}}]
     shared = {"ensemble": {"members": members}, "calibration_share": 0.3, "false_alarm_rate": 0.5, "layers": ["layer3"]}

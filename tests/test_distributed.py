@@ -55,6 +55,7 @@ class Copy:
             raise subprocess.TimeoutExpired("ranks.py", timeout)
 
 
+pytestmark = pytest.mark.slow
 STARTED: list[subprocess.Popen[str] | Copy] = []
 
 

@@ -249,6 +249,7 @@ def test_int8_product_is_there():
                 assert torch.equal(torch._int_mm(a, other.T), a.int() @ other.T.int())
 
 
+@pytest.mark.slow
 def test_int8_where_its_sums_saturate():
     """On a processor without VNNI the filter is left out, whoever asks for it."""
     script = """

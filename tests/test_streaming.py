@@ -299,6 +299,7 @@ def test_weights_of_a_whole_test_set_do_not_overflow() -> None:
     assert merged.weights.max() == 8600 * 400 * streaming.UNIT
 
 
+@pytest.mark.slow
 def test_several_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, and the first two of them, each with a share of the images."""
     columns = with_categories(images())

@@ -102,6 +102,7 @@ def test_every_flag_is_here():
     assert set(FLAGS) == set(inspect.signature(L.Trainer).parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flag(tiny, tmp_path, monkeypatch, expected, flag):
     monkeypatch.chdir(tmp_path)
