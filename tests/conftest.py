@@ -1,42 +1,34 @@
-"""What several test modules use: a tiny backbone, a Trainer that is quiet, a port for processes that meet."""
+"""What several test modules use: a tiny backbone, a Trainer that is quiet, processes that meet at a port.
+
+Imports torch in fixtures only: the process that hands tests out to others needs none of it.
+"""
 
 import contextlib
+import multiprocessing
+import os
 import secrets
 import socket
 
 import hypothesis
-import lightning as L
 import pytest
-import torch
-from torch import nn
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are short, and run side by side; torch reads it when imported
 # A busy machine is no reason to fail: hypothesis otherwise times each example, and how long they take to draw.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 
-class TinyBackbone(nn.Module):
-    """Two convolutions, 4 and 8 pixels a cell, with weights drawn once."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.fine = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-            self.coarse = nn.Sequential(nn.Conv2d(8, 12, 2, 2), nn.ReLU(inplace=True))
-            self.head = nn.Linear(12, 2)
-
-    def forward(self, x):
-        return self.head(self.coarse(self.fine(x)).mean((2, 3)))
-
-
 @pytest.fixture
 def tiny():
+    from networks import TinyBackbone
+
     return TinyBackbone()
 
 
 @pytest.fixture
 def trainer(tmp_path):
+    import lightning as L
+
     def make(**options):
         defaults = {
             "accelerator": "cpu",
@@ -61,3 +53,10 @@ def free_port() -> str:
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=100, metavar="N", help="files changed at random, of each kind")
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as copies of one that has imported torch, Lightning and the package: seconds, once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pl_patchcore.patchcore", "pl_patchcore.data.mtd", "pl_patchcore.report"])
+    return context

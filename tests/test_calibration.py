@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import TinyBackbone
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import TinyBackbone
 from torch.utils.data import DataLoader, IterableDataset
 
 from pl_patchcore import PatchCore, SyntheticDataModule, UserError

@@ -118,6 +118,10 @@ def leaves(content, name=""):
             yield f"{name}{key}", value
 
 
+PLAIN = {}  # data module: what every option is without a configuration file
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     """Its values arrive, and none is what it would be anyway; each has a reason behind it."""
@@ -126,7 +130,9 @@ def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     content = yaml.safe_load(text)
     data = content.get("data", DATA["data"])["class_path"]
     whole = dict(leaves(parsed(capsys, "fit", "--data", data, "--config", name)))
-    plain = dict(leaves(parsed(capsys, "fit", "--data", data)))
+    if data not in PLAIN:
+        PLAIN[data] = dict(leaves(parsed(capsys, "fit", "--data", data)))
+    plain = PLAIN[data]
     for option, value in leaves(content):
         if option == "data.class_path":
             assert whole[option].endswith(f".{value}")
@@ -145,6 +151,7 @@ def test_run(ran):
         assert metrics["defects"][word]["anomalous"] == 1
 
 
+@pytest.mark.slow
 def test_test_in_another_process(ran, tmp_path):
     """The model comes from the checkpoint."""
     folder, printed = ran
@@ -195,7 +202,8 @@ def test_settings_of_a_checkpoint_are_data(ran, config, tmp_path, capsys):
 
 def test_update(ran, config, tmp_path, capsys):
     main(["update", "--config", config(DATA), "--ckpt_path", checkpoint_of(ran[0]), "--data.seed", "1"])
-    assert PatchCore.load_from_checkpoint(checkpoint_of(tmp_path)).memory_bank.size == 30
+    bank = PatchCore.load_from_checkpoint(checkpoint_of(tmp_path)).memory_bank
+    assert (bank.size, int(bank.seen)) == (30, (4 + 4) * 64)
     assert "update needs ckpt_path" in error_of(capsys, "update", "--config", config(DATA))
 
 
@@ -217,6 +225,7 @@ def test_predict(ran, config, tmp_path, capsys):
     assert len({row["map"] for row in rows}) == 7
 
 
+@pytest.mark.slow
 def test_ensemble(config, tmp_path, capsys):
     members = [{"layers": ["layer1"]}, {"layers": ["layer2"], "coreset_size": 20, "patches": {"stride": 2}}]
     shared = {"ensemble": {"members": members}, "calibration_share": 0.3, "false_alarm_rate": 0.5, "layers": ["layer3"]}
@@ -248,7 +257,7 @@ def test_mtd(config, tmp_path, capsys):
 
 
 def test_backbone_of_your_own_by_its_class(config, tmp_path, capsys):
-    backbone = {"class_path": "conftest.TinyBackbone", "init_args": {"seed": 3}}
+    backbone = {"class_path": "networks.TinyBackbone", "init_args": {"seed": 3}}
     path = config(model={"backbone": backbone, "layers": ["fine"]})
     main(["fit", "--config", path])
     checkpoint = checkpoint_of(tmp_path)

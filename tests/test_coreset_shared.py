@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import forkserver
 from torch import Tensor
 from torch import distributed as dist
 
@@ -100,7 +101,8 @@ def answers_of(rank: int, count: int) -> dict:
 
 
 def test_several_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=max(COUNTS))
+    forkserver()
+    mp.start_processes(work, (str(tmp_path),), nprocs=max(COUNTS), start_method="forkserver")
     answers = {n: [torch.load(tmp_path / f"{n} {rank}.pt", weights_only=True) for rank in range(n)] for n in COUNTS}
     every = [answer for count in COUNTS for answer in answers[count]]
     for name, (features, size, options) in cases().items():

@@ -5,7 +5,7 @@ import fakes
 import numpy as np
 import pytest
 import torch
-from conftest import TinyBackbone
+from networks import TinyBackbone
 from PIL import Image
 
 from pl_patchcore import FolderDataModule, MVTecDataModule, PatchCore, UserError

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import TinyBackbone
+from networks import TinyBackbone
 from torch.utils.data import DataLoader
 
 from pl_patchcore import PatchCore, UserError

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import faiss
 import numpy as np
 import pytest
+import scipy.spatial
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ def fast_int8(monkeypatch):
 
 
 def brute_force(bank, query, k):
-    distance = np.sqrt(((query.double().numpy()[:, None] - bank.double().numpy()[None]) ** 2).sum(2))
+    distance = scipy.spatial.distance.cdist(query.double(), bank.double())  # by differences
     rows = np.argsort(distance, 1, kind="stable")[:, :k]
     return np.take_along_axis(distance, rows, 1), rows
 
@@ -147,9 +148,9 @@ def test_rounding_would_choose_another_row(search):
 
 @pytest.mark.parametrize("k", [1, 9])
 def test_filter_rules_out_and_is_exact(k, multiplied):
-    bank, query = deep(6000, 700, 300)
+    bank, query = deep(3000, 300, 300)
     check(bank_of(bank, "int8"), query, k)
-    assert multiplied() < 35
+    assert multiplied() < 15
 
 
 @pytest.mark.parametrize("search", ["torch", "int8"])
@@ -238,6 +239,7 @@ def test_int8_product_is_there():
                 assert torch.equal(torch._int_mm(a, other.T), a.int() @ other.T.int())
 
 
+@pytest.mark.slow
 def test_int8_where_its_sums_saturate():
     """On a processor without VNNI the filter is left out, whoever asks for it."""
     script = """
@@ -533,7 +535,7 @@ def test_bad_input():
         MemoryBank("torch", "int8")
 
 
-@pytest.mark.parametrize("search", ["HNSW16", "IVF8,Flat", "IVF8,PQ8", "PCA32,SQ8", "Flat"])
+@pytest.mark.parametrize("search", ["HNSW16", "IVF8,Flat", "IVF8,PQ8x4", "PCA32,SQ8", "Flat"])
 def test_approximate(search, caplog):
     bank, query = deep(1500, 200)
     threads = faiss.omp_get_max_threads()
@@ -564,12 +566,12 @@ def test_recall_counts_misses(monkeypatch):
 
 def test_index_travels_with_the_checkpoint(tmp_path, monkeypatch):
     bank, query = deep(1500, 200)
-    full = bank_of(bank, "IVF8,PQ8")
+    full = bank_of(bank, "IVF8,PQ8x4")
     torch.save(full.state_dict(), tmp_path / "bank.pt")
     saved = torch.load(tmp_path / "bank.pt", weights_only=True)
     built = []
     monkeypatch.setattr("pl_patchcore.memory_bank.build_index", lambda *a: built.append(a) or full.index)
-    same = MemoryBank("IVF8,PQ8")
+    same = MemoryBank("IVF8,PQ8x4")
     same.load_state_dict(dict(saved))
     assert torch.equal(same(query, 3)[1], full(query, 3)[1])
     assert not built
@@ -577,7 +579,7 @@ def test_index_travels_with_the_checkpoint(tmp_path, monkeypatch):
     other.load_state_dict(dict(saved))
     same.load_state_dict({name: each for name, each in saved.items() if name != "index"})
     same.load_state_dict(saved | {"features": saved["features"][:900]})
-    assert [a[0] for a in built] == ["HNSW16", "IVF8,PQ8", "IVF8,PQ8"]
+    assert [a[0] for a in built] == ["HNSW16", "IVF8,PQ8x4", "IVF8,PQ8x4"]
     exactly = MemoryBank("torch")
     exactly.load_state_dict(dict(saved))
     check(exactly, query)

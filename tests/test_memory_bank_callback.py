@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from conftest import TinyBackbone, free_port
+from conftest import free_port
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy
+from networks import TinyBackbone
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -184,7 +184,7 @@ def exports(model, size, free_size):
     return graph
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "vit" else pytest.mark.slow) for n in BACKBONES])
 def test_export(name):
     """torch.export, with a dynamic batch and, where the backbone allows, a dynamic size, equals eager."""
     make, layers, size, free_size = BACKBONES[name]

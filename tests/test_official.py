@@ -21,7 +21,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(SETTINGS))
+@pytest.fixture(scope="module", params=[pytest.param("224_k1", marks=pytest.mark.slow), "160_k3_p5"])
 def case(request):
     reference = np.load(SHARED / "reference" / f"official_mobilenet_v2_mtd_{request.param}.npz")
     model = PatchCore.from_recipe(

@@ -26,14 +26,15 @@ def fitted(tiny, trainer):
     return model, data
 
 
+@pytest.mark.slow
 def test_report(fitted, trainer, tmp_path, capsys):
     model, data = fitted
     (tmp_path / "pictures").mkdir()
     mine = ("mine.png", "missed_by_hand.png")
     for name in mine:
         (tmp_path / "pictures" / name).write_bytes(b"the user's own")
-    trainer(callbacks=[TestReport(pictures=3)]).test(model, data, verbose=False)
     trainer(callbacks=[TestReport(pictures=2)]).test(model, data, verbose=False)
+    trainer(callbacks=[TestReport(pictures=1)]).test(model, data, verbose=False)
     for name in mine:
         assert (tmp_path / "pictures" / name).read_bytes() == b"the user's own"
         (tmp_path / "pictures" / name).unlink()
@@ -53,7 +54,7 @@ def test_report(fitted, trainer, tmp_path, capsys):
     assert 0 < metrics["seconds_per_image"] < 10
     pictures = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     groups = ("false_alarm", "least_anomalous", "missed", "most_anomalous")
-    assert pictures == [f"{g}_{i}.png" for g in groups for i in (1, 2)] + ["scores.png"]
+    assert pictures == [*(f"{group}_1.png" for group in groups), "scores.png"]
     for name in pictures:
         with Image.open(tmp_path / "pictures" / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 10
@@ -72,13 +73,13 @@ def test_loss_to_the_crop_is_reported(fitted, trainer, capsys):
 def test_foreign_data_without_masks(fitted, trainer, tmp_path, capsys):
     model, _ = fitted
     loader = DataLoader(TensorDataset(torch.rand(4, 3, 48, 48), torch.tensor([0, 0, 1, 1])), batch_size=3)
-    trainer(callbacks=[TestReport()]).test(model, loader, verbose=False)
+    trainer(callbacks=[TestReport(1)]).test(model, loader, verbose=False)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["pixel_auroc"] is None
     assert metrics["pro"] is None
     assert math.isnan(model.figures["all"]["pro"])
     assert "pixel AUROC nan" in capsys.readouterr().out
-    assert (tmp_path / "pictures" / "most_anomalous_2.png").is_file()
+    assert (tmp_path / "pictures" / "most_anomalous_1.png").is_file()
 
 
 def test_gallery_keeps_the_right_images():

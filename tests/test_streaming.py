@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import reference
 import torch
 import torch.multiprocessing as mp
+from conftest import forkserver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shares import SHARES, WHOLE, figures_by_name, share
@@ -299,14 +299,14 @@ def test_weights_of_a_whole_test_set_do_not_overflow() -> None:
     assert merged.weights.max() == 8600 * 400 * streaming.UNIT
 
 
+@pytest.mark.slow
 def test_several_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, and the first two of them, each with a share of the images."""
     columns = with_categories(images())
     order = torch.argsort(columns[2], stable=True)  # the first process gets nominal images only
     torch.save(tuple(column[order] for column in columns), tmp_path / "columns.pt")
     torch.save(images("tied"), tmp_path / "tied.pt")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.set_forkserver_preload(["pl_patchcore.metrics"])  # imported once for all
+    forkserver()
     mp.start_processes(share, args=(tmp_path,), nprocs=3, start_method="forkserver")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     coarse(monkeypatch)

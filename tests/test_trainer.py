@@ -42,7 +42,7 @@ def module_of(tiny, **options):
 @pytest.fixture(scope="module")
 def expected():
     """Memory bank of each number of images, as a plain fit makes it."""
-    from conftest import TinyBackbone
+    from networks import TinyBackbone
 
     banks = {}
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
@@ -102,6 +102,7 @@ def test_every_flag_is_here():
     assert set(FLAGS) == set(inspect.signature(L.Trainer).parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flag(tiny, tmp_path, monkeypatch, expected, flag):
     monkeypatch.chdir(tmp_path)

@@ -5,11 +5,10 @@ import re
 
 import pytest
 import torch
-from conftest import TinyBackbone
+from networks import TinyBackbone
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import PatchCore, UserError
-from pl_patchcore.cli import main
 from pl_patchcore.coreset import greedy_coreset
 from pl_patchcore.report import CoverageReport, draw_coverage
 
@@ -140,37 +139,3 @@ def test_coverage_picture(trainer, tmp_path, capsys):
     assert "No coverage.png" in capsys.readouterr().out
     draw_coverage(torch.rand(30, 1), torch.arange(5), tmp_path / "line.png")
     assert (tmp_path / "line.png").is_file()
-
-
-@pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-def test_update_on_the_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("warnings.formatwarning", None)
-    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
-    common = [
-        "--data=SyntheticDataModule", "--data.test_nominal=2", "--data.test_per_defect=1", "--data.num_workers=0",
-        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
-    ]  # fmt: skip
-    model = ["--model.backbone=resnet18", "--model.weights=null", "--model.layers=[layer1]", "--model.resize=32"]
-    main(
-        [
-            "fit",
-            *common,
-            *model,
-            "--model.crop=null",
-            "--data.train_images=4",
-            f"--trainer.default_root_dir={tmp_path}/a",
-        ]
-    )
-    (first,) = (tmp_path / "a").rglob("*.ckpt")
-    more = [*common, "--data.train_images=6", "--data.seed=1", f"--trainer.default_root_dir={tmp_path}/b"]
-    main(["update", *more, "--ckpt_path", str(first)])
-    (second,) = (tmp_path / "b").rglob("*.ckpt")
-    assert PatchCore.load_from_checkpoint(first).memory_bank.seen.item() == 4 * 64
-    updated = PatchCore.load_from_checkpoint(second)
-    assert updated.memory_bank.seen.item() == 10 * 64
-    assert updated.memory_bank.size == 64
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(["update", *more])
-    assert "update needs ckpt_path" in capsys.readouterr().err

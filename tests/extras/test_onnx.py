@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter itself
 
 
 def ensemble():
-    from conftest import TinyBackbone
+    from networks import TinyBackbone
 
     members = [PatchCoreModel(PatchFeatures(TinyBackbone(), [layer], None)) for layer in ("fine", "coarse")]
     return fit(EnsembleModel(members))
