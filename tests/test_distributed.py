@@ -65,10 +65,12 @@ class Disturbed(PatchCore):
             wait(out)
         return super().training_step(batch, number)
 
-gather_at_first = Processes.gather_at_first
+gather_at_first, rounds = Processes.gather_at_first, 0
 
 def hang_or_gather(self, tensor):
-    if own == f"hangs selecting {self.rank}" and self.collectives > 9:
+    global rounds
+    rounds += 1
+    if own == f"hangs selecting {self.rank}" and rounds > 3:
         wait(out)
     return gather_at_first(self, tensor)
 
