@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ SETTLED_ROWS = 2304  # rows whose exact gaps a round computes, at most
 CANDIDATES = 768  # rows that a round picks among, at most: with more, each pick takes longer
 BF16_PAIRS = 8  # exact distances per settled row, on average, from which float32 bounds are used in place of bf16
 PICKED = -1.0  # gap of a picked row: below every real one
+
+Progress: TypeAlias = Callable[[int], object]  # called with the number of rows selected since the last call
 
 
 class Selection(NamedTuple):
@@ -109,7 +111,7 @@ class FarthestFirst:
             self.gap = (gaps[self.rows].double() * self.scale**2).float()
             self.bound = self.gap.clone()
 
-    def run(self, wanted: int, progress: Callable[[int], object] | None) -> None:
+    def run(self, wanted: int, progress: Progress | None) -> None:
         """Pick until there are ``size`` picks or every gap is 0; tell ``progress`` of the first ``wanted``."""
         told, largest_gap = 0, math.inf
         while self.count < self.size and largest_gap > 0:

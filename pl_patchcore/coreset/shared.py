@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.coreset import CoresetMethod, Selection, mean_gaps
-from pl_patchcore.coreset.farthest_first import CANDIDATES, FarthestFirst, distinct_rows, pick_among, scale_of
+from pl_patchcore.coreset.farthest_first import CANDIDATES, FarthestFirst, Progress, distinct_rows, pick_among, scale_of
 from pl_patchcore.distributed import Processes
 from pl_patchcore.numerics import full_precision
 
@@ -29,19 +29,18 @@ def select_shared_coreset(
     method: CoresetMethod = "greedy",
     *,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Selection:
     """As `select_coreset`, of rows that are spread over processes; every process calls it.
 
     Args:
         features: (Projected) patch features of this process, ``(n, d)``; ``(0, d)`` where it has none.
-        numbers: Number of each row among the rows of all processes, int64 ``(n,)``, ascending; all together they are
-            0 to N - 1.
+        numbers: Number of each row, int64 ``(n,)``, ascending; all processes' together are 0 to N - 1.
         size: Rows to keep, in all.
         processes: The processes.
-        method: As `select_coreset`.
-        seed: As `select_coreset`.
-        progress: As `select_coreset`.
+        method: Like ``seed`` and ``progress``, as `select_coreset`.
+        seed: See ``method``.
+        progress: See ``method``.
 
     Returns:
         Numbers of the rows in order of selection, int64 on the CPU, and radii, the same on every process.
