@@ -16,8 +16,6 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DistributedSampler
 
-_AT_ONCE = 1 << 22  # numbers of one collective in `merge`: 16 MiB
-
 
 class Processes:
     """The processes that work on one model together.
@@ -48,18 +46,6 @@ class Processes:
         parts = [torch.empty_like(own) for _ in range(self.count)] if self.rank == 0 else None
         dist.gather(own, parts)
         return parts and [part.to(tensor.device) for part in parts]
-
-    def merge(self, tensor: Tensor) -> Tensor:
-        """Put together, in place, what each process knows a part of: float32 or float64, 0 where others know better.
-
-        Bits are added, not numbers, so that every value arrives as it was.
-        """
-        bits = tensor.view(torch.int32).flatten()  # a view: contiguous
-        for part in bits.split(_AT_ONCE) if self.count > 1 else ():
-            own = part.to(self.device)
-            dist.all_reduce(own)
-            part.copy_(own)
-        return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Tensor of process 0."""

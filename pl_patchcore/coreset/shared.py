@@ -20,6 +20,8 @@ from pl_patchcore.coreset.farthest_first import CANDIDATES, FarthestFirst, Progr
 from pl_patchcore.distributed import Processes
 from pl_patchcore.numerics import full_precision
 
+_AT_ONCE = 1 << 12  # rows that `rows_of_all` sends at a time
+
 
 def select_shared_coreset(
     features: Tensor,
@@ -68,16 +70,17 @@ def select_shared_coreset(
 def rows_of_all(read: Callable[[Tensor], Tensor], numbers: Tensor, wanted: Tensor, processes: Processes) -> Tensor:
     """Rows of the numbers ``wanted``, int64 ``(m,)``, whichever process holds them; every process calls it.
 
-    ``read`` gives this process's rows, float32 or float64 ``(p, d)``, by places in ``numbers``, int64 ``(n,)``, the
-    ascending numbers of its rows.
+    ``read`` gives this process's rows ``(p, d)`` by places in ``numbers``, int64 ``(n,)``, the ascending numbers of its
+    rows.
     """
-    wanted = wanted.to(numbers.device)
-    place = torch.searchsorted(numbers.contiguous(), wanted)
-    mine = torch.cat([numbers, numbers.new_tensor([-1])])[place] == wanted
-    rows = read(place[mine])
-    found = rows.new_zeros(len(wanted), rows.shape[1])
-    found[mine] = rows
-    return processes.merge(found)
+    ended, found = torch.cat([numbers, numbers.new_tensor([-1])]), []
+    for some in wanted.to(numbers.device).split(_AT_ONCE):
+        place = torch.searchsorted(ended[:-1], some)
+        mine = ended[place] == some
+        parts = processes.objects((mine.nonzero().flatten().cpu(), read(place[mine]).cpu()))
+        positions, rows = (torch.cat(each) for each in zip(*parts, strict=True))
+        found.append(rows[positions.argsort()])
+    return torch.cat(found).to(numbers.device)
 
 
 class _SharedFarthestFirst(FarthestFirst):

@@ -41,7 +41,7 @@ def bytes_sent(rank: int) -> list[int]:
         sizes.append(tensor.numel() * tensor.element_size() if sent else 0)
         call(tensor, *rest)
 
-    for name in ("gather", "all_reduce", "broadcast"):
+    for name in ("gather", "broadcast"):
         setattr(dist, name, partial(counted, getattr(dist, name)))
     return sizes
 
