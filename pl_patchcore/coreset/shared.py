@@ -40,9 +40,9 @@ def select_shared_coreset(
         numbers: Number of each row, int64 ``(n,)``, ascending; all processes' together are 0 to N - 1.
         size: Rows to keep, in all.
         processes: The processes.
-        method: Like ``seed`` and ``progress``, as `select_coreset`.
-        seed: See ``method``.
-        progress: See ``method``.
+        method: As `select_coreset`.
+        seed: As `select_coreset`.
+        progress: As `select_coreset`.
 
     Returns:
         Numbers of the rows in order of selection, int64 on the CPU, and radii, the same on every process.
@@ -77,10 +77,11 @@ def rows_of_all(read: Callable[[Tensor], Tensor], numbers: Tensor, wanted: Tenso
     for some in wanted.to(numbers.device).split(_AT_ONCE):
         place = torch.searchsorted(ended[:-1], some)
         mine = ended[place] == some
-        parts = processes.objects((mine.nonzero().flatten().cpu(), read(place[mine]).cpu()))
+        own = read(place[mine])
+        parts = processes.objects((mine.nonzero().flatten().cpu(), own.cpu()))
         positions, rows = (torch.cat(each) for each in zip(*parts, strict=True))
-        found.append(rows[positions.argsort()])
-    return torch.cat(found).to(numbers.device)
+        found.append(rows[positions.argsort()].to(own.device))
+    return torch.cat(found)
 
 
 class _SharedFarthestFirst(FarthestFirst):
