@@ -104,7 +104,7 @@ def earlier_copies(rows: Tensor) -> Tensor:
     """How many rows equal to it stand before each row, int64 ``(M,)``, of finite rows ``(M, D)``.
 
     A constant background gives thousands of equal patches, none of which a product can rule out. But of the k nearest
-    rows, ties to the lowest, each has fewer than k copies before it.
+    rows, ties to the lowest, each has fewer than k copies before it. Rows of equal random projections are compared.
 
     Example:
         >>> earlier_copies(torch.tensor([[1.0], [2.0], [1.0], [1.0]])).tolist()
@@ -126,10 +126,8 @@ def product_margin(dimension: int) -> float:
 
     ``| fl(|a|^2 + |b|^2 - 2 a.b) - |a - b|^2 | <= margin * (|a|^2 + |b|^2)`` for rows of ``dimension`` numbers
     rounded to float32: ``dimension`` roundings in each sum and product, and a few for centring and adding.
-
-    ``fl(|b|^2 - 2 a.b)`` alone is off by at most ``margin * |b| * (|a| + |b|)`` from ``|a - b|^2 - |a|^2``, with
-    ``|a|^2`` the same number for all ``b``: every other error has a factor ``|b|``. So it tells rows ``b`` apart that
-    are far from ``a``.
+    ``fl(|b|^2 - 2 a.b)`` alone is off by at most ``margin * |b| * (|a| + |b|)`` from ``|a - b|^2 - |a|^2``: every error
+    has a factor ``|b|``. So it tells rows ``b`` apart that are far from ``a``.
     """
     return (2 * dimension + 16) * 2.0**-24
 

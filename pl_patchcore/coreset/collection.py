@@ -208,9 +208,8 @@ class Collection:
         coreset, processes = self.coreset, self._processes
         if processes.rank:
             self._earlier = self._earlier[:0]  # process 0 brings the earlier bank
-        features = torch.empty(len(self._earlier) + len(self._stored), 0, dtype=torch.float32)
-        if coreset.reads_features:
-            features = self._projected()
+        number = len(self._earlier) + len(self._stored)
+        features = self._projected() if coreset.reads_features else torch.empty(number, 0, dtype=torch.float32)
         options: Any = {"seed": coreset.seed, "progress": progress}
         if self._numbers is not None:
             numbers = torch.cat([torch.arange(len(self._earlier)), self._numbers + earlier])
