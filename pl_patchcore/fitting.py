@@ -223,7 +223,7 @@ class Fitting:
         for index, scores, maps in self._score_held_out(size):
             values = (torch.tensor([index]), scores, maps.flatten(1).amax(1))
             found.append(torch.stack([value.cpu().double() for value in values]))
-        known = torch.cat(self.processes.gather_rows(torch.cat(found, 1).T.contiguous()))  # (n, 3)
+        known = torch.cat(self.processes.objects(torch.cat(found, 1).T.contiguous()))  # (n, 3)
         _, scores, peaks = known[known[:, 0].argsort(stable=True)].float().unbind(1)
         device = self.model.members[0].input_size.device
         self.model.calibration.fill(scores.to(device), peaks.to(device))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,16 +41,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
             if cuda.allow_bf16_reduced_precision_reduction:
                 cuda.allow_bf16_reduced_precision_reduction = False
                 _restore.append(partial(setattr, cuda, "allow_bf16_reduced_precision_reduction", True))
-            if hasattr(
-                torch.backends, "fp32_precision"
-            ):  # torch 2.9, which refuses to name the older setting beside it
+            if hasattr(torch.backends, "fp32_precision"):  # torch 2.9 refuses to name the older setting beside it
                 general = torch.backends.fp32_precision
                 for products in (cuda, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
                     if (before := products.fp32_precision) not in ("none", "ieee"):
-                        products.fp32_precision = "ieee"  # "none": what holds for all
-                        _restore.append(
-                            partial(setattr, products, "fp32_precision", "none" if before == general else before)
-                        )
+                        products.fp32_precision = "ieee"
+                        after = "none" if before == general else before  # "none": what holds for all
+                        _restore.append(partial(setattr, products, "fp32_precision", after))
             elif (before := torch.get_float32_matmul_precision()) != "highest":
                 torch.set_float32_matmul_precision("highest")
                 _restore.append(partial(torch.set_float32_matmul_precision, before))
@@ -67,11 +63,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread inside the block.
-
-    For many short operations on the CPU: where data loaders are at work on the same cores, each operation of two
-    threads waits for one that is not running (measured: 20 times the time of one thread).
-    """
+    """Let torch use one thread inside the block: many short operations of two wait long where cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -96,21 +88,14 @@ def shifted_product(rows: Tensor, others: Tensor, shift: Tensor) -> Tensor:
 
 @cache
 def int8_product() -> float:
-    """How many times as fast as a float32 product one of int8 is on this CPU; 0 where its sums saturate (no VNNI).
-
-    Two products of some milliseconds, once a process.
-    """
+    """How many times as fast as a float32 product one of int8 is on this CPU; 0 where its sums saturate (no VNNI)."""
     if not hasattr(torch, "_int_mm"):  # the only int8 product with int32 sums, hence the underscore
         return 0.0
     seconds = []
     for dtype, multiply in ((torch.float32, torch.mm), (torch.int8, torch._int_mm)):
         a, b = torch.full((256, 256), 127, dtype=dtype), torch.full((2048, 256), 127, dtype=dtype).T
-        multiply(a, b)
-        start = [time.perf_counter()]
-        for _ in range(3):
-            product = multiply(a, b)
-            start.append(time.perf_counter())
-        seconds.append(min(after - before for before, after in pairwise(start)))
+        product = multiply(a, b)
+        seconds.append(min(timeit.repeat(partial(multiply, a, b), number=1, repeat=3)))
     exact = bool((product == 256 * 127**2).all())
     return seconds[0] / seconds[1] if exact else 0.0
 
@@ -119,7 +104,7 @@ def earlier_copies(rows: Tensor) -> Tensor:
     """How many rows equal to it stand before each row, int64 ``(M,)``, of finite rows ``(M, D)``.
 
     A constant background gives thousands of equal patches, none of which a product can rule out. But of the k nearest
-    rows, ties to the lowest, each has fewer than k copies before it.
+    rows, ties to the lowest, each has fewer than k copies before it. Rows of equal random projections are compared.
 
     Example:
         >>> earlier_copies(torch.tensor([[1.0], [2.0], [1.0], [1.0]])).tolist()
@@ -128,7 +113,7 @@ def earlier_copies(rows: Tensor) -> Tensor:
     g = torch.Generator().manual_seed(0)
     weights = torch.randn(rows.shape[1], generator=g, dtype=torch.float64).to(rows.device)
     key, order = torch.cat([(part * weights).sum(1) for part in rows.split(256)]).sort(stable=True)
-    copy = F.pad(torch.diff(key) == 0, (1, 0))
+    copy = torch.diff(key, prepend=key[:1] + torch.nan) == 0
     for at in copy.nonzero()[:, 0].split(1024):
         copy[at] = (rows[order[at]] == rows[order[at - 1]]).all(1)
     place = torch.arange(len(order), device=order.device)
@@ -141,10 +126,8 @@ def product_margin(dimension: int) -> float:
 
     ``| fl(|a|^2 + |b|^2 - 2 a.b) - |a - b|^2 | <= margin * (|a|^2 + |b|^2)`` for rows of ``dimension`` numbers
     rounded to float32: ``dimension`` roundings in each sum and product, and a few for centring and adding.
-
-    ``fl(|b|^2 - 2 a.b)`` alone is off by at most ``margin * |b| * (|a| + |b|)`` from ``|a - b|^2 - |a|^2``, with
-    ``|a|^2`` the same number for all ``b``: every other error has a factor ``|b|``. So it tells rows ``b`` apart that
-    are far from ``a``.
+    ``fl(|b|^2 - 2 a.b)`` alone is off by at most ``margin * |b| * (|a| + |b|)`` from ``|a - b|^2 - |a|^2``: every error
+    has a factor ``|b|``. So it tells rows ``b`` apart that are far from ``a``.
     """
     return (2 * dimension + 16) * 2.0**-24
 

@@ -12,14 +12,13 @@ is too small, `shared.py` where several processes hold the rows. `collection.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pl_patchcore.coreset.farthest_first import FarthestFirst, Selection, distinct_rows, scale_of
+from pl_patchcore.coreset.farthest_first import FarthestFirst, Progress, Selection, distinct_rows, scale_of
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
 
@@ -76,12 +75,7 @@ def coreset_rows(rows: int, ratio: float, size: int | None) -> int:
 
 
 def random_projection(dimension: int, target: int, seed: int) -> Tensor | None:
-    """Gaussian random projection, drawn on the CPU.
-
-    Args:
-        dimension: Dimension of the features, D.
-        target: Dimension after projection, d.
-        seed: Seed of the draw.
+    """Gaussian random projection from D = ``dimension`` to d = ``target``, drawn on the CPU with this seed.
 
     Returns:
         float32 ``(D, d)`` of variance 1 / d (distances keep their expected length), or None where ``D <= d``.
@@ -94,12 +88,7 @@ def random_projection(dimension: int, target: int, seed: int) -> Tensor | None:
 
 
 def select_coreset(
-    features: Tensor,
-    size: int,
-    method: CoresetMethod = "greedy",
-    *,
-    seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    features: Tensor, size: int, method: CoresetMethod = "greedy", *, seed: int = 0, progress: Progress | None = None
 ) -> Selection:
     """Select ``size`` rows of ``features`` by one of the methods.
 
@@ -120,12 +109,10 @@ def select_coreset(
     CoresetOptions(method)  # refuses one that is unknown
     if method == "none":
         return Selection(torch.arange(len(features), device=features.device))
-    gaps, generator = None, torch.Generator().manual_seed(seed)
-    if method != "greedy":
-        order = torch.randperm(len(features), generator=generator).to(features.device)
-        if method == "random":
-            return Selection(order[:size])
-        gaps = mean_gaps(features, features[order[:10]])
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
+    if method == "random":
+        return Selection(order[:size])
+    gaps = mean_gaps(features, features[order[:10]]) if method == "approximate" else None
     return greedy_selection(features, size, gaps=gaps, progress=progress)
 
 
@@ -135,30 +122,18 @@ def mean_gaps(features: Tensor, anchors: Tensor) -> Tensor:
     return torch.stack(distances).mean(0).square()
 
 
-def greedy_coreset(
-    features: Tensor,
-    size: int,
-    *,
-    start: int = 0,
-    gaps: Tensor | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> Tensor:
+def greedy_coreset(features: Tensor, size: int, *, start: int = 0, progress: Progress | None = None) -> Tensor:
     """Select rows that cover ``features``, farthest point first: the rows of `greedy_selection`.
 
     Example:
         >>> greedy_coreset(torch.tensor([[0.0], [1.0], [2.0], [10.0]]), 3).tolist()
         [0, 3, 2]
     """
-    return greedy_selection(features, size, start=start, gaps=gaps, progress=progress).rows
+    return greedy_selection(features, size, start=start, progress=progress).rows
 
 
 def greedy_selection(
-    features: Tensor,
-    size: int,
-    *,
-    start: int = 0,
-    gaps: Tensor | None = None,
-    progress: Callable[[int], object] | None = None,
+    features: Tensor, size: int, *, start: int = 0, gaps: Tensor | None = None, progress: Progress | None = None
 ) -> Selection:
     """Select rows that cover ``features``, farthest point first, and tell how well they do.
 

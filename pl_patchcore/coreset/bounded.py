@@ -4,10 +4,8 @@ Reads projected features ``(N, d)`` some rows at a time, returns row indices ``(
 `memory_bank.py`.
 
 **What it guarantees.** Call the radius of a selection the largest distance of any row to the nearest selected one,
-and OPT the least radius any M points of the space can give. Greedy selection of M rows out of a set has a radius r
-of at most twice the set's OPT: its M picks and the row farthest from them are M + 1 rows at pairwise distances of r
-or more, two of them share the nearest of the M best points, so one of those two is r / 2 or more away from it
-(Gonzalez 1985). OPT of a part is at most OPT of the whole, since the same points serve both. Now M rows are picked in
+and OPT the least radius that any M points of the space can give. Greedy selection of M rows out of a set has a radius
+of at most twice the set's OPT (Gonzalez 1985), and OPT of a part is at most OPT of the whole. Now M rows are picked in
 each chunk (radius at most r_c, the largest of the chunks'), then M among these (radius r_u). A row has a pick of its
 chunk within r_c, and that one a final pick within r_u:
 
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.coreset import greedy_selection
+from pl_patchcore.coreset.farthest_first import Progress
 from pl_patchcore.errors import UserError
 
 
@@ -41,11 +40,7 @@ def least_chunk_size(rows: int, size: int) -> int:
 
 
 def bounded_coreset(
-    read: Callable[[Tensor], Tensor],
-    rows: int,
-    size: int,
-    chunk_size: int,
-    progress: Callable[[int], object] | None = None,
+    read: Callable[[Tensor], Tensor], rows: int, size: int, chunk_size: int, progress: Progress | None = None
 ) -> tuple[Tensor, float]:
     """Select rows that cover a set of which only a part fits in memory.
 
@@ -77,9 +72,9 @@ def bounded_coreset(
             f"selecting {size} of {rows} rows needs at least {least} of them in memory at once, got {chunk_size}; "
             "raise store.selection_memory or lower coreset_size."
         )
-    kept, radius = torch.arange(rows), 0.0
-    if rows > chunk_size:
-        count, parts = -(-rows // chunk_size), []
+    count, kept, radius = -(-rows // chunk_size), torch.arange(rows), 0.0
+    if count > 1:
+        parts = []
         for chunk in kept.tensor_split([i * rows // count for i in range(1, count)]):
             picks, own_radius = _select(read(chunk), min(size, len(chunk)), progress)
             parts.append(chunk[picks.cpu()])
@@ -89,6 +84,6 @@ def bounded_coreset(
     return kept.to(picks.device)[picks], radius + own_radius
 
 
-def _select(features: Tensor, size: int, progress: Callable[[int], object] | None) -> tuple[Tensor, float]:
+def _select(features: Tensor, size: int, progress: Progress | None) -> tuple[Tensor, float]:
     picks, radii = greedy_selection(features, size, progress=progress)
     return picks, 0.0 if radii is None else float(radii[-1])

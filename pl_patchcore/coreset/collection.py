@@ -23,7 +23,7 @@ from pl_patchcore.coreset.bounded import bounded_coreset
 from pl_patchcore.coreset.plan import StorePlan, available_memory, device_memory, lies_in_memory, rows_in
 from pl_patchcore.coreset.shared import rows_of_all, select_shared_coreset
 from pl_patchcore.coreset.store import FeatureStore
-from pl_patchcore.distributed import Processes, on_first_process, places
+from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
 from pl_patchcore.options import StoreOptions
@@ -112,16 +112,16 @@ class Collection:
         if not Path(folder).is_dir():
             raise UserError(f"store.folder {folder}: no such folder; make it, or leave store.folder out.")
         self._grid, self.dimension = (h, w), d
-        kind, rows, held_out = store.kind, None, None
-        check = self.check or (lambda *_: None)
-        if self.expected is None:
-            check(d, None)
+        kind, rows, held_out, everywhere, bank = store.kind, None, None, 0, None
+        if self.expected is not None:
+            rows, held_out, everywhere = (images * h * w for images in self.expected)
+            bank = everywhere if coreset.method == "none" else coreset_rows(everywhere, coreset.ratio, coreset.size)
+        if self.check is not None:
+            self.check(d, bank)
+        if rows is None or held_out is None or bank is None:
             place = f"on disk in {folder}" if kind == "disk" else "in RAM"
             log.info("collecting patch features of %d numbers of an unknown number of images, %s.", d, place)
         else:
-            rows, held_out, everywhere = (images * h * w for images in self.expected)
-            bank = everywhere if coreset.method == "none" else coreset_rows(everywhere, coreset.ratio, coreset.size)
-            check(d, bank)
             plan = StorePlan(
                 rows, held_out, d, min(d, coreset.projection_dim) if coreset.reads_features else 0, bank, store, folder,
                 available_memory() / self.neighbours - self.promised, shutil.disk_usage(folder).free,
@@ -132,12 +132,8 @@ class Collection:
         on_disk, dtype = folder if kind == "disk" else None, getattr(torch, store.dtype)
         bounded = store.selection_memory is not None
         self._store = FeatureStore(d, rows, self._projection(), on_disk, dtype=dtype, projected_on_disk=bounded)
-        if self.holds_out:
-            try:  # float32: held-out images are to be scored as new ones will be
-                self._held_out = FeatureStore(d, held_out, folder=on_disk)
-            except UserError:
-                self.close()
-                raise
+        if self.holds_out:  # float32: these images are to be scored as new ones will be
+            self._held_out = FeatureStore(d, held_out, folder=on_disk)
 
     def _projection(self) -> Tensor | None:
         if not self.coreset.reads_features:
@@ -184,10 +180,8 @@ class Collection:
                 selection = self._select_exactly(len(earlier), size, bar.update)
             else:
                 picks, far = bounded_coreset(self._projected, number, size, chunk_size, bar.update)
-                selection = Selection(picks)
-                log.info(
-                    "selected %d rows at once: no patch feature is farther than %.4g (projected).", chunk_size, far
-                )
+                selection, told = Selection(picks), (chunk_size, far)
+                log.info("selected %d rows at once: no patch feature is farther than %.4g (projected).", *told)
         return _rows_of_both(selection.rows.cpu(), earlier, self._rows), selection.radii
 
     def _join(self, processes: Processes) -> None:
@@ -201,29 +195,27 @@ class Collection:
         if self._store is None and dimension:  # no image came to this process
             self.dimension, self._grid = dimension, (h, w)
             self._store = FeatureStore(dimension, 1, self._projection())
-        place, images = places(self._stored.images if dimension else [], processes)
-        if not images:
+        parts = processes.objects(self._stored.images if dimension else [])
+        order = torch.tensor([index for part in parts for index in part], dtype=torch.int64).argsort(stable=True)
+        if not len(order):
             raise UserError("no training image is left for the memory bank; lower calibration_share.")
-        self.total, self._processes = images * h * w, processes
+        self.total, self._processes = len(order) * h * w, processes
         if processes.count > 1:
+            place = order.argsort().split([len(part) for part in parts])[processes.rank]  # of each of its images
             self._numbers = (place[:, None] * (h * w) + torch.arange(h * w)).flatten()
 
     def _select_exactly(self, earlier: int, size: int, progress: Callable[[int], object]) -> Selection:
         coreset, processes = self.coreset, self._processes
         if processes.rank:
             self._earlier = self._earlier[:0]  # process 0 brings the earlier bank
-        features = torch.empty(len(self._earlier) + len(self._stored), 0, dtype=torch.float32)
-        if coreset.reads_features:
-            features = self._projected()
+        number = len(self._earlier) + len(self._stored)
+        features = self._projected() if coreset.reads_features else torch.empty(number, 0, dtype=torch.float32)
         options: Any = {"seed": coreset.seed, "progress": progress}
-        if self._numbers is None:
-            selection = select_coreset(features, size, coreset.method, **options)
-            self._picks = selection.rows if coreset.reads_features else None
-            return selection
-        numbers = torch.cat([torch.arange(len(self._earlier)), self._numbers + earlier])
-        selection = select_shared_coreset(features, numbers, size, processes, coreset.method, **options)
-        told = (processes.count, processes.collectives, processes.bytes / 1e6)
-        log.info("selected by %d processes together, with %d collectives of %.3g MB from each.", *told)
+        if self._numbers is not None:
+            numbers = torch.cat([torch.arange(len(self._earlier)), self._numbers + earlier])
+            return select_shared_coreset(features, numbers, size, processes, coreset.method, **options)
+        selection = select_coreset(features, size, coreset.method, **options)
+        self._picks = selection.rows if coreset.reads_features else None
         return selection
 
     @property

@@ -16,7 +16,7 @@ also holds the error that sums in float32 can make (`product_margin`). In float3
 from __future__ import annotations
 
 import functools
-import time
+import timeit
 
 import torch
 from torch import Tensor
@@ -54,11 +54,11 @@ class DistanceBounds:
         rounded, norm, slack = self._rounded(rows)
         return torch.cat([rounded, norm, rounded.new_ones(len(rows), self.digits + 1)], 1, out=out), slack
 
-    def right(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    def right(self, rows: Tensor) -> Tensor:
         """Rows of the other side, ``(n, width)``, from float64 ``(n, d)``, overwritten."""
         rounded, norm, slack = self._rounded(rows)
         ones = rounded.new_ones(len(rows), self.digits)
-        return torch.cat([rounded.mul_(-2), ones, norm, (slack * (1 + 2.0**-7))[:, None].to(self.dtype)], 1, out=out)
+        return torch.cat([rounded.mul_(-2), ones, norm, (slack * (1 + 2.0**-7))[:, None].to(self.dtype)], 1)
 
     def _rounded(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rounded = rows.to(self.dtype)
@@ -133,12 +133,9 @@ def _measured_type(dimension: int, threads: int) -> torch.dtype:
     exact = torch.cdist(a, b).square().amin(1)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        bounds, taken = DistanceBounds(dimension, dtype), []
-        (left, slack), right = bounds.left(a.clone()), bounds.right(b.clone())
-        for _ in range(3):
-            start = time.perf_counter()
-            found = bounds.least(left, slack, right) / exact
-            taken.append(time.perf_counter() - start)
+        bounds = DistanceBounds(dimension, dtype)
+        bound = functools.partial(bounds.least, *bounds.left(a.clone()), bounds.right(b.clone()))
+        found = bound() / exact
         right_sums = bool(((found >= 1) & (found < 1.1)).all())  # not on a machine that sums in bf16
-        seconds[dtype] = min(taken) if right_sums else float("inf")
+        seconds[dtype] = min(timeit.repeat(bound, number=1, repeat=3)) if right_sums else float("inf")
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32

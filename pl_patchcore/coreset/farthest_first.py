@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pl_patchcore.coreset.distance_bounds import STEP, TINY, DistanceBounds, product_type
 from pl_patchcore.errors import UserError
-from pl_patchcore.numerics import product_margin
+from pl_patchcore.numerics import earlier_copies, product_margin
 
 POOL_GROWTH = 4  # a pool has at most so many times the rows of the pool before, ...
 POOL_PAIRS = 1 << 16  # ... and rows times the picks of the round before are fewer than this
@@ -30,7 +30,7 @@ CANDIDATES = 768  # rows that a round picks among, at most: with more, each pick
 BF16_PAIRS = 8  # exact distances per settled row, on average, from which float32 bounds are used in place of bf16
 PICKED = -1.0  # gap of a picked row: below every real one
 
-_Pieces: TypeAlias = list[tuple[int, Tensor]]
+Progress: TypeAlias = Callable[[int], object]  # called with the number of rows selected since the last call
 
 
 class Selection(NamedTuple):
@@ -100,17 +100,18 @@ class FarthestFirst:
             self.pick_centred[part] = self.bounds.right(self.exact_picks(part).sub_(self.mean))
 
     def begin(self, start: int, gaps: Tensor | None) -> None:
-        """Pick row ``start``, or take squared distances ``(N,)`` as the gaps to begin with."""
+        """Pick the row of number ``start``, or take squared distances ``(N,)`` as the gaps to begin with."""
         if gaps is None:
-            first = (self.rows == start).nonzero().flatten()
-            self.add(self.rows[first], self.exact(self.rows[first]), [math.inf])
-            self.gap[first] = self.bound[first] = PICKED
+            first = self.picks.new_tensor([start])
+            self.add(first, self.exact_of(first), [math.inf])
+            own = self.numbers == start
+            self.gap[own] = self.bound[own] = PICKED
             self.refresh(torch.arange(len(self.rows), device=self.rows.device))
         else:
             self.gap = (gaps[self.rows].double() * self.scale**2).float()
             self.bound = self.gap.clone()
 
-    def run(self, wanted: int, progress: Callable[[int], object] | None) -> None:
+    def run(self, wanted: int, progress: Progress | None) -> None:
         """Pick until there are ``size`` picks or every gap is 0; tell ``progress`` of the first ``wanted``."""
         told, largest_gap = 0, math.inf
         while self.count < self.size and largest_gap > 0:
@@ -169,8 +170,8 @@ class FarthestFirst:
         if self.bounds.dtype != torch.float32 and self.pairs > BF16_PAIRS * max(self.settled, 1024):
             self.write_centred(torch.float32)  # bf16 cannot tell rows apart that are so close to each other
 
-    def unseen(self, positions: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, _Pieces]]:
-        """Parts of rows that lack about as many picks: positions, centred rows, slack, and the picks they lack.
+    def unseen(self, positions: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Any]]]:
+        """Parts of rows that lack about as many picks: positions, centred rows, slack, and the picks that they lack.
 
         The picks come in pieces, of a product each: the place of the first one, and the centred picks.
         """
@@ -190,16 +191,10 @@ class FarthestFirst:
             yield part, self.centred.index_select(0, part), self.slack[part], pieces
 
     def pick(self, alive: Tensor, rest: float) -> float:
-        """Pick among ``alive``, whose gaps are exact, while the largest beats all other rows.
-
-        Returns:
-            Largest gap left, in ``alive`` or outside.
-        """
+        """Pick among ``alive``, whose gaps are exact, while the largest beats all other rows; the largest gap left."""
         alive, rest, limit = self.candidates(alive, rest, CANDIDATES)
         exact, ties = self.exact(self.rows[alive]), int((self.numbers[alive] < limit).sum())
-        most = self.size - self.count
-        chosen, gaps, gap = pick_among(exact.cpu(), self.gap[alive].cpu(), max(rest, 0.0), ties, most)
-        picked = torch.tensor(chosen, dtype=torch.int64, device=alive.device)
+        picked, gaps, gap = pick_among(exact, self.gap[alive], rest, ties, self.size - self.count)
         self.add(self.numbers[alive[picked]], exact[picked], gaps)
         self.set_gaps(alive, gap)
         return float(max([rest, *gap.tolist()]))
@@ -207,9 +202,8 @@ class FarthestFirst:
     def candidates(self, alive: Tensor, rest: float, most: int) -> tuple[Tensor, float, int]:
         """Those of ``alive`` whose gap beats ``rest``, by number; the ``most`` largest gaps if there are more.
 
-        Returns:
-            Candidates, the largest gap that any other row has, and the lowest number of the rows left out with that
-            gap (0: unknown): a candidate of a lower number is picked before them.
+        Also the largest gap that any other row has, and the lowest number of the rows left out with that gap (0:
+        unknown): a candidate of a lower number is picked before them.
         """
         alive = alive[self.gap[alive] > rest]
         alive = alive[self.numbers[alive].argsort()]
@@ -220,7 +214,7 @@ class FarthestFirst:
 
     def set_gaps(self, positions: Tensor, gap: Tensor) -> None:
         """Set gaps that know all picks."""
-        self.gap[positions] = self.bound[positions] = gap.to(self.gap.device)
+        self.gap[positions] = self.bound[positions] = gap
         self.known[positions] = self.seen[positions] = self.count
 
     def add(self, numbers: Tensor, exact: Tensor, gaps: list[float]) -> None:
@@ -229,6 +223,10 @@ class FarthestFirst:
         self.picks[part], self.count = numbers, part.stop
         self.pick_gaps.append(torch.tensor(gaps, dtype=torch.float32))
         self.pick_centred[part] = self.bounds.right(exact.sub_(self.mean))
+
+    def exact_of(self, numbers: Tensor) -> Tensor:
+        """As `exact`, of rows by number."""
+        return self.exact(numbers)
 
     def exact_picks(self, places: Tensor) -> Tensor:
         """As `exact`, of picks, by their places in the order of selection."""
@@ -253,24 +251,25 @@ class FarthestFirst:
         return Selection(picks, radii)
 
 
-def pick_among(exact: Tensor, gap: Tensor, rest: float, ties: int, most: int) -> tuple[list[int], list[float], Tensor]:
+def pick_among(exact: Tensor, gap: Tensor, rest: float, ties: int, most: int) -> tuple[Tensor, list[float], Tensor]:
     """Pick the row with the largest gap, the first of equals, lower the gaps, and so on while one is above ``rest``.
 
     Args:
-        exact: Rows in ascending order of their number, float64 ``(S, d)``, on the CPU.
+        exact: Rows in ascending order of their number, float64 ``(S, d)``.
         gap: Their gaps, float32 ``(S,)``.
         rest: Largest gap of all other rows.
         ties: The first rows, so many, may also be picked with a gap equal to ``rest``, unless it is 0.
         most: Picks at most.
 
     Returns:
-        Picks in order, their gaps, and the gaps of all rows after them, float32 ``(S,)``.
+        Picks in order, int64, their gaps, and the gaps of all rows after them, float32 ``(S,)``.
     """
+    device, exact = exact.device, exact.cpu()
     centred = (exact - exact.mean(0)).float()
     square = centred.square().sum(1)  # (S,)
     lower = torch.addmm(square, centred, centred.T, alpha=-2).add_(square[:, None])  # (S, S) squared distances, ...
     lower -= product_margin(centred.shape[1]) * (square + square[:, None]) + TINY  # ... made lower bounds of them
-    rows, gaps, bounds = exact.numpy(), gap.numpy().copy(), lower.fill_diagonal_(math.inf).numpy()
+    rows, gaps, bounds = exact.numpy(), gap.cpu().numpy().copy(), lower.fill_diagonal_(math.inf).numpy()
     picks: list[int] = []
     pick_gaps: list[float] = []
     while len(picks) < most and len(gaps):
@@ -284,28 +283,16 @@ def pick_among(exact: Tensor, gap: Tensor, rest: float, ties: int, most: int) ->
         if len(close):  # few: candidates lie far from each other
             difference = rows[close] - rows[best]
             gaps[close] = np.minimum(gaps[close], np.einsum("sd,sd->s", difference, difference).astype(np.float32))
-    return picks, pick_gaps, torch.from_numpy(gaps)
+    return torch.tensor(picks, dtype=torch.int64, device=device), pick_gaps, torch.from_numpy(gaps).to(device)
 
 
 def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
     """Lowest row of each set of equal rows, and ``start``: int64, ascending.
 
-    Thousands of equal rows (a constant background) would tie in every round. Equal rows have equal random projections;
-    where these are equal, the rows are compared.
+    Thousands of equal rows (a constant background) would tie in every round.
     """
-    generator, size = torch.Generator().manual_seed(0), chunk_size(features.device)
-    weights = torch.randn(features.shape[1], generator=generator, dtype=torch.float64).to(features.device)
-    value = torch.empty(len(features), dtype=torch.float64, device=features.device)
-    for rows, place in zip(features.split(size), value.split(size), strict=True):
-        torch.sum(rows.double() * weights, 1, out=place)
-    value, row = value.sort(stable=True)
-    first = torch.ones_like(value, dtype=torch.bool)
-    first[1:] = value[1:] != value[:-1]
-    lowest = row[first][first.cumsum(0) - 1]  # lowest row of the same projection, in the order of projections
-    keep = torch.ones_like(first)
-    for twin in (~first).nonzero().flatten().split(size):
-        keep[row[twin]] = (features[row[twin]] != features[lowest[twin]]).any(1)
-    keep[start] = True
+    keep = earlier_copies(features) == 0
+    keep[start : start + 1] = True
     return keep.nonzero().flatten()
 
 

@@ -49,9 +49,8 @@ class StorePlan:
             chunk = self.chunk_size = min(chunk, rows_in(store.selection_memory, d))
         self.features = self.dimension * (self.rows * getattr(torch, store.dtype).itemsize + self.held_out * 4)
         self.projections = 4 * self.rows * d if d < self.dimension else 0  # else the selection reads the features
-        self.on_disk = 0
-        if store.kind == "disk":
-            self.on_disk = self.features + (self.projections if store.selection_memory is not None else 0)
+        projected_on_disk = self.projections if store.selection_memory is not None else 0
+        self.on_disk = self.features + projected_on_disk if store.kind == "disk" else 0
         selection = 0  # what selection takes beside what is kept
         if d:
             copied = chunk < self.rows or not self.projections or self.device is not None
@@ -65,7 +64,8 @@ class StorePlan:
     def lacking(self) -> str:
         """What there is too little of, in words; empty if nothing."""
         if self.peak > self.available:
-            return f"{_size(self.peak)} of main memory needed, {_size(self.available)} available"
+            place = f"; {self.folder} lies in main memory" if self.in_memory and self.on_disk else ""
+            return f"{_size(self.peak)} of main memory needed, {_size(self.available)} available{place}"
         if self.on_disk > self.disk and not self.in_memory:
             return f"{_size(self.on_disk)} of disk needed in {self.folder}, {_size(self.disk)} free"
         if self.device is not None and self.working > self.device:
@@ -85,21 +85,20 @@ class StorePlan:
         if self.store.kind == "auto":
             ram, disk = (replace(self, store=replace(self.store, kind=kind)) for kind in ("ram", "disk"))
             plan = ram if ram.peak <= self.available / 2 or (disk.lacking() and not ram.lacking()) else disk
-        if not (lacking := plan.lacking()):
-            return plan
-        if plan.in_memory and plan.store.kind == "disk":
-            lacking += f"; {plan.folder} lies in main memory"
-        raise UserError(f"this fit cannot run: {lacking} ({plan}). What helps: {_REMEDIES}.")
+        if lacking := plan.lacking():
+            raise UserError(f"this fit cannot run: {lacking} ({plan}). What helps: {_REMEDIES}.")
+        return plan
 
     def __str__(self) -> str:
-        place = f"on disk in {self.folder}" if self.store.kind == "disk" else "in RAM"
-        text = f"{self.rows:,} patch features of {self.dimension} numbers ({self.store.dtype}), "
-        text += f"{_size(self.features)} {place}, "
+        place, projections = f"on disk in {self.folder}" if self.store.kind == "disk" else "in RAM", ""
         if self.projections:
-            place = "disk" if self.on_disk > self.features else "RAM"
-            text += f"their projections {_size(self.projections)} in {place}, "
-        bank = _size(self.bank_bytes)
-        return f"{text}memory bank {self.bank:,} rows, {bank}, at most {_size(self.peak)} of RAM"
+            disk = "disk" if self.on_disk > self.features else "RAM"
+            projections = f"their projections {_size(self.projections)} in {disk}, "
+        return (
+            f"{self.rows:,} patch features of {self.dimension} numbers ({self.store.dtype}), {_size(self.features)} "
+            f"{place}, {projections}memory bank {self.bank:,} rows, {_size(self.bank_bytes)}, at most "
+            f"{_size(self.peak)} of RAM"
+        )
 
 
 def rows_in(gib: float, numbers: int) -> int:
@@ -116,12 +115,9 @@ def _size(number: float) -> str:
 
 def lies_in_memory(folder: str) -> bool:
     """Whether a folder's file system is one in main memory (Linux; False where that cannot be told)."""
-    best, kind = "", ""
-    for line in _lines("/proc/mounts"):
-        _, place, name, *_ = line.split()
-        if Path(folder).resolve().is_relative_to(place) and len(place) >= len(best):
-            best, kind = place, name
-    return kind in ("tmpfs", "ramfs")
+    mounts = [line.split()[1:3] for line in _lines("/proc/mounts")]
+    above = [mount for mount in mounts if Path(folder).resolve().is_relative_to(mount[0])]
+    return bool(above) and sorted(above, key=lambda mount: len(mount[0]))[-1][1] in ("tmpfs", "ramfs")
 
 
 def device_memory(device: torch.device) -> float | None:
@@ -135,15 +131,13 @@ def device_memory(device: torch.device) -> float | None:
 def available_memory() -> float:
     """Bytes of main memory this process can still take, without swap; infinite where that cannot be told.
 
-    The least of: what the system has available, what is left to each control group the process is in (versions 1 and
-    2; cached files do not count as taken), and to the process's own limits of data and address space.
+    The least of what the system has available and what is left to each control group that the process is in (versions 1
+    and 2; cached files do not count as taken).
     """
-    limits = [*_group_limits(), *_process_limits()]
-    if "MemAvailable" in (meminfo := _kilobytes("/proc/meminfo")):
-        limits.append(1024 * meminfo["MemAvailable"])
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        name = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-        limits.append(os.sysconf(name) * os.sysconf("SC_PAGE_SIZE"))
+    limits = [*_group_limits()]
+    limits += [1024 * int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    if not limits and hasattr(os, "sysconf"):  # not Linux
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     return float(max(0, min(limits, default=float("inf"))))
 
 
@@ -153,35 +147,16 @@ def _group_limits() -> Iterator[int]:
         _, controllers, own = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root, most, used, cached = Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""
+        root, most, used, cached = "/sys/fs/cgroup", "memory.max", "memory.current", ""
         if controllers:  # version 1
-            root, most, used, cached = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        folder = root / own.lstrip("/")
+            root, most, used, cached = f"{root}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        folder = Path(root + own)
         for place in [folder, *folder.parents]:
             limit, taken = ("".join(_lines(place / name)) for name in (most, used))
-            if place.is_relative_to(root) and limit.isdigit() and taken.isdigit():
+            if limit.isdigit() and taken.isdigit():
                 stat = dict(line.split() for line in _lines(place / "memory.stat"))
-                files = sum(int(stat.get(cached + name, 0)) for name in ("inactive_file", "active_file"))
-                yield int(limit) - int(taken) + files
-
-
-def _process_limits() -> Iterator[int]:
-    """Bytes left of ``ulimit -d`` and ``ulimit -v``."""
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return
-    status = _kilobytes("/proc/self/status")
-    for limit, name in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY and name in status:
-            yield soft - 1024 * status[name]
-
-
-def _kilobytes(path: str) -> dict[str, int]:
-    """Lines such as ``VmData: 1000 kB``."""
-    lines = (line.split() for line in _lines(path))
-    return {words[0].rstrip(":"): int(words[1]) for words in lines if words[-1] == "kB"}
+                files = (int(stat.get(cached + name, 0)) for name in ("inactive_file", "active_file"))
+                yield int(limit) - int(taken) + sum(files)
 
 
 def _lines(path: str | Path) -> list[str]:

@@ -10,23 +10,17 @@ differs in a last bit still agree. All travels as float64, which holds each numb
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pl_patchcore.coreset import CoresetMethod, Selection, mean_gaps
-from pl_patchcore.coreset.farthest_first import (
-    CANDIDATES,
-    PICKED,
-    FarthestFirst,
-    distinct_rows,
-    pick_among,
-    scale_of,
-)  # fmt: skip
+from pl_patchcore.coreset.farthest_first import CANDIDATES, FarthestFirst, Progress, distinct_rows, pick_among, scale_of
 from pl_patchcore.distributed import Processes
 from pl_patchcore.numerics import full_precision
+
+_AT_ONCE = 1 << 12  # rows that `rows_of_all` sends at a time
 
 
 def select_shared_coreset(
@@ -37,14 +31,13 @@ def select_shared_coreset(
     method: CoresetMethod = "greedy",
     *,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Selection:
     """As `select_coreset`, of rows that are spread over processes; every process calls it.
 
     Args:
         features: (Projected) patch features of this process, ``(n, d)``; ``(0, d)`` where it has none.
-        numbers: Number of each row among the rows of all processes, int64 ``(n,)``, ascending; all together they are
-            0 to N - 1.
+        numbers: Number of each row, int64 ``(n,)``, ascending; all processes' together are 0 to N - 1.
         size: Rows to keep, in all.
         processes: The processes.
         method: As `select_coreset`.
@@ -67,8 +60,7 @@ def select_shared_coreset(
         gaps = None
         if method == "approximate":
             gaps = mean_gaps(features, rows_of_all(features.__getitem__, numbers, order[:10], processes))
-        rows = distinct_rows(features) if len(features) else torch.empty(0, dtype=torch.int64, device=device)
-        search = _SharedFarthestFirst(features, rows, scale, size + 1, numbers.to(device), processes)
+        search = _SharedFarthestFirst(features, scale, size + 1, numbers.to(device), processes)
         search.begin(0, gaps)
         search.run(size, progress)
     picks, radii = search.selection(size, total)
@@ -76,21 +68,20 @@ def select_shared_coreset(
 
 
 def rows_of_all(read: Callable[[Tensor], Tensor], numbers: Tensor, wanted: Tensor, processes: Processes) -> Tensor:
-    """Rows by their numbers, whichever process holds them, on every process; each calls it.
+    """Rows of the numbers ``wanted``, int64 ``(m,)``, whichever process holds them; every process calls it.
 
-    Args:
-        read: From places in ``numbers`` to this process's rows, float32 or float64 ``(p, d)``.
-        numbers: Numbers of its rows, int64 ``(n,)``, ascending.
-        wanted: Numbers, int64 ``(m,)``, the same on all processes.
-        processes: The processes.
+    ``read`` gives this process's rows ``(p, d)`` by places in ``numbers``, int64 ``(n,)``, the ascending numbers of its
+    rows.
     """
-    wanted = wanted.to(numbers.device)
-    place = torch.searchsorted(numbers.contiguous(), wanted)
-    mine = torch.cat([numbers, numbers.new_tensor([-1])])[place] == wanted
-    rows = read(place[mine])
-    found = rows.new_zeros(len(wanted), rows.shape[1])
-    found[mine] = rows
-    return processes.merge(found)
+    ended, found = torch.cat([numbers, numbers.new_tensor([-1])]), []
+    for some in wanted.to(numbers.device).split(_AT_ONCE):
+        place = torch.searchsorted(ended[:-1], some)
+        mine = ended[place] == some
+        own = read(place[mine])
+        parts = processes.objects((mine.nonzero().flatten().cpu(), own.cpu()))
+        positions, rows = (torch.cat(each) for each in zip(*parts, strict=True))
+        found.append(rows[positions.argsort()].to(own.device))
+    return torch.cat(found)
 
 
 class _SharedFarthestFirst(FarthestFirst):
@@ -98,26 +89,17 @@ class _SharedFarthestFirst(FarthestFirst):
 
     least_pool = 2 * FarthestFirst.least_pool  # fewer rounds, for each waits for the slowest process
 
-    def __init__(
-        self, features: Tensor, rows: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes
-    ) -> None:
+    def __init__(self, features: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes) -> None:
+        rows = distinct_rows(features)
         distinct = sum(processes.objects(len(rows)))
         super().__init__(features, rows, scale, min(size, distinct), distinct, processes.count)
         self.numbers, self.processes = numbers[rows], processes
         self.most = -(-CANDIDATES // processes.count) + 16  # candidates of a shard: some more, for shards differ
         self.pick_rows = features.new_empty(self.size, features.shape[1])
 
-    def begin(self, start: int, gaps: Tensor | None) -> None:
-        """As `FarthestFirst`; ``gaps`` are of this process's rows."""
-        if gaps is not None:
-            super().begin(start, gaps)
-            return
-        first = torch.tensor([start], dtype=torch.int64, device=self.numbers.device)
-        row = rows_of_all(lambda place: self.exact(self.rows[place]), self.numbers, first, self.processes)
-        self.add(first, row, [math.inf])
-        own = self.numbers == start
-        self.gap[own] = self.bound[own] = PICKED
-        self.refresh(torch.arange(len(self.rows), device=self.rows.device))
+    def exact_of(self, numbers: Tensor) -> Tensor:
+        """As `FarthestFirst`."""
+        return rows_of_all(lambda place: self.exact(self.rows[place]), self.numbers, numbers, self.processes)
 
     def pick(self, alive: Tensor, rest: float) -> float:
         """As `FarthestFirst`, among the candidates of all processes."""
@@ -139,7 +121,7 @@ class _SharedFarthestFirst(FarthestFirst):
         return float(answer[0, 1])
 
     def answer(self, shards: Tensor, answer: Tensor) -> None:
-        """What process 0 answers to what all have told, ``(processes, 1 + candidates, 2 + d)``.
+        """Write what process 0 answers to what all have told, ``(processes, 1 + candidates, 2 + d)``.
 
         In the first row the number of picks and the largest gap left; below, in the first column the new gaps of all
         candidates, in the order told (NaN: another row beats it), and beside it the picks: number, gap, row.
@@ -150,14 +132,13 @@ class _SharedFarthestFirst(FarthestFirst):
         numbers, gaps = candidates[:, 0], candidates[:, 1].float()
         order = numbers.argsort()
         order = order[(numbers[order] >= 0) & (gaps[order] >= rest)]
-        exact, ties = (candidates[order, 2:] * self.scale).cpu(), int((numbers[order] < limit).sum())
-        chosen, pick_gaps, gap = pick_among(exact, gaps[order].cpu(), max(rest, 0.0), ties, self.size - self.count)
-        picked = order[torch.tensor(chosen, dtype=torch.int64, device=order.device)]
-        answer[0, 0], answer[0, 1] = len(chosen), max([rest, *gap.tolist()])
+        exact, ties = candidates[order, 2:] * self.scale, int((numbers[order] < limit).sum())
+        picked, pick_gaps, gap = pick_among(exact, gaps[order], rest, ties, self.size - self.count)
+        answer[0, 0], answer[0, 1] = len(picked), max([rest, *gap.tolist()])
         answer[1:, 0] = torch.nan
-        answer[1 + order, 0] = gap.to(answer)
-        answer[1 : 1 + len(chosen), 1:] = candidates[picked]
-        answer[1 : 1 + len(chosen), 2] = answer.new_tensor(pick_gaps)
+        answer[1 + order, 0] = gap.double()
+        answer[1 : 1 + len(picked), 1:] = candidates[order[picked]]
+        answer[1 : 1 + len(picked), 2] = answer.new_tensor(pick_gaps)
 
     def add(self, numbers: Tensor, exact: Tensor, gaps: list[float]) -> None:
         """As `FarthestFirst`; also keep the rows, which may be another process's."""

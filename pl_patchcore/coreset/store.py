@@ -26,10 +26,6 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
 
 GROWTH = 1 << 16  # rows that are reserved at a time where the number of images is not known, and copied at a time
-_REMEDIES = (
-    "store.dtype: bfloat16 (half the bytes), or take a larger patches.stride, layers with fewer channels, smaller "
-    "images or fewer images"
-)
 
 
 class FeatureStore:
@@ -69,14 +65,12 @@ class FeatureStore:
         # index of each image, as it came; no tensors, of which one a batch would split the allocator's free memory
         self._images: list[int] = []
         self.patches = 1  # of an image
-        self._features = _rows(dimension, dtype, folder)
-        self._projected: _MemoryRows | _FileRows | None = None
-        if projection is not None:
-            self._projected = _rows(projection.shape[1], torch.float32, folder if projected_on_disk else None)
+        self._features = self._projected = _rows(dimension, dtype, folder)
         try:
-            for kept in (self._features, self._projected):
-                if kept is not None:
-                    kept.reserve(rows or GROWTH)
+            self._features.reserve(rows or GROWTH)
+            if projection is not None:
+                self._projected = _rows(projection.shape[1], torch.float32, folder if projected_on_disk else None)
+                self._projected.reserve(rows or GROWTH)
         except UserError:
             self.close()
             raise
@@ -105,10 +99,10 @@ class FeatureStore:
         self.patches = patches.shape[1] * patches.shape[2]
         self._images += images.tolist()
         self._features.append(patches.reshape(-1, self.dimension))
-        if self._projected is not None and self._matrix is not None:
+        if self._matrix is not None:
             self._matrix = self._matrix.to(patches.device)
             with full_precision(patches.device):
-                for image in patches.reshape(len(patches), -1, self.dimension):  # (h w, D)
+                for image in patches.flatten(1, 2):  # (h w, D)
                     self._projected.append(image.float() @ self._matrix)
 
     def projected(self, rows: Tensor | None = None) -> Tensor:
@@ -120,10 +114,10 @@ class FeatureStore:
         Returns:
             float32 ``(n, d)``, on the CPU; of all rows, it may be the store's own memory.
         """
-        kept = self._projected or self._features
-        if rows is None and kept.whole is not None and all(a < b for a, b in itertools.pairwise(self._images)):
-            return kept.whole.float()
-        return self._read(kept, torch.arange(len(self)) if rows is None else rows)
+        whole = self._projected.whole if rows is None else None
+        if whole is not None and all(a < b for a, b in itertools.pairwise(self._images)):
+            return whole.float()
+        return self._read(self._projected, torch.arange(len(self)) if rows is None else rows)
 
     def take(self, rows: Tensor) -> Tensor:
         """Copy rows of the data set's order: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU."""
@@ -133,15 +127,13 @@ class FeatureStore:
         result = torch.empty(len(rows), kept.width, dtype=torch.float32)
         order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)
         for wanted, place in zip(rows.cpu().split(GROWTH), result.split(GROWTH), strict=True):
-            image, patch = wanted // self.patches, wanted % self.patches
-            place.copy_(kept.read(order[image] * self.patches + patch))
+            place.copy_(kept.read(order[wanted // self.patches] * self.patches + wanted % self.patches))
         return result
 
     def close(self) -> None:
         """Free memory and disk."""
         self._features.close()
-        if self._projected is not None:
-            self._projected.close()
+        self._projected.close()
 
 
 def _rows(width: int, dtype: torch.dtype, folder: str | None) -> _MemoryRows | _FileRows:
@@ -154,30 +146,28 @@ class _MemoryRows:
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self.width, self.dtype, self.length = width, dtype, 0
         self._chunks: list[Tensor] = []
-        self._used = 0  # rows of the last chunk
 
     def reserve(self, rows: int) -> None:
         need = rows * self.width * self.dtype.itemsize
         try:
             if need > available_memory():
                 raise MemoryError
-            self._chunks.append(torch.empty(rows, self.width, dtype=self.dtype))
+            self._free = torch.empty(rows, self.width, dtype=self.dtype)  # rest of the last chunk
         except (RuntimeError, MemoryError) as error:
             raise UserError(
                 f"no memory for {rows} more patch features of {self.width} numbers ({need / GIB:.1f} GiB); "
-                f"set store.kind: disk, {_REMEDIES}."
+                "set store.kind: disk, or store.dtype: bfloat16 (half the bytes), or take fewer or smaller images."
             ) from error
-        self._used = 0
+        self._chunks.append(self._free)
 
     def append(self, rows: Tensor) -> None:
         self.length += len(rows)
         while len(rows):
-            if self._used == len(self._chunks[-1]):
+            if not len(self._free):
                 self.reserve(GROWTH)
-            part = rows[: len(self._chunks[-1]) - self._used]
-            self._chunks[-1][self._used : self._used + len(part)] = part
-            self._used += len(part)
-            rows = rows[len(part) :]
+            part, rows = rows.tensor_split([len(self._free)])
+            self._free[: len(part)] = part
+            self._free = self._free[len(part) :]
 
     def read(self, wanted: Tensor) -> Tensor:
         if len(self._chunks) == 1:
@@ -195,7 +185,7 @@ class _MemoryRows:
         return self._chunks[0][: self.length] if len(self._chunks) == 1 else None
 
     def close(self) -> None:
-        self._chunks, self._used, self.length = [], 0, 0
+        self._chunks, self._free, self.length = [], torch.empty(0, self.width, dtype=self.dtype), 0
 
 
 class _FileRows:
@@ -205,24 +195,21 @@ class _FileRows:
 
     def __init__(self, width: int, dtype: torch.dtype, folder: str) -> None:
         self.width, self.dtype, self.length = width, dtype, 0
-        self._folder, self._row = folder, width * dtype.itemsize  # bytes
-        self._reserved = 0
+        self._folder, self._row, self._reserved = folder, width * dtype.itemsize, 0  # bytes of a row, rows
         try:  # unnamed where the system can (O_TMPFILE), unlinked at once where not
-            self._file = tempfile.TemporaryFile(  # noqa: SIM115 - it outlives this call
-                dir=folder, prefix=f"pl-patchcore-{os.getpid()}-", suffix=".features", buffering=0
-            )
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it outlives this call
         except OSError as error:
             raise UserError(
                 f"store.folder {folder}: cannot hold a file ({error.strerror}); give a folder that can be written to."
             ) from error
 
     def reserve(self, rows: int) -> None:
-        if hasattr(os, "posix_fallocate"):
-            try:
+        try:
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), self._reserved * self._row, rows * self._row)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems without it answer
-                    raise self._full(error, rows) from error
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems without it answer
+                raise self._full(error, rows) from error
         self._reserved += rows
 
     def append(self, rows: Tensor) -> None:
@@ -240,8 +227,7 @@ class _FileRows:
 
     def read(self, wanted: Tensor) -> Tensor:
         rows, order = wanted.sort()
-        result = torch.empty(len(rows), self.width, dtype=self.dtype)
-        into = torch.empty_like(result)
+        into = torch.empty(len(rows), self.width, dtype=self.dtype)
         array: Any = into.view(torch.uint8).flatten().numpy()  # NumPy has no bfloat16
         breaks = (rows.diff() != 1).nonzero().flatten() + 1  # neighbours are read at once
         for first, last in itertools.pairwise(sorted({0, *breaks.tolist(), len(rows)})):
@@ -251,8 +237,7 @@ class _FileRows:
                 if not done:
                     raise OSError(errno.EIO, f"the feature store in {self._folder} ends too early")
                 left, offset = left[done:], offset + done
-        result[order] = into
-        return result
+        return into[order.argsort()]
 
     def close(self) -> None:
         self._file.close()
@@ -262,5 +247,5 @@ class _FileRows:
         return UserError(
             f"no room for the feature store in {self._folder}: {rows * self._row / GIB:.2f} GiB more needed, "
             f"{free / GIB:.2f} GiB free ({error.strerror}); free some, set store.folder to a folder on a larger disk, "
-            f"{_REMEDIES}."
+            "or store.dtype: bfloat16 (half the bytes), or take fewer or smaller images."
         )

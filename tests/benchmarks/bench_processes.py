@@ -13,8 +13,10 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import product
 from math import inf
+from typing import Any
 
 import torch
 from bench_coreset import mixture, peak_memory
@@ -30,6 +32,20 @@ from pl_patchcore.distributed import Processes
 TURNS, SHARES, COUNTS = 3, (0.01, 0.1), (1, 2, 4)
 
 
+def bytes_sent(rank: int) -> list[int]:
+    """A list that grows with each collective of tensors from now on, by the bytes that this process puts in."""
+    sizes: list[int] = []
+
+    def counted(call: Any, tensor: torch.Tensor, *rest: Any) -> None:
+        sent = rank == 0 or call.__name__ != "broadcast"
+        sizes.append(tensor.numel() * tensor.element_size() if sent else 0)
+        call(tensor, *rest)
+
+    for name in ("gather", "broadcast"):
+        setattr(dist, name, partial(counted, getattr(dist, name)))
+    return sizes
+
+
 def work(rank: int, count: int, share: float, watched: bool, folder: str, meeting: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -39,8 +55,8 @@ def work(rank: int, count: int, share: float, watched: bool, folder: str, meetin
     rows, processes = sum(len(shard) for shard in shards), Processes()
     select_coreset(shards[0][:20_000].clone(), 200)  # what libraries set aside once
     own, numbers = shards[rank].clone(), torch.arange(rank, rows, count)
-    processes.gather(torch.zeros(1))  # none starts before all are here
-    processes.collectives = processes.bytes = 0
+    processes.objects(None)  # none starts before all are here
+    sizes = bytes_sent(rank)
     size, start = int(share * rows), time.perf_counter()
     found: list[Selection] = []
 
@@ -53,7 +69,7 @@ def work(rank: int, count: int, share: float, watched: bool, folder: str, meetin
         extra = peak_memory(select)
     else:
         select()
-    seconds, exchanged = time.perf_counter() - start, (processes.collectives, processes.bytes)
+    seconds, exchanged = time.perf_counter() - start, (len(sizes), sum(sizes))
     (peak,) = processes.largest(extra + own.numel() * own.element_size())
     if rank == 0:
         measured = torch.tensor([*((inf, peak) if watched else (seconds, inf)), *exchanged], dtype=torch.float64)
