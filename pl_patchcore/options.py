@@ -26,6 +26,7 @@ StoreKind = Literal["auto", "ram", "disk"]
 StoreDtype = Literal["float32", "float16", "bfloat16"]
 
 
+@dataclass(frozen=True)  # or jsonargparse would not show the groups as such
 class _Group:
     """What the groups have in common: their values are checked against their annotations."""
 
@@ -262,9 +263,9 @@ def check_arguments(of: Callable[..., Any], values: Mapping[str, Any], prefix: s
         UserError: Naming the first one that does not fit.
 
     Example:
-        >>> check_arguments(keeps_arguments, {"init": None})
+        >>> check_arguments(nearest, {"name": 3})
         Traceback (most recent call last):
-        pl_patchcore.errors.UserError: init must be a function, got None.
+        pl_patchcore.errors.UserError: name must be text, got 3.
     """
     for name, kind in get_type_hints(of).items():
         if name in values and not _fits(values[name], kind):
@@ -310,8 +311,6 @@ def _words(kind: Any) -> str:
         return f"a list of {len(inner)} ({_words(inner[0])} each)"
     if origin in (list, Sequence, tuple):
         return f"a list ({_words(inner[0])} each)"
-    if origin is Callable:
-        return "a function"
     return _WORDS.get(origin or kind) or f"a {kind.__name__}"
 
 

@@ -32,45 +32,43 @@ def plain_console() -> Console:
 
 
 @contextmanager
-def clear_errors(path: Path) -> Iterator[None]:
-    """Say in one line why ``path``, or its folder, cannot be written.
-
-    Raises:
-        UserError: If the disk is full, the folder cannot be written to, or something else has the name.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
-        there = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
-        free = shutil.disk_usage(there).free
-        number = error.errno if isinstance(error, OSError) else errno.ENOSPC if free < FULL else None
-        if number is None:
-            raise
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"the disk is full ({free / 1e6:.1f} MB free); make room, or choose another folder"
-        else:
-            reason = f"{os.strerror(number).lower()}; make {there} a folder that takes it, or choose another one"
-        raise UserError(f"{path}: cannot be written: {reason}.") from error
-
-
-@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``, renamed to it when the block ends well, removed otherwise.
 
     Raises:
         UserError: If the disk is full, the folder cannot be written to, or something else has the name.
     """
-    with clear_errors(path):
+    partial = path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         partial = Path(name)
-        try:
-            yield partial
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where a disk is full
+        if reason := _refusal(error, path, partial):
+            raise UserError(f"{path}: cannot be written: {reason}.") from error
+        raise
+    finally:
+        if partial != path:
             partial.unlink(missing_ok=True)
+
+
+def _refusal(error: OSError | RuntimeError, path: Path, partial: Path) -> str | None:
+    """Why a file could not be written, and what to do; None if the error is about something else."""
+    there = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
+    free, number, name = shutil.disk_usage(there).free, None, None
+    if isinstance(error, OSError):
+        number, name = error.errno, error.filename
+    elif free < FULL:
+        number = errno.ENOSPC
+    if number is None or (name is not None and Path(name) not in (path, partial, *path.parents)):
+        return None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({free / 1e6:.1f} MB free); make room, or choose another folder"
+    return f"{os.strerror(number).lower()}; make {there} a folder that takes it, or choose another one"
 
 
 def check_output(folder: Path) -> None:
