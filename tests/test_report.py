@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from pl_patchcore import PatchCore, SyntheticDataModule
+from pl_patchcore import PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.report import PredictionWriter, TestReport
-from pl_patchcore.report.files import whole_file
+from pl_patchcore.report.files import check_output, whole_file
 from pl_patchcore.report.pictures import Gallery, Shown
 
 
@@ -199,3 +199,13 @@ def test_whole_file(tmp_path):
         partial.write_text("new")
     assert (tmp_path / "a.txt").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b"]
+    with pytest.raises(UserError, match=r"a\.txt: cannot be written: the disk is full \(.* free\); make room"):
+        with whole_file(tmp_path / "a.txt"), Path("/dev/full").open("w") as full:
+            full.write("x")
+    with pytest.raises(UserError, match=r"check: cannot be written: not a directory; make .*a\.txt a folder"):
+        check_output(tmp_path / "a.txt" / "x")
+    with pytest.raises(UserError, match="b: cannot be written: is a directory"), whole_file(tmp_path / "b"):
+        pass
+    check_output(tmp_path / "c")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "b", "c"]
