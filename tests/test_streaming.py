@@ -166,7 +166,7 @@ def test_state_depends_on_the_scores_alone(random: Any, bins: int, shape: str) -
     """Any order, any batches, any merging of parts: the same histogram, bit for bit."""
     _, maps, _, masks, _ = images(shape)
     pixels = [
-        Pixels((index % 2, index % 3), scores, torch.full((len(scores),), 1 + index % 7) if positive else None)
+        Pixels((index % 2, index % 3), scores, torch.full((len(scores) if positive else 0,), 1 + index % 7))
         for index, (image, mask) in enumerate(zip(maps, masks, strict=True))
         for positive in (False, True)
         if len(scores := image[mask == positive])
@@ -195,7 +195,7 @@ def test_bins_stay_within_the_budget_as_scores_spread() -> None:
     histogram = empty(1)
     bits = []
     for scale in (1.0, 1e3, 1e9, 1e30):
-        histogram = add_pixels(histogram, [Pixels((0,), torch.linspace(1, 2, 5000) ** 8 * scale, None)])
+        histogram = add_pixels(histogram, [Pixels((0,), torch.linspace(1, 2, 5000) ** 8 * scale)])
         bits.append(histogram.bits)
         assert len(histogram.buckets) << histogram.bits <= BINS == len(histogram.nominal)
     assert bits == sorted(bits, reverse=True)
@@ -289,7 +289,7 @@ def test_too_many_regions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_of_a_whole_test_set_do_not_overflow() -> None:
     """Counts and weights as mSTC has them, 8,600 frames of 65,536 pixels in one bin."""
-    histogram = add_pixels(empty(1), [Pixels((0,), torch.ones(1), areas) for areas in (None, torch.ones(1))])
+    histogram = add_pixels(empty(1), [Pixels((0,), torch.ones(1)), Pixels((0,), torch.ones(1), torch.ones(1))])
     buckets, nominal, anomalous, weights, single = histogram
     frame = Histogram(buckets, nominal * 65536, anomalous * 65536, weights * 400, single)
     hundred = merge([frame] * 100)

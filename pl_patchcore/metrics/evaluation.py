@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve, sort_scores
@@ -24,7 +25,6 @@ from pl_patchcore.preprocessing import UNKNOWN
 
 Row = dict[str, Any]
 SMALL_LIMITS = (0.05, 0.01)  # of PRO, beside the main one
-COLUMNS = ("label", "group", "category", "lost", "nominal_pixels", "pixel_alarms", "alarm")  # int64, of each image
 
 
 def exceeds(scores: Tensor, threshold: float | None) -> Tensor:
@@ -83,7 +83,7 @@ class AnomalyEvaluation(PixelMetric):
         self.fpr_limit = check_fpr_limit(fpr_limit)
         self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         self.add_list("image_scores")
-        self.add_list("images", torch.int64, len(COLUMNS))
+        self.add_list("images", torch.int64, 7)  # a row of `columns` in `update` for each image
 
     @one_thread()
     def update(
@@ -110,9 +110,8 @@ class AnomalyEvaluation(PixelMetric):
         """
         scores, maps = self.check_scores("scores", scores, "B"), self.check_scores("maps", maps, "B H W")
         if len(maps) != len(scores):
-            raise UserError(
-                f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both of one batch."
-            )
+            text = f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both of one batch."
+            raise UserError(text)
         labels = self.check_truth("labels", labels, LABELS, scores).long()
         masks = self.check_truth("masks", masks, MASKS, maps)
         categories = torch.zeros_like(labels) if categories is None else categories
@@ -158,12 +157,12 @@ class AnomalyEvaluation(PixelMetric):
             and ``by_group`` and ``by_category``, dicts from each anomalous image's group, and from each image's
             category, to a dict of the same keys but these two.
         """
-        scores, images = self.joined("image_scores").cpu(), self.joined("images").cpu()
+        scores, images = dim_zero_cat(self.image_scores).cpu(), dim_zero_cat(self.images).cpu()
         label, group, category = images.unbind(1)[:3]
-        curve, bounds = self.curves(), self.streams()
+        curve = self.curves()
 
         def row(members: Tensor, cells: Callable[[Cell], bool]) -> Row:
-            pixels = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)), bounds)
+            pixels = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)))
             return self._image_row(scores[members], images[members]) | pixels
 
         def of_group(name: int) -> Row:
@@ -181,8 +180,8 @@ class AnomalyEvaluation(PixelMetric):
         }
 
     def _image_row(self, scores: Tensor, images: Tensor) -> Row:
-        columns = dict(zip(COLUMNS, images.unbind(1), strict=True))
-        nominal, pixels = columns["label"] == 0, int(columns["nominal_pixels"].sum())
+        label, _, _, lost, nominal_pixels, pixel_alarms, alarm = images.unbind(1)
+        nominal, pixels = label == 0, int(nominal_pixels.sum())
         curve = exact_curve([sort_scores([scores[nominal]])], scores[~nominal])
         f1, threshold = best_f1(curve)
         figures = {
@@ -192,14 +191,13 @@ class AnomalyEvaluation(PixelMetric):
             "oracle_image_f1_threshold": threshold,
         }
         if self.image_threshold is not None:
-            figures["image_false_alarm_rate"] = float(columns["alarm"][nominal].double().mean())
+            figures["image_false_alarm_rate"] = float(alarm[nominal].double().mean())
         if self.pixel_threshold is not None:
-            figures["pixel_false_alarm_rate"] = int(columns["pixel_alarms"].sum()) / pixels if pixels else math.nan
-        row: Row = {name: self.figure(value) for name, value in figures.items()}
-        counts = {"nominal": nominal.sum(), "anomalous": (~nominal).sum(), "lost": columns["lost"].sum()}
-        return row | {name: int(number) for name, number in counts.items()}
+            figures["pixel_false_alarm_rate"] = int(pixel_alarms.sum()) / pixels if pixels else math.nan
+        counts = {"nominal": int(nominal.sum()), "anomalous": int((~nominal).sum()), "lost": int(lost.sum())}
+        return {name: self.figure(value) for name, value in figures.items()} | counts
 
-    def _pixel_row(self, curve: Curve, anomalous_images: Curve, bounds: bool) -> Row:
+    def _pixel_row(self, curve: Curve, anomalous_images: Curve) -> Row:
         f1, threshold = best_f1(curve)
         figures = {
             "pixel_auroc": area(curve),
@@ -210,6 +208,6 @@ class AnomalyEvaluation(PixelMetric):
         } | {f"pro_{limit}": area(curve, limit, weighted=True) for limit in SMALL_LIMITS}
         row = {name: self.figure(figure.value) for name, figure in figures.items()}
         row["oracle_pixel_f1_threshold"] = self.figure(threshold)
-        if bounds:
+        if not curve.exact:
             row |= {f"{name}_bound": self.figure(figure.bound) for name, figure in figures.items()}
         return row

@@ -1,7 +1,4 @@
-"""Batches of a test, with the names of their defect types and categories -> figures by name.
-
-Reads batches as `data/base.py` makes them; next: `report/`.
-"""
+"""Batches of a test, as `data/base.py` makes them -> figures by the names of defect types; next: `report/`."""
 
 from __future__ import annotations
 

@@ -134,5 +134,5 @@ class BestF1(AveragePrecision):
     @one_thread()
     def compute(self) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """``oracle_f1`` of all updates and its ``oracle_threshold``, 0-d float64."""
-        figure, threshold = best_f1(self.whole_curve())
+        figure, threshold = best_f1(self.curves()(lambda _: True))
         return {"oracle_f1": self.report(figure), "oracle_threshold": self.figure(threshold)}

@@ -10,6 +10,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import starmap
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,7 @@ class PixelMetric(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
+    segments: list[Tensor]
     columns = 1
     fpr_limit = 1.0  # where the area under the curve ends
     weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
@@ -106,16 +108,8 @@ class PixelMetric(Metric):
             self.clear(*BINS)
         super().sync(*args, **kwargs)
 
-    def joined(self, name: str) -> Tensor:
-        """State ``name`` as one tensor, in the order of the updates."""
-        return dim_zero_cat(getattr(self, name))
-
     def check_scores(self, name: str, scores: Tensor, dims: str | None = None) -> Tensor:
-        """Check raw scores of shape ``dims`` (None: any); returns them in float32 on the metric's device.
-
-        Raises:
-            UserError: If the shape is wrong, or a score is NaN, infinite or beyond float32.
-        """
+        """Raw scores of shape ``dims`` (None: any), finite in float32, on the metric's device; else a `UserError`."""
         if dims is not None and scores.ndim != len(dims.split()):
             raise UserError(f"{name} must have dimensions {dims}, got shape {tuple(scores.shape)}; reshape them.")
         kept = scores.detach().float()
@@ -128,11 +122,7 @@ class PixelMetric(Metric):
         return kept.to(self.device)
 
     def check_truth(self, name: str, truth: Tensor, allowed: dict[int, str], scores: Tensor) -> Tensor:
-        """Check that ``truth`` holds an ``allowed`` value for each score; returns it on the metric's device.
-
-        Raises:
-            UserError: If it does not.
-        """
+        """``truth``, an ``allowed`` value for each score, on the metric's device; else a `UserError`."""
         if truth.shape != scores.shape:
             raise UserError(
                 f"{name} must have the shape of the scores or maps, got {tuple(truth.shape)} for "
@@ -171,17 +161,10 @@ class PixelMetric(Metric):
         areas = torch.ones(len(anomalous), dtype=torch.int32) if areas is None else areas
         self.keep(torch.tensor([[0, len(nominal), len(anomalous)]]), nominal, anomalous, areas)
 
-    def streams(self) -> bool:
-        """Whether figures come from bins; called after states are gathered, it is the same for any processes."""
-        return self._binned() or (self.mode == "auto" and self._waiting() > self.pixel_limit)
-
     def curves(self) -> Callable[[Callable[[Cell], bool]], Curve]:
         """What gives the curve of all pixels of the cells that a condition holds for."""
-        return binned_curves(self._fold()) if self.streams() else exact_curves(self._pixels())
-
-    def whole_curve(self) -> Curve:
-        """Curve of all pixels."""
-        return self.curves()(lambda _: True)
+        streams = self._binned() or (self.mode == "auto" and self._waiting() > self.pixel_limit)
+        return binned_curves(self._fold()) if streams else exact_curves(self._pixels())
 
     def of_curve(self, curve: Curve) -> Figure:
         """The metric's figure: the area under the curve, unless a subclass has another."""
@@ -190,7 +173,7 @@ class PixelMetric(Metric):
     @one_thread()
     def compute(self) -> Tensor:
         """Figure of all updates, 0-d float64."""
-        return self.report(self.of_curve(self.whole_curve()))
+        return self.report(self.of_curve(self.curves()(lambda _: True)))
 
     def report(self, figure: Figure) -> Tensor:
         """Value of a figure; remembers its bound."""
@@ -209,15 +192,15 @@ class PixelMetric(Metric):
         return self.mode == "streaming" or any(map(len, getattr(self, BINS[0])))
 
     def _waiting(self) -> int:
-        return int(self.joined("segments")[:, -2:].sum())
+        return int(dim_zero_cat(self.segments)[:, -2:].sum())
 
     def _pixels(self) -> list[Pixels]:
-        segments, nominal, anomalous, areas = (self.joined(name) for name in PIXELS)
+        segments, nominal, anomalous, areas = (dim_zero_cat(getattr(self, name)) for name in PIXELS)
         *cells, sizes, anomalous_sizes = segments.T.tolist()
         names = list(zip(*cells, strict=True))
-        runs = [Pixels(*run, None) for run in zip(names, nominal.split(sizes), strict=True)]
+        runs = zip(names, nominal.split(sizes), strict=True)
         regions = zip(names, anomalous.split(anomalous_sizes), areas.split(anomalous_sizes), strict=True)
-        return [part for part in (*runs, *(Pixels(*region) for region in regions)) if len(part.scores)]
+        return [part for part in (*starmap(Pixels, runs), *starmap(Pixels, regions)) if len(part.scores)]
 
     def _fold(self) -> Histogram:
         """Put all pixels kept as they came into the histogram, and all histograms into one."""
@@ -234,14 +217,14 @@ def exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], 
     """What gives the curve of all pixels of the cells that a condition holds for, by sorting each cell once."""
     nominal = defaultdict(list)
     for part in parts:
-        if part.areas is None:
+        if not len(part.areas):
             nominal[part.cell].append(part.scores)
     ascending = {cell: sort_scores(scores) for cell, scores in nominal.items()}
+    nothing = Pixels((), torch.empty(0, dtype=torch.float32))
 
     def curve(chosen: Callable[[Cell], bool]) -> Curve:
-        own = [part for part in parts if chosen(part.cell) and part.areas is not None]
-        scores = torch.cat([torch.empty(0), *(part.scores.cpu() for part in own)])
-        areas = torch.cat([torch.empty(0), *(part.areas.cpu() for part in own if part.areas is not None)])
+        own = [nothing, *(part for part in parts if len(part.areas) and chosen(part.cell))]
+        scores, areas = torch.cat([part.scores.cpu() for part in own]), torch.cat([part.areas.cpu() for part in own])
         return exact_curve([ranked for cell, ranked in ascending.items() if chosen(cell)], scores, areas)
 
     return curve

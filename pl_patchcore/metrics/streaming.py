@@ -7,18 +7,18 @@ most 16, where a bin is a single float32. It is a function of the set of buckets
 bins coarser adds neighbours up. So the histogram depends on the scores alone: not on their order, their batches or
 the number of processes, bit for bit.
 
-Scores within a factor of two get 2^17 bins (300 +- 3 meets 4 buckets); the worst input (every float32 bucket met)
-still gets 2^8 bins for each factor of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5
-for a normal distribution around 0. So few bins stay in the processor's cache, which is half of the speed. A bin
-remembers whether it met more than one score: one that holds a single value adds no error. Weights of anomalous
-pixels, 1 / area of the region, are summed in int64 as multiples of 2^-40.
+Scores within a factor of two get 2^17 bins; the worst input (every float32 bucket met) still gets 2^8 for each factor
+of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. So
+few bins stay in the processor's cache, which is half of the speed. A bin remembers whether it met more than one score:
+one that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64
+as multiples of 2^-40.
 
 Bins are filled on the scores' device, and read on the CPU. Next: `state.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,11 +39,11 @@ Cell = tuple[int, ...]  # what pixels are kept apart by: numbers that name a gro
 
 
 class Pixels(NamedTuple):
-    """Scores of one cell ``(n,)``, float32; with areas ``(n,)`` they are anomalous, without nominal."""
+    """Scores of one cell ``(n,)``, float32; with areas ``(n,)`` they are anomalous, with none ``(0,)`` nominal."""
 
     cell: Cell
     scores: Tensor
-    areas: Tensor | None
+    areas: Tensor = torch.empty(0, dtype=torch.int32)
 
 
 class Histogram(NamedTuple):
@@ -118,7 +118,11 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
     Raises:
         UserError: If there are more than 4 million regions, whose weights int64 could not sum.
     """
-    pieces = [piece for part in parts for piece in _pieces(part)]
+    pieces = [
+        Pixels(part.cell, part.scores[start : start + PIECE], part.areas[start : start + PIECE])
+        for part in parts
+        for start in range(0, len(part.scores), PIECE)
+    ]
     while pieces := _add_known(histogram, pieces):
         histogram = merge([histogram], torch.cat([_buckets(piece) for piece in pieces]))
     _check_weights(histogram.weights)
@@ -139,20 +143,14 @@ def _add_known(histogram: Histogram, pieces: Sequence[Pixels]) -> list[Pixels]:
         lower = keys & 0xFFFF
         bins += lower >> (16 - histogram.bits)
         _note(histogram.single, bins, lower + 1)
-        column = histogram.nominal if areas is None else histogram.anomalous
+        column = histogram.anomalous if len(areas) else histogram.nominal
         if column.device.type == "cpu":
             np.add.at(column.numpy(), bins.numpy(), 1)  # half the time of torch's scatter_add_
         else:
             column.scatter_add_(0, bins, torch.ones_like(bins))
-        if areas is not None:
+        if len(areas):
             histogram.weights.scatter_add_(0, bins, (UNIT + areas.long() // 2) // areas.long())
     return late
-
-
-def _pieces(part: Pixels) -> Iterator[Pixels]:
-    for start in range(0, len(part.scores), PIECE):
-        end = start + PIECE
-        yield Pixels(part.cell, part.scores[start:end], None if part.areas is None else part.areas[start:end])
 
 
 def _first_bins(histogram: Histogram, cell: Cell) -> Tensor:
