@@ -114,9 +114,9 @@ def exact_curve(nominal: Sequence[Column], anomalous: Tensor, areas: Tensor | No
 def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Figure:
     """Area under "weighted share of anomalous covered" against "share of nominal covered".
 
-    Lowering the threshold covers both. An anomalous pixel of score s is uncovered up to the false-positive rate
-    ``f_lo`` (share of nominal ones > s) and covered from ``f_hi`` (share of nominal ones >= s) on; between the
-    two, where nominal ones tie with it, the curve is a straight line. So each adds, by itself, the area
+    An anomalous pixel of score s is uncovered up to the false-positive rate ``f_lo`` (share of nominal ones > s) and
+    covered from ``f_hi`` (share of nominal ones >= s) on; between the two, where nominal ones tie with it, the curve is
+    a straight line. So each adds, by itself, the area
 
     - ``limit - (f_lo + f_hi) / 2`` where ``f_hi <= limit``,
     - ``0`` where ``f_lo >= limit``,
