@@ -107,8 +107,8 @@ def exact_curve(nominal: Sequence[Column], anomalous: Tensor, areas: Tensor | No
     scores, row, none = ranked[first], first.cumsum() - 1, np.zeros(first.sum(), np.int64)
     above = sum((len(part) - np.searchsorted(part, scores, side="right") for part in nominal), none)
     at_least = sum((len(part) - np.searchsorted(part, scores) for part in nominal), none)
-    columns = scores, np.bincount(row), np.bincount(row, weights[order]), above, at_least, none > 0
-    return descending(sum(map(len, nominal)), *columns)
+    summed = np.bincount(row, weights[order]).astype(np.float64)  # int64 where there is no row
+    return descending(sum(map(len, nominal)), scores, np.bincount(row), summed, above, at_least, none > 0)
 
 
 def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Figure:
