@@ -30,9 +30,7 @@ STREAM = 1  # of random numbers: a split of the data set by the same seed must n
 
 
 def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
-    """Draw a ``share`` of all training images, in [0, 1), to be kept out of the memory bank; returns their indices.
-
-    At least one image, where the share is not 0.
+    """Draw a ``share`` of all training images, in [0, 1), to be kept out of the memory bank: at least one, if not 0.
 
     Example:
         >>> sorted(draw_held_out(10, 0.2, seed=0))
@@ -43,9 +41,7 @@ def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
 
 
 def is_held_out(index: int, share: float, seed: int) -> bool:
-    """Whether an image is kept out of the memory bank, where the number of images is not known beforehand.
-
-    One image, drawn by the seed, in every ``1 / share`` in a row.
+    """Whether an image is held out, where the number of images is not known: one in every ``1 / share`` in a row.
 
     Example:
         >>> [i for i in range(12) if is_held_out(i, 0.25, seed=0)]
@@ -79,12 +75,7 @@ def conformal_threshold(scores: Tensor, rate: float) -> tuple[float, float]:
 
 
 def images_needed(rate: float) -> int:
-    """Number of held-out images below which a false-alarm rate cannot be promised.
-
-    Example:
-        >>> images_needed(0.01)
-        99
-    """
+    """Number of held-out images below which a false-alarm rate cannot be promised: 99 for 0.01."""
     return math.ceil(1 / rate - 1 - SLACK)
 
 
@@ -131,8 +122,8 @@ class Calibration(nn.Module):
 
     def fill(self, scores: Tensor, peaks: Tensor) -> None:
         """Take in the scores and the peaks of the maps of all held-out images, ``(n,)`` each."""
-        for name, values in (("scores", scores), ("peaks", peaks)):
-            setattr(self, name, values.detach().to(self.scores.device, torch.float32, copy=True))
+        device = self.scores.device
+        self.scores, self.peaks = (each.detach().to(device, torch.float32, copy=True) for each in (scores, peaks))
 
     def clear(self) -> None:
         """Forget them."""
@@ -154,11 +145,11 @@ class Calibration(nn.Module):
         """Log the thresholds, and what they promise; nothing while empty."""
         if not (n := len(self.scores)):
             return
-        promised = conformal_threshold(self.scores, rate)[1]
+        threshold, promised = conformal_threshold(self.scores, rate)
         log.info(
             "thresholds from %d held-out nominal images: %.4g for anomaly scores, %.4g for anomaly maps; a nominal "
             "image exceeds each with probability %.3g.",
-            *(n, self.image_threshold(rate), self.pixel_threshold(rate), promised),
+            *(n, threshold, self.pixel_threshold(rate), promised),
         )
         if n < images_needed(rate):
             log.warning(

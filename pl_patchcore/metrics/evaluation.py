@@ -10,21 +10,34 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve
+from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve, sort_scores
 from pl_patchcore.metrics.regions import pixel_areas
-from pl_patchcore.metrics.single import check_fpr_limit, exceeds
-from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, check_fpr_limit
 from pl_patchcore.metrics.streaming import Cell, select
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
 Row = dict[str, Any]
 SMALL_LIMITS = (0.05, 0.01)  # of PRO, beside the main one
-COLUMNS = ("label", "group", "category", "lost", "nominal_pixels", "pixel_alarms", "alarm")  # int64, of each image
+
+
+def exceeds(scores: Tensor, threshold: float | None) -> Tensor:
+    """Whether float32 ``scores`` exceed a float64 ``threshold``, compared as real numbers; None: none does.
+
+    Example:
+        >>> exceeds(torch.tensor([0.1, 0.2]), 0.1).tolist()  # the float32 next to 0.1 is 0.100000001
+        [True, True]
+    """
+    lower = np.float32(math.inf if threshold is None else threshold)
+    if threshold is not None and float(lower) > threshold:
+        lower = np.nextafter(lower, np.float32(-np.inf))
+    return scores > float(lower)  # no float32 lies between the two
 
 
 class AnomalyEvaluation(PixelMetric):
@@ -55,6 +68,8 @@ class AnomalyEvaluation(PixelMetric):
     """
 
     columns = 3
+    images: list[Tensor]
+    image_scores: list[Tensor]
 
     def __init__(
         self,
@@ -68,7 +83,7 @@ class AnomalyEvaluation(PixelMetric):
         self.fpr_limit = check_fpr_limit(fpr_limit)
         self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         self.add_list("image_scores")
-        self.add_list("images", torch.int64, columns=len(COLUMNS))
+        self.add_list("images", torch.int64, 7)  # a row of `columns` in `update` for each image
 
     @one_thread()
     def update(
@@ -95,9 +110,8 @@ class AnomalyEvaluation(PixelMetric):
         """
         scores, maps = self.check_scores("scores", scores, "B"), self.check_scores("maps", maps, "B H W")
         if len(maps) != len(scores):
-            raise UserError(
-                f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both of one batch."
-            )
+            text = f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both of one batch."
+            raise UserError(text)
         labels = self.check_truth("labels", labels, LABELS, scores).long()
         masks = self.check_truth("masks", masks, MASKS, maps)
         categories = torch.zeros_like(labels) if categories is None else categories
@@ -115,16 +129,14 @@ class AnomalyEvaluation(PixelMetric):
             )
         groups, categories = groups.to(labels) * labels, categories.to(labels)  # nominal images are of group 0
         segments = torch.stack([labels, groups, categories, *sizes], dim=1)
-        self.keep(segments, select(maps, nominal), select(maps, anomalous), pixel_areas(masks)[0])
+        self.keep(segments, select(maps, nominal), select(maps, anomalous), pixel_areas(masks))
         lost = (labels == 1) & (sizes[1] == 0) & (masks != UNKNOWN).flatten(1).any(dim=1)
-        pixel_alarms = alarm = torch.zeros_like(labels)
-        if self.pixel_threshold is not None:
-            pixel_alarms = (exceeds(maps, self.pixel_threshold) & nominal).flatten(1).sum(dim=1)
-        if self.image_threshold is not None:
-            alarm = exceeds(scores, self.image_threshold).long()
-        columns = (labels, groups, categories, lost.long(), sizes[0], pixel_alarms, alarm)
-        self.append("images", torch.stack(columns, dim=1))
-        self.append("image_scores", scores.clone())
+        pixel_alarms = (exceeds(maps, self.pixel_threshold) & nominal).flatten(1).sum(dim=1)
+        alarm = exceeds(scores, self.image_threshold)
+        columns = (labels, groups, categories, lost.long(), sizes[0], pixel_alarms, alarm.long())
+        # one tensor each: hundreds of small ones that stay, between large ones that go, leave the heap full of holes
+        self.images = [torch.cat([*self.images, torch.stack(columns, dim=1)])]
+        self.image_scores = [torch.cat([*self.image_scores, scores])]
 
     @one_thread()
     def compute(self) -> dict[str, Any]:  # type: ignore[override]
@@ -145,12 +157,12 @@ class AnomalyEvaluation(PixelMetric):
             and ``by_group`` and ``by_category``, dicts from each anomalous image's group, and from each image's
             category, to a dict of the same keys but these two.
         """
-        scores, images = self.joined("image_scores").cpu(), self.joined("images").cpu()
+        scores, images = dim_zero_cat(self.image_scores).cpu(), dim_zero_cat(self.images).cpu()
         label, group, category = images.unbind(1)[:3]
-        curve, bounds = self.curves(), self.streams()
+        curve = self.curves()
 
         def row(members: Tensor, cells: Callable[[Cell], bool]) -> Row:
-            pixels = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)), bounds)
+            pixels = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)))
             return self._image_row(scores[members], images[members]) | pixels
 
         def of_group(name: int) -> Row:
@@ -168,9 +180,9 @@ class AnomalyEvaluation(PixelMetric):
         }
 
     def _image_row(self, scores: Tensor, images: Tensor) -> Row:
-        columns = dict(zip(COLUMNS, images.unbind(1), strict=True))
-        nominal, pixels = columns["label"] == 0, int(columns["nominal_pixels"].sum())
-        curve = exact_curve([scores[nominal]], scores[~nominal])
+        label, _, _, lost, nominal_pixels, pixel_alarms, alarm = images.unbind(1)
+        nominal, pixels = label == 0, int(nominal_pixels.sum())
+        curve = exact_curve([sort_scores([scores[nominal]])], scores[~nominal])
         f1, threshold = best_f1(curve)
         figures = {
             "image_auroc": area(curve).value,
@@ -179,14 +191,13 @@ class AnomalyEvaluation(PixelMetric):
             "oracle_image_f1_threshold": threshold,
         }
         if self.image_threshold is not None:
-            figures["image_false_alarm_rate"] = float(columns["alarm"][nominal].double().mean())
+            figures["image_false_alarm_rate"] = float(alarm[nominal].double().mean())
         if self.pixel_threshold is not None:
-            figures["pixel_false_alarm_rate"] = int(columns["pixel_alarms"].sum()) / pixels if pixels else math.nan
-        counts = {"nominal": nominal.sum(), "anomalous": (~nominal).sum(), "lost": columns["lost"].sum()}
-        row = {name: self.figure(value) for name, value in figures.items()}
-        return row | {name: int(number) for name, number in counts.items()}
+            figures["pixel_false_alarm_rate"] = int(pixel_alarms.sum()) / pixels if pixels else math.nan
+        counts = {"nominal": int(nominal.sum()), "anomalous": int((~nominal).sum()), "lost": int(lost.sum())}
+        return {name: self.figure(value) for name, value in figures.items()} | counts
 
-    def _pixel_row(self, curve: Curve, anomalous_images: Curve, bounds: bool) -> Row:
+    def _pixel_row(self, curve: Curve, anomalous_images: Curve) -> Row:
         f1, threshold = best_f1(curve)
         figures = {
             "pixel_auroc": area(curve),
@@ -197,6 +208,6 @@ class AnomalyEvaluation(PixelMetric):
         } | {f"pro_{limit}": area(curve, limit, weighted=True) for limit in SMALL_LIMITS}
         row = {name: self.figure(figure.value) for name, figure in figures.items()}
         row["oracle_pixel_f1_threshold"] = self.figure(threshold)
-        if bounds:
+        if not curve.exact:
             row |= {f"{name}_bound": self.figure(figure.bound) for name, figure in figures.items()}
         return row

@@ -1,14 +1,9 @@
-"""Batches of a test, with the names of their defect types and categories -> figures by name.
-
-Reads batches as `data/base.py` makes them; next: `report/`.
-"""
+"""Batches of a test, as `data/base.py` makes them -> figures by the names of defect types; next: `report/`."""
 
 from __future__ import annotations
 
-import operator
 import zlib
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -86,15 +81,13 @@ class TestFigures:
             A row of plain numbers for ``all`` images and for each defect type, and one for each category (none where
             batches do not name them); the keys of a row are those of `AnomalyEvaluation.compute`.
         """
-        self.evaluation.distributed_available_fn = partial(operator.gt, processes.count, 1)  # as `processes` say
+        self.evaluation.distributed_available_fn = lambda: processes.count > 1
         overall = self.evaluation.compute()
-        defects: dict[int, str] = {}
-        categories: dict[int, str] = {}
         for others in processes.objects((self.defects, self.categories)):
-            defects, categories = defects | others[0], categories | others[1]
-        by_defect = {defects[number]: _plain(row) for number, row in overall["by_group"].items()}
-        rows = overall["by_category"] if categories else {}
-        by_category = {categories.get(number, str(number)): _plain(row) for number, row in rows.items()}
+            self.defects, self.categories = self.defects | others[0], self.categories | others[1]
+        by_defect = {self.defects[number]: _plain(row) for number, row in overall["by_group"].items()}
+        rows = overall["by_category"] if self.categories else {}
+        by_category = {self.categories.get(number, str(number)): _plain(row) for number, row in rows.items()}
         return {"all": _plain(overall)} | dict(sorted(by_defect.items())), dict(sorted(by_category.items()))
 
 

@@ -1,4 +1,4 @@
-"""Scores or maps, and the ground truth -> one figure each: AUROC, PRO, average precision, best F1, false alarms.
+"""Scores or maps, and the ground truth -> one figure each: AUROC, PRO, average precision, best F1.
 
 The arithmetic is in `curve.py`, the states are in `state.py`; next: `evaluation.py`, which has all figures in one
 pass. Pixel metrics leave out pixels whose mask is 255 (unknown), and in streaming mode have an ``error_bound`` after
@@ -7,37 +7,12 @@ pass. Pixel metrics leave out pixels whose mask is 255 (unknown), and in streami
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
-from torch import Tensor
 
-from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.curve import Curve, Figure, average_precision, best_f1
 from pl_patchcore.metrics.regions import pixel_areas
-from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, ScoreMetric
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, check_fpr_limit
 from pl_patchcore.numerics import one_thread
-
-
-def check_fpr_limit(fpr_limit: float) -> float:
-    """Return ``fpr_limit`` if it is in (0, 1], else raise a `UserError`."""
-    if not 0 < fpr_limit <= 1:
-        raise UserError(f"fpr_limit must be in (0, 1], got {fpr_limit}; published PRO figures use 0.3.")
-    return fpr_limit
-
-
-def exceeds(scores: Tensor, threshold: float) -> Tensor:
-    """Whether float32 ``scores`` exceed a float64 ``threshold``, compared as real numbers.
-
-    Example:
-        >>> exceeds(torch.tensor([0.1, 0.2]), 0.1).tolist()  # the float32 next to 0.1 is 0.100000001
-        [True, True]
-    """
-    lower = np.float32(threshold)
-    if float(lower) > threshold:
-        lower = np.nextafter(lower, np.float32(-np.inf))
-    return scores > float(lower)  # no float32 lies between the two
 
 
 class ImageAUROC(PixelMetric):
@@ -56,7 +31,7 @@ class ImageAUROC(PixelMetric):
         super().__init__(mode="exact")
 
     @one_thread()
-    def update(self, scores: Tensor, labels: Tensor) -> None:
+    def update(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """Add images: raw scores ``(B,)`` and labels ``(B,)``, 0 or 1, else a `UserError`."""
         scores = self.check_scores("scores", scores, "B")
         self.keep_flat(scores, self.check_truth("labels", labels, LABELS, scores))
@@ -65,12 +40,7 @@ class ImageAUROC(PixelMetric):
 class PixelAUROC(PixelMetric):
     """AUROC of the pixels of all images; NaN without nominal or without anomalous pixels.
 
-    Equal scores count as half.
-
-    Args:
-        anomalous_only: Take only images with an anomalous pixel, as some published figures do: nominal images
-            enter neither with their pixels nor otherwise.
-        mode: As ``pixel_limit``, see `PixelMetric`.
+    Equal scores count as half. Modes and limits: see `PixelMetric`.
 
     Example:
         >>> metric = PixelAUROC()
@@ -79,22 +49,15 @@ class PixelAUROC(PixelMetric):
         (1.0, 0.0)
     """
 
-    def __init__(self, anomalous_only: bool = False, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
-        super().__init__(mode, pixel_limit)
-        self.anomalous_only = anomalous_only
-
     @one_thread()
-    def update(self, maps: Tensor, masks: Tensor) -> None:
+    def update(self, maps: torch.Tensor, masks: torch.Tensor) -> None:
         """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
         maps = self.check_scores("maps", maps, "B H W")
         masks = self.check_truth("masks", masks, MASKS, maps)
-        if self.anomalous_only:
-            chosen = (masks == 1).flatten(1).any(dim=1)
-            maps, masks = maps[chosen], masks[chosen]
-        self.keep_flat(maps, masks)
+        self.keep_flat(maps, masks, pixel_areas(masks) if self.weighted else None)
 
 
-class PRO(PixelMetric):
+class PRO(PixelAUROC):
     """Per-region overlap of all images (also known as AUPRO); NaN without nominal pixels or without regions.
 
     The mean over all regions of the share of the region covered, against the false-positive rate (the share covered
@@ -129,13 +92,6 @@ class PRO(PixelMetric):
         super().__init__(mode, pixel_limit)
         self.fpr_limit = check_fpr_limit(fpr_limit)
 
-    @one_thread()
-    def update(self, maps: Tensor, masks: Tensor) -> None:
-        """Add images: raw maps ``(B, H, W)`` and masks ``(B, H, W)``, 0, 1 or 255, else a `UserError`."""
-        maps = self.check_scores("maps", maps, "B H W")
-        masks = self.check_truth("masks", masks, MASKS, maps)
-        self.keep_flat(maps, masks, pixel_areas(masks)[0])
-
 
 class AveragePrecision(PixelMetric):
     """Average precision: mean precision at the thresholds that just cover each anomalous pixel or image.
@@ -151,7 +107,7 @@ class AveragePrecision(PixelMetric):
     """
 
     @one_thread()
-    def update(self, scores: Tensor, truth: Tensor) -> None:
+    def update(self, scores: torch.Tensor, truth: torch.Tensor) -> None:
         """Add raw scores of any shape, and the truth of each, 0, 1 or 255, else a `UserError`."""
         scores = self.check_scores("scores", scores)
         self.keep_flat(scores, self.check_truth("truth", truth, MASKS, scores))
@@ -176,49 +132,7 @@ class BestF1(AveragePrecision):
     """
 
     @one_thread()
-    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def compute(self) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """``oracle_f1`` of all updates and its ``oracle_threshold``, 0-d float64."""
-        figure, threshold = best_f1(self.whole_curve())
+        figure, threshold = best_f1(self.curves()(lambda _: True))
         return {"oracle_f1": self.report(figure), "oracle_threshold": self.figure(threshold)}
-
-
-class FalseAlarmRate(ScoreMetric):
-    """Share of the nominal pixels or images whose score exceeds a threshold; NaN where there are none.
-
-    Exact, in constant memory, whatever the scores. The threshold should come from held-out nominal data, not from
-    the images counted here.
-
-    Args:
-        threshold: Finite number; a score is an alarm when score > threshold.
-
-    Example:
-        >>> metric = FalseAlarmRate(threshold=2.0)
-        >>> metric.update(torch.tensor([1.0, 2.0, 2.5, 9.0]), torch.tensor([0, 0, 0, 1]))
-        >>> metric.compute().item()
-        0.3333333333333333
-    """
-
-    higher_is_better = False
-    alarms: Tensor
-    nominal: Tensor
-
-    def __init__(self, threshold: float) -> None:
-        super().__init__()
-        if not math.isfinite(threshold):
-            raise UserError(f"threshold must be a finite number, got {threshold}.")
-        self.threshold = threshold
-        self.add_state("alarms", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("nominal", torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
-
-    @one_thread()
-    def update(self, scores: Tensor, truth: Tensor) -> None:
-        """Add raw scores of any shape, and the truth of each, 0, 1 or 255, else a `UserError`."""
-        scores = self.check_scores("scores", scores)
-        nominal = self.check_truth("truth", truth, MASKS, scores) == 0
-        self.alarms += (nominal & exceeds(scores, self.threshold)).sum()
-        self.nominal += nominal.sum()
-
-    @one_thread()
-    def compute(self) -> Tensor:
-        """False-alarm rate of all updates, 0-d float64."""
-        return self.figure(int(self.alarms) / int(self.nominal) if self.nominal else math.nan)

@@ -1,16 +1,16 @@
 """Scores and ground truth -> checked states of the metrics, exact or streaming.
 
-`ScoreMetric` checks what comes in and gathers states over processes; `PixelMetric` keeps pixels, exactly up to a
-number of them and in a histogram beyond. Raw scores are finite numbers of any range, never clamped, normalised or
-passed through a sigmoid (as torchmetrics' own AUROC does with scores outside [0, 1], which turns large ones into
-ties). Next: `single.py`, `evaluation.py`.
+Raw scores are finite numbers of any range, never clamped, normalised or passed through a sigmoid (as torchmetrics'
+own AUROC does with scores outside [0, 1], which turns large ones into ties). Next: `single.py`, `evaluation.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import starmap
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, Figure, area, curve_points, exact_curve, sort_scores
-from pl_patchcore.metrics.streaming import Cell, Histogram, Pixels, add_pixels, binned_curves, pack, select, unpack
+from pl_patchcore.metrics.curve import Curve, Figure, area, exact_curve, sort_scores
+from pl_patchcore.metrics.streaming import Cell, Histogram, Pixels, add_pixels, binned_curves, merge, select, zeros
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
@@ -32,107 +32,22 @@ FLUSH = 2**20  # pixels that streaming mode collects before it adds them to its 
 LABELS = {0: "nominal", 1: "anomalous"}
 MASKS = {**LABELS, UNKNOWN: "unknown"}
 PIXELS = ("segments", "nominal", "anomalous", "areas")  # states that hold pixels as they came
+BINS = tuple(f"bin_{name}" for name in Histogram._fields)  # states of a histogram; the fields are public
 
 
-class ScoreMetric(Metric):
-    """Base of the metrics: states are lists of tensors, joined over batches and processes.
-
-    Each list is declared once, with its dtype. A process that saw no image hands in an empty tensor of that dtype
-    when states are gathered (torchmetrics would hand in float32, which int64 states cannot be gathered with).
-    """
-
-    is_differentiable = False
-    higher_is_better: bool | None = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._empty: dict[str, Tensor] = {}
-
-    def add_list(self, name: str, dtype: torch.dtype = torch.float32, columns: int | None = None) -> None:
-        """Declare a list state of vectors, or of matrices with ``columns``."""
-        self.add_state(name, [], dist_reduce_fx="cat")
-        self._empty[name] = torch.empty((0,) if columns is None else (0, columns), dtype=dtype)
-
-    def append(self, name: str, values: Tensor) -> None:
-        """Append to a list state that lives long, joining neighbours of like length into one.
-
-        Hundreds of small tensors that stay, each between large ones that go, would leave the heap full of holes.
-        """
-        state: list[Tensor] = getattr(self, name)
-        state.append(values)
-        while len(state) > 1 and len(state[-2]) <= len(state[-1]):
-            state[-2:] = [torch.cat(state[-2:])]
-
-    def joined(self, name: str) -> Tensor:
-        """State ``name`` as one tensor, in the order of the updates."""
-        state: Tensor | list[Tensor] = getattr(self, name)
-        return dim_zero_cat(state) if len(state) else self._empty[name].to(self.device)
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes (see `torchmetrics.Metric.sync`)."""
-        available = kwargs.get("distributed_available") or self.distributed_available_fn
-        if kwargs.get("should_sync", True) and callable(available) and available():
-            self.before_sync()
-        super().sync(*args, **kwargs)
-
-    def before_sync(self) -> None:
-        """Bring states to a form that can be gathered; only called where there are several processes."""
-        for name in self._empty:
-            if len(getattr(self, name)) == 0:
-                setattr(self, name, [self.joined(name)])
-
-    def check_scores(self, name: str, scores: Tensor, dims: str | None = None) -> Tensor:
-        """Check raw scores of shape ``dims`` (None: any); returns them in float32 on the metric's device.
-
-        Raises:
-            UserError: If the shape is wrong, or a score is NaN, infinite or beyond float32.
-        """
-        if dims is not None and scores.ndim != len(dims.split()):
-            raise UserError(f"{name} must have dimensions {dims}, got shape {tuple(scores.shape)}; reshape them.")
-        kept = scores.detach().float()
-        if kept.numel() and not math.isfinite(sum(end.item() for end in kept.aminmax())):
-            finite = torch.isfinite(kept)
-            raise UserError(
-                f"{name} must be finite float32 numbers, got {scores[~finite][0].item()} among "
-                f"{int((~finite).sum())} such of {scores.numel()}; look for broken images or features."
-            )
-        return kept.to(self.device)
-
-    def check_truth(self, name: str, truth: Tensor, allowed: dict[int, str], scores: Tensor) -> Tensor:
-        """Check that ``truth`` holds an ``allowed`` value for each score; returns it on the metric's device.
-
-        Raises:
-            UserError: If it does not.
-        """
-        if truth.shape != scores.shape:
-            raise UserError(
-                f"{name} must have the shape of the scores or maps, got {tuple(truth.shape)} for "
-                f"{tuple(scores.shape)}; pass one value for each."
-            )
-        ends = {int(end) for end in truth.aminmax()} if truth.numel() else set()
-        binary = not truth.is_floating_point() and ends <= {0, 1}  # the usual case, for which the ends are enough
-        if not binary and (wrong := torch.stack([truth != value for value in allowed]).all(dim=0)).any():
-            meaning = ", ".join(f"{value} ({word})" for value, word in allowed.items())
-            raise UserError(f"{name} must hold {meaning}, got {truth[wrong][0].item()}; convert them first.")
-        return truth.to(self.device)
-
-    def figure(self, value: float) -> Tensor:
-        """A figure as 0-d tensor on the metric's device: float64, float32 where there is none."""
-        return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot ``val`` (None: what ``compute`` returns) in the axes ``ax`` (see `torchmetrics.Metric.plot`)."""
-        return self._plot(val, ax)  # torchmetrics' documented way
+def check_fpr_limit(fpr_limit: float) -> float:
+    """Return ``fpr_limit`` if it is in (0, 1], else raise a `UserError`."""
+    if not 0 < fpr_limit <= 1:
+        raise UserError(f"fpr_limit must be in (0, 1], got {fpr_limit}; published PRO figures use 0.3.")
+    return fpr_limit
 
 
-class PixelMetric(ScoreMetric):
-    """Base of the metrics over pixels: keeps them exactly, or in bins of bounded memory.
+class PixelMetric(Metric):
+    """Base of the metrics: checks scores, and keeps them exactly or in bins of bounded memory.
 
     Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images, so that figures of any
-    union of cells can be had from one pass.
+    union of cells can be had from one pass. States are lists of tensors, joined over batches and processes, and of one
+    empty tensor at the start: processes that saw no image hand in the same kinds of tensors as all.
 
     Args:
         mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
@@ -141,8 +56,12 @@ class PixelMetric(ScoreMetric):
         pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
     """
 
-    packed: list[Tensor]
-    dense: list[Tensor]
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    segments: list[Tensor]
     columns = 1
     fpr_limit = 1.0  # where the area under the curve ends
     weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
@@ -155,16 +74,66 @@ class PixelMetric(ScoreMetric):
         if pixel_limit < 0:
             raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
         self.mode, self.pixel_limit = mode, pixel_limit
+        self._empty: dict[str, Tensor] = {}
         # as they came: all pixels, or in streaming mode those that wait for the histogram
-        self.add_list(
-            "segments", torch.int64, columns=self.columns + 2
-        )  # cell, numbers of nominal and anomalous pixels
+        self.add_list("segments", torch.int64, self.columns + 2)  # cell, numbers of nominal and anomalous pixels
         self.add_list("nominal")
         self.add_list("anomalous")
         self.add_list("areas", torch.int32)  # of each anomalous pixel's region
-        # in bins: as rows, which other processes can be sent, or as the tensors of a histogram
-        self.add_list("packed", torch.int64, columns=self.columns + 6)
-        self.add_state("dense", [], dist_reduce_fx=None)
+        for name, column in zip(BINS, zeros(torch.empty(0, self.columns + 1, dtype=torch.int64)), strict=True):
+            self.add_list(name, column.dtype, *column.shape[1:], reduction=None)
+
+    def add_list(self, name: str, dtype: torch.dtype = torch.float32, *columns: int, reduction: Any = "cat") -> None:
+        """Declare a list state of vectors, or of matrices with ``columns``."""
+        self.add_state(name, [], dist_reduce_fx=reduction)
+        self._empty[name] = torch.empty(0, *columns, dtype=dtype)
+        self.clear(name)
+
+    def clear(self, *names: str) -> None:
+        """Empty the list states ``names``."""
+        for name in names:
+            setattr(self, name, [self._empty[name].to(self.device)])
+
+    def reset(self) -> None:
+        """Forget all pixels."""
+        super().reset()
+        self.error_bound = None
+        self.clear(*self._empty)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes (see `torchmetrics.Metric.sync`), of each one histogram."""
+        if self._binned():
+            self._fold()
+        else:
+            self.clear(*BINS)
+        super().sync(*args, **kwargs)
+
+    def check_scores(self, name: str, scores: Tensor, dims: str | None = None) -> Tensor:
+        """Raw scores of shape ``dims`` (None: any), finite in float32, on the metric's device; else a `UserError`."""
+        if dims is not None and scores.ndim != len(dims.split()):
+            raise UserError(f"{name} must have dimensions {dims}, got shape {tuple(scores.shape)}; reshape them.")
+        kept = scores.detach().float()
+        if kept.numel() and not math.isfinite(sum(end.item() for end in kept.aminmax())):
+            finite = torch.isfinite(kept)
+            raise UserError(
+                f"{name} must be finite float32 numbers, got {scores[~finite][0].item()} among "
+                f"{int((~finite).sum())} such of {scores.numel()}; look for broken images or features."
+            )
+        return kept.to(self.device)
+
+    def check_truth(self, name: str, truth: Tensor, allowed: dict[int, str], scores: Tensor) -> Tensor:
+        """``truth``, an ``allowed`` value for each score, on the metric's device; else a `UserError`."""
+        if truth.shape != scores.shape:
+            raise UserError(
+                f"{name} must have the shape of the scores or maps, got {tuple(truth.shape)} for "
+                f"{tuple(scores.shape)}; pass one value for each."
+            )
+        ends = {int(end) for end in truth.aminmax()} if truth.numel() else set()
+        binary = not truth.is_floating_point() and ends <= {0, 1}  # the usual case, for which the ends are enough
+        if not binary and (wrong := torch.stack([truth != value for value in allowed]).all(dim=0)).any():
+            meaning = ", ".join(f"{value} ({word})" for value, word in allowed.items())
+            raise UserError(f"{name} must hold {meaning}, got {truth[wrong][0].item()}; convert them first.")
+        return truth.to(self.device)
 
     def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
         """Keep the pixels of a batch.
@@ -190,28 +159,12 @@ class PixelMetric(ScoreMetric):
         """Keep scores of any shape, all of one cell (see `keep`)."""
         nominal, anomalous = select(scores, truth == 0), select(scores, truth == 1)
         areas = torch.ones(len(anomalous), dtype=torch.int32) if areas is None else areas
-        sizes = [*[0] * self.columns, len(nominal), len(anomalous)]
-        self.keep(torch.tensor([sizes], dtype=torch.int64), nominal, anomalous, areas)
-
-    def streams(self) -> bool:
-        """Whether figures come from bins; called after states are gathered, it is the same for any processes."""
-        return self._binned() or (self.mode == "auto" and self._waiting() > self.pixel_limit)
+        self.keep(torch.tensor([[0, len(nominal), len(anomalous)]]), nominal, anomalous, areas)
 
     def curves(self) -> Callable[[Callable[[Cell], bool]], Curve]:
         """What gives the curve of all pixels of the cells that a condition holds for."""
-        if not self.streams():
-            return exact_curves(self._pixels())
-        self._fold()
-        return binned_curves(Histogram(*self.dense))
-
-    def whole_curve(self) -> Curve:
-        """Curve of all pixels."""
-        return self.curves()(lambda _: True)
-
-    def curve(self) -> tuple[Tensor, Tensor]:
-        """Corners of the curve of all updates, over all processes (see `curve.curve_points`)."""
-        with self.sync_context():
-            return curve_points(self.whole_curve(), weighted=self.weighted)
+        streams = self._binned() or (self.mode == "auto" and self._waiting() > self.pixel_limit)
+        return binned_curves(self._fold()) if streams else exact_curves(self._pixels())
 
     def of_curve(self, curve: Curve) -> Figure:
         """The metric's figure: the area under the curve, unless a subclass has another."""
@@ -220,68 +173,58 @@ class PixelMetric(ScoreMetric):
     @one_thread()
     def compute(self) -> Tensor:
         """Figure of all updates, 0-d float64."""
-        return self.report(self.of_curve(self.whole_curve()))
+        return self.report(self.of_curve(self.curves()(lambda _: True)))
 
     def report(self, figure: Figure) -> Tensor:
         """Value of a figure; remembers its bound."""
         self.error_bound = figure.bound
         return self.figure(figure.value)
 
-    def reset(self) -> None:
-        """Forget all pixels."""
-        super().reset()
-        self.error_bound = None
+    def figure(self, value: float) -> Tensor:
+        """A figure as 0-d tensor on the metric's device: float64, float32 where there is none."""
+        return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
 
-    def before_sync(self) -> None:
-        """Bring states to a form that can be gathered: bins travel as rows."""
-        if self._binned():
-            self._fold()
-            self.packed, self.dense = [pack(Histogram(*self.dense))], []
-        super().before_sync()
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot ``val`` (None: what ``compute`` returns) in the axes ``ax`` (see `torchmetrics.Metric.plot`)."""
+        return self._plot(val, ax)  # torchmetrics' documented way
 
     def _binned(self) -> bool:
-        return self.mode == "streaming" or bool(self.dense) or any(map(len, self.packed))
+        return self.mode == "streaming" or any(map(len, getattr(self, BINS[0])))
 
     def _waiting(self) -> int:
-        states: list[Tensor | list[Tensor]] = [getattr(self, name) for name in ("nominal", "anomalous")]
-        return sum(len(state) if isinstance(state, Tensor) else sum(map(len, state)) for state in states)
+        return int(dim_zero_cat(self.segments)[:, -2:].sum())
 
     def _pixels(self) -> list[Pixels]:
-        segments, nominal, anomalous, areas = (self.joined(name) for name in PIXELS)
+        segments, nominal, anomalous, areas = (dim_zero_cat(getattr(self, name)) for name in PIXELS)
         *cells, sizes, anomalous_sizes = segments.T.tolist()
         names = list(zip(*cells, strict=True))
-        runs = [Pixels(*run, None) for run in zip(names, nominal.split(sizes), strict=True)]
+        runs = zip(names, nominal.split(sizes), strict=True)
         regions = zip(names, anomalous.split(anomalous_sizes), areas.split(anomalous_sizes), strict=True)
-        return [part for part in (*runs, *(Pixels(*region) for region in regions)) if len(part.scores)]
+        return [part for part in (*starmap(Pixels, runs), *starmap(Pixels, regions)) if len(part.scores)]
 
-    def _fold(self) -> None:
+    def _fold(self) -> Histogram:
         """Put all pixels kept as they came into the histogram, and all histograms into one."""
-        size = len(Histogram._fields)  # public, in spite of its name
-        histograms = [Histogram(*self.dense[start : start + size]) for start in range(0, len(self.dense), size)]
-        packed, self.packed, self.dense = self.joined("packed"), [], []
-        if len(histograms) != 1 or len(packed):
-            histograms = [unpack(torch.cat([packed, *map(pack, histograms)]))]
+        histograms = [Histogram(*columns) for columns in zip(*(getattr(self, name) for name in BINS), strict=True)]
         pixels = self._pixels()
-        for name in PIXELS:
-            setattr(self, name, [])
-        self.dense = list(add_pixels(histograms[0], pixels))
+        self.clear(*PIXELS)
+        histogram = add_pixels(histograms[0] if len(histograms) == 1 else merge(histograms), pixels)
+        for name, column in zip(BINS, histogram, strict=True):
+            setattr(self, name, [column])
+        return histogram
 
 
 def exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], Curve]:
     """What gives the curve of all pixels of the cells that a condition holds for, by sorting each cell once."""
-    nominal: dict[Cell, list[Tensor]] = {}
+    nominal = defaultdict(list)
     for part in parts:
-        if part.areas is None:
-            nominal.setdefault(part.cell, []).append(part.scores)
-    ascending = {cell: sort_scores(scores).cpu() for cell, scores in nominal.items()}
+        if not len(part.areas):
+            nominal[part.cell].append(part.scores)
+    ascending = {cell: sort_scores(scores) for cell, scores in nominal.items()}
+    nothing = Pixels((), torch.empty(0, dtype=torch.float32))
 
     def curve(chosen: Callable[[Cell], bool]) -> Curve:
-        own = [part for part in parts if part.areas is not None and chosen(part.cell)]
-        scores = torch.cat([torch.empty(0, dtype=torch.float32), *(part.scores.cpu() for part in own)])
-        areas = torch.cat(
-            [torch.empty(0, dtype=torch.int32), *(part.areas.cpu() for part in own if part.areas is not None)]
-        )
-        ranked = [scores for cell, scores in ascending.items() if chosen(cell)]
-        return exact_curve(ranked, scores, areas.double().reciprocal(), ordered=True)
+        own = [nothing, *(part for part in parts if len(part.areas) and chosen(part.cell))]
+        scores, areas = torch.cat([part.scores.cpu() for part in own]), torch.cat([part.areas.cpu() for part in own])
+        return exact_curve([ranked for cell, ranked in ascending.items() if chosen(cell)], scores, areas)
 
     return curve

@@ -7,27 +7,26 @@ most 16, where a bin is a single float32. It is a function of the set of buckets
 bins coarser adds neighbours up. So the histogram depends on the scores alone: not on their order, their batches or
 the number of processes, bit for bit.
 
-Scores within a factor of two get 2^17 bins (300 +- 3 meets 4 buckets); the worst input (every float32 bucket met)
-still gets 2^8 bins for each factor of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5
-for a normal distribution around 0. So few bins stay in the processor's cache, which is half of the speed. A bin
-remembers whether it met more than one score: one that holds a single value adds no error. Weights of anomalous
-pixels, 1 / area of the region, are summed in int64 as multiples of 2^-40.
+Scores within a factor of two get 2^17 bins; the worst input (every float32 bucket met) still gets 2^8 for each factor
+of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. So
+few bins stay in the processor's cache, which is half of the speed. A bin remembers whether it met more than one score:
+one that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64
+as multiples of 2^-40.
 
-Everything runs on the scores' device. Next: `state.py`.
+Bins are filled on the scores' device, and read on the CPU. Next: `state.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, descending
+from pl_patchcore.metrics.curve import Column, Curve, descending
 
 BINS = 2**17  # 4 MB: 28 bytes a bin
 APART = 8  # times as many where many cells share them, each named by several numbers
@@ -40,17 +39,17 @@ Cell = tuple[int, ...]  # what pixels are kept apart by: numbers that name a gro
 
 
 class Pixels(NamedTuple):
-    """Scores of one cell ``(n,)``, float32; with areas ``(n,)`` they are anomalous, without nominal."""
+    """Scores of one cell ``(n,)``, float32; with areas ``(n,)`` they are anomalous, with none ``(0,)`` nominal."""
 
     cell: Cell
     scores: Tensor
-    areas: Tensor | None
+    areas: Tensor = torch.empty(0, dtype=torch.int32)
 
 
 class Histogram(NamedTuple):
     """Bins of all cells, ``U`` buckets of ``2^bits`` bins, one after another; the rest of all ``N`` is 0.
 
-    Columns keep their size from the first score to the last: blocks of changing size would leave holes in the
+    Columns have one size from the first score to the last: blocks of changing size would leave holes in the
     allocator's memory, several times the histogram in the end.
 
     Attributes:
@@ -71,6 +70,12 @@ class Histogram(NamedTuple):
     def bits(self) -> int:
         """Binary logarithm of the number of bins in a bucket."""
         return max(0, min(16, (len(self.nominal) // max(1, len(self.buckets))).bit_length() - 1))
+
+
+def zeros(buckets: Tensor, size: int = 0) -> Histogram:
+    """Histogram of these buckets, without pixels, with room for ``size`` bins."""
+    kinds = torch.int64, torch.int64, torch.int64, torch.int32
+    return Histogram(buckets, *(torch.zeros(size, dtype=kind, device=buckets.device) for kind in kinds))
 
 
 def nonzero(flags: Tensor) -> Tensor:
@@ -99,9 +104,10 @@ def score_keys(scores: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def key_scores(keys: Tensor) -> Tensor:
+def key_scores(keys: Column) -> Column:
     """Scores, float32, of int32 ``keys`` made by `score_keys`."""
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    bits: Column = keys ^ ((keys >> 31) & 0x7FFFFFFF)
+    return bits.view(np.float32)
 
 
 def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
@@ -118,14 +124,16 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
     Raises:
         UserError: If there are more than 4 million regions, whose weights int64 could not sum.
     """
-    pieces = [piece for part in parts for piece in _pieces(part)]
-    if not len(histogram.buckets) and pieces:  # the first piece has most buckets: the others need not wait for room
-        histogram = _grow(histogram, pieces[:1])
-    if late := _add_known(histogram, pieces):
-        histogram = _grow(histogram, late)
-        _add_known(histogram, late)
-    if any(part.areas is not None for part in parts):
-        _check_weights(histogram.weights)
+    pieces = [
+        Pixels(part.cell, part.scores[start : start + PIECE], part.areas[start : start + PIECE])
+        for part in parts
+        for start in range(0, len(part.scores), PIECE)
+    ]
+    while pieces := _add_known(histogram, pieces):
+        cells = {piece.cell for piece in pieces}
+        met = [_buckets(cell, torch.cat([piece.scores for piece in pieces if piece.cell == cell])) for cell in cells]
+        histogram = merge([histogram], torch.cat(met))
+    _check_weights(histogram.weights)
     return histogram
 
 
@@ -143,123 +151,22 @@ def _add_known(histogram: Histogram, pieces: Sequence[Pixels]) -> list[Pixels]:
         lower = keys & 0xFFFF
         bins += lower >> (16 - histogram.bits)
         _note(histogram.single, bins, lower + 1)
-        column = histogram.nominal if areas is None else histogram.anomalous
+        column = histogram.anomalous if len(areas) else histogram.nominal
         if column.device.type == "cpu":
             np.add.at(column.numpy(), bins.numpy(), 1)  # half the time of torch's scatter_add_
         else:
             column.scatter_add_(0, bins, torch.ones_like(bins))
-        if areas is not None:
+        if len(areas):
             histogram.weights.scatter_add_(0, bins, (UNIT + areas.long() // 2) // areas.long())
     return late
 
 
-def pack(histogram: Histogram) -> Tensor:
-    """Rows of the populated bins, ``(n, C + 6)``, int64, to send to other processes.
-
-    Columns: cell, upper 16 bits, first lower 16 bits of the bin, and the columns of `Histogram`.
-    """
-    filled = histogram.single.nonzero().flatten()
-    position = (filled & (2**histogram.bits - 1)) << (16 - histogram.bits)
-    columns = torch.stack([position, *(column[filled].long() for column in histogram[1:])], dim=1)
-    return torch.cat([histogram.buckets[filled >> histogram.bits], columns], dim=1)
-
-
-def unpack(rows: Tensor) -> Histogram:
-    """Histogram of the `pack`-ed rows of any number of histograms, in any order."""
-    buckets, place = torch.unique(rows[:, :-5], dim=0, return_inverse=True)
-    _check_weights(rows[:, -2])
-    merged = _zeros(buckets)
-    bins = (place << merged.bits) + (rows[:, -5] >> (16 - merged.bits))
-    for column, values in zip(merged[1:4], rows[:, -4:-1].unbind(1), strict=True):
-        column.scatter_add_(0, bins, values)
-    mixed = rows[:, -1] == MIXED
-    _note(merged.single, bins[~mixed], rows[~mixed, -1].int())
-    merged.single[bins[mixed]] = MIXED
-    return merged
-
-
-def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Curve]:
-    """Curves of the pixels of several cells together.
-
-    Returns:
-        Function of a condition on cells. Its curve has one row for each bin that holds anomalous pixels of the cells
-        chosen; ``mixed`` where it holds more than one distinct score, nominal ones counted too; weights in units of
-        2^-40.
-    """
-    buckets, *columns = (column.cpu() for column in histogram)
-    filled = nonzero(columns[-1] != 0)
-    bucket, inside = filled >> histogram.bits, filled & (2**histogram.bits - 1)
-    keys = (buckets[bucket, -1] << 16) + (inside << (16 - histogram.bits))
-    names, sizes = torch.unique_consecutive(buckets[:, :-1], dim=0, return_counts=True)
-    starts = torch.searchsorted(filled, sizes.cumsum(0)[:-1] << histogram.bits)  # of all cells but the first
-    parts = (column.tensor_split(starts) for column in (keys, *(column[filled] for column in columns)))
-    cells = {
-        tuple(name): (
-            pad(own, (0, 1), value=2**32),
-            pad(nominal.cumsum(0), (1, 0)),
-            *(pad(column, (0, 1)) for column in rest),
-        )
-        for name, own, nominal, *rest in zip(names.tolist(), *parts, strict=False)
-    }  # by ascending key, and a bin beyond the last
-
-    def curve(chosen: Callable[[Cell], bool]) -> Curve:
-        own = [bins for name, bins in cells.items() if chosen(name)]
-        met = [keys[nonzero(anomalous > 0)] for keys, _, anomalous, _, _ in own]
-        wanted = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *met]))
-        positive, weight, above, at_least, single = (torch.zeros_like(wanted) for _ in range(5))
-        for keys, below, anomalous, weights, singles in own:
-            at = torch.searchsorted(keys, wanted)
-            same = keys[at] == wanted
-            above += below[-1] - below[at + same]
-            at_least += below[-1] - below[at]
-            positive += anomalous[at] * same
-            weight += weights[at] * same
-            other = singles[at] * same
-            single = torch.where((single == 0) | (other == 0) | (single == other), single | other, MIXED)
-        mixed = single == MIXED
-        scores = key_scores((torch.where(mixed, wanted, (wanted & ~0xFFFF) + single - 1) - 2**31).int())
-        nominal = sum(int(below[-1]) for _, below, *_ in own)
-        return descending(scores, positive, weight, above, at_least, mixed, nominal=nominal)
-
-    return curve
-
-
-def _zeros(buckets: Tensor) -> Histogram:
-    """Histogram of these buckets, without pixels."""
-    budget = BINS if buckets.shape[1] == 2 else APART * BINS
-    size, device = max(budget, len(buckets)), buckets.device
-    nominal, anomalous, weights = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3))
-    return Histogram(buckets, nominal, anomalous, weights, torch.zeros(size, dtype=torch.int32, device=device))
-
-
-def _grow(histogram: Histogram, pieces: Sequence[Pixels]) -> Histogram:
-    """Make room for the buckets of ``pieces``, with coarser bins where the budget asks for it; in place."""
-    met: dict[Cell, Tensor] = {}
-    for cell, scores, _ in pieces:
-        met.setdefault(cell, torch.zeros(2**16, dtype=torch.bool, device=scores.device))
-        met[cell].index_fill_(0, (score_keys(scores) >> 16).long() + 2**15, True)
-    rows = [histogram.buckets]
-    for cell, flags in met.items():
-        upper = flags.nonzero()
-        rows.append(torch.cat([upper.new_tensor(cell).expand(len(upper), -1), upper], dim=1))
-    buckets, place = torch.unique(torch.cat(rows), dim=0, return_inverse=True)
-    old, place = len(histogram.buckets), place[: len(histogram.buckets)]
-    grown = Histogram(buckets, *histogram[1:]) if len(buckets) <= len(histogram.nominal) else _zeros(buckets)
-    if old:
-        for before, after in zip(histogram[1:], grown[1:], strict=True):
-            finer = before[: old << histogram.bits].view(old, 2**grown.bits, -1)
-            coarser = finer.sum(2, dtype=finer.dtype)
-            if before is histogram.single:  # the keys of two bins differ
-                coarser = torch.where(finer.count_nonzero(2) > 1, MIXED, coarser)
-            after.zero_()
-            after[: len(buckets) << grown.bits].view(len(buckets), -1)[place] = coarser
-    return grown
-
-
-def _pieces(part: Pixels) -> Iterator[Pixels]:
-    for start in range(0, len(part.scores), PIECE):
-        end = start + PIECE
-        yield Pixels(part.cell, part.scores[start:end], None if part.areas is None else part.areas[start:end])
+def _first_bins(histogram: Histogram, cell: Cell) -> Tensor:
+    """First bin of each bucket of ``cell``, ``(2^16,)``, int64, -1 where it has none."""
+    own = (histogram.buckets[:, :-1] == histogram.buckets.new_tensor(cell)).all(dim=1).nonzero().flatten()
+    first = torch.full((2**16,), -1, dtype=torch.int64, device=own.device)
+    first[histogram.buckets[own, -1]] = own << histogram.bits
+    return first
 
 
 def _note(single: Tensor, bins: Tensor, keys: Tensor) -> None:
@@ -272,17 +179,76 @@ def _note(single: Tensor, bins: Tensor, keys: Tensor) -> None:
         single[bins[single.index_select(0, bins) != keys]] = MIXED  # and the others find it there
 
 
-def _first_bins(histogram: Histogram, cell: Cell) -> Tensor:
-    """First bin of each bucket of ``cell``, ``(2^16,)``, int64, -1 where it has none."""
-    own = (histogram.buckets[:, :-1] == histogram.buckets.new_tensor(cell)).all(dim=1).nonzero().flatten()
-    first = torch.full((2**16,), -1, dtype=torch.int64, device=own.device)
-    first[histogram.buckets[own, -1]] = own << histogram.bits
-    return first
+def _buckets(cell: Cell, scores: Tensor) -> Tensor:
+    """Rows of `Histogram.buckets` that the scores need."""
+    upper = torch.bincount((score_keys(scores) >> 16) + 2**15).nonzero()
+    return torch.cat([upper.new_tensor(cell).expand(len(upper), -1), upper], dim=1)
 
 
-def _check_weights(weights: Tensor) -> None:
-    if float(weights.double().sum()) > MOST:
+def merge(histograms: Sequence[Histogram], room: Tensor | None = None) -> Histogram:
+    """Histogram of all pixels in several, with bins as coarse as the budget asks for.
+
+    Args:
+        histograms: At least one, of cells of as many numbers.
+        room: Further buckets, in any order and number.
+
+    Raises:
+        UserError: If there are more than 4 million regions.
+    """
+    _check_weights(*(histogram.weights for histogram in histograms))
+    known = [histogram.buckets for histogram in histograms]
+    rows = torch.cat(known if room is None else [*known, room])
+    buckets, place = torch.unique(rows, dim=0, return_inverse=True)
+    budget = BINS if buckets.shape[1] == 2 else APART * BINS
+    merged = zeros(buckets, max(budget, len(buckets)))
+    for histogram in histograms:
+        own, place = place[: len(histogram.buckets)], place[len(histogram.buckets) :]
+        for before, after in zip(histogram[1:], merged[1:], strict=True) if len(own) else ():
+            finer = before[: len(own) << histogram.bits].view(len(own), 2**merged.bits, -1)
+            added = finer.sum(2, dtype=finer.dtype)
+            bins = after[: len(buckets) << merged.bits].view(len(buckets), -1)  # a view
+            if after is merged.single:  # the keys of two bins differ
+                added, held = torch.where(finer.count_nonzero(2) > 1, MIXED, added), bins[own]
+                bins[own] = torch.where((held == 0) | (added == 0) | (held == added), held | added, MIXED)
+            else:
+                bins[own] += added
+    return merged
+
+
+def _check_weights(*weights: Tensor) -> None:
+    if sum(float(each.double().sum()) for each in weights) > MOST:
         raise UserError(
             f"masks have more than {MOST // UNIT:,} regions, whose weights streaming mode cannot sum; look for noise "
             "in the masks, or use mode='exact'."
         )
+
+
+def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Curve]:
+    """Curves of the pixels of several cells together.
+
+    Returns:
+        Function of a condition on cells. Its curve has one row for each bin that holds anomalous pixels of the cells
+        chosen; ``mixed`` where it holds more than one distinct score, nominal ones counted too; weights in units of
+        2^-40.
+    """
+    cells, cell = torch.unique(histogram.buckets[:, :-1], dim=0, return_inverse=True)
+    names, cell_of, upper = [tuple(name) for name in cells.tolist()], cell.cpu().numpy(), histogram.buckets[:, -1].cpu()
+    columns = [column.cpu().numpy() for column in histogram[1:]]
+    filled = np.flatnonzero(columns[-1])
+    bucket, inside = filled >> histogram.bits, filled & (2**histogram.bits - 1)
+    keys = (upper.numpy()[bucket] << 16) + (inside << (16 - histogram.bits))
+
+    def curve(chosen: Callable[[Cell], bool]) -> Curve:
+        own = np.flatnonzero(np.array([chosen(name) for name in names], bool)[cell_of[bucket]])
+        own = own[keys[own].argsort(kind="stable")]
+        key, starts = np.unique(keys[own], return_index=True)  # bins of one key, of several cells, side by side
+        nominal, anomalous, weights = (np.add.reduceat(column[filled[own]], starts) for column in columns[:3])
+        single = columns[3][filled[own]]
+        least, most = np.minimum.reduceat(single, starts), np.maximum.reduceat(single, starts)
+        mixed = (least != most) | (most == MIXED)
+        scores = key_scores((np.where(mixed, key, (key & ~0xFFFF) + most - 1) - 2**31).astype(np.int32))
+        covered, total = nominal.cumsum(), int(nominal.sum())
+        rows = scores, anomalous, weights, total - covered, total - covered + nominal, mixed
+        return descending(total, *(column[anomalous > 0] for column in rows))
+
+    return curve
