@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import DistributedSampler
 
 
 class Processes:
@@ -86,53 +85,3 @@ def _destroy_at_exit() -> None:
 def on_first_process(record: logging.LogRecord) -> bool:
     """Filter of a logger: what all processes would say, process 0 says."""
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
-
-
-class OwnImages:
-    """Numbers the images of a loader as in the data set, and leaves out those that a sampler repeats.
-
-    Samplers repeat images so that all processes get as many; these come last. Left out, each image counts once, in the
-    memory bank and in figures.
-
-    Args:
-        loader: The loader.
-        rank: Number of this process.
-        world_size: Number of processes.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> shares = [DataLoader(range(5), sampler=DistributedSampler(range(5), 3, rank, False)) for rank in range(3)]
-        >>> [OwnImages(loader, rank, 3).order for rank, loader in enumerate(shares)]
-        [[0, 3], [1, 4], [2]]
-    """
-
-    def __init__(self, loader: Any, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.order: list[int] | None = None  # this process's images, where a sampler shares them out
-        self.position = 0  # images so far, of this process
-        for holder in (loader, getattr(loader, "batch_sampler", None)):
-            sampler = getattr(holder, "sampler", None)
-            if world_size > 1 and self.order is None and isinstance(sampler, DistributedSampler):
-                total = min(len(sampler.dataset), sampler.num_replicas * sampler.num_samples)  # type: ignore[arg-type]
-                self.order = list(sampler)[: len(range(sampler.rank, total, sampler.num_replicas))]
-
-    def of(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch without repeated images, and with ``index`` int64 ``(B,)``, the images' places in the data set."""
-        first, images = self.position, len(batch["image"])
-        if self.order is not None and len(self.order) - first < images:
-            images = max(0, len(self.order) - first)
-            batch = {name: value[:images] if _of_each(value, batch) else value for name, value in batch.items()}
-        self.position += images
-        if "index" in batch:
-            index = torch.as_tensor(batch["index"])
-        elif self.order is not None:
-            index = torch.tensor(self.order[first : self.position], dtype=torch.int64)
-        else:
-            index = torch.arange(first, self.position) * self.world_size + self.rank
-        return batch | {"index": index}
-
-
-def _of_each(value: Any, batch: dict[str, Any]) -> bool:
-    """Whether an entry of a batch has a value for each image."""
-    sized = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
-    return sized and len(value) == len(batch["image"])

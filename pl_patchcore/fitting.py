@@ -63,6 +63,7 @@ class Fitting:
         update: bool = False,
         fixed_size: bool = False,
     ) -> None:
+        self.members = model.members
         self.model, self.store, self.share, self.seed = model, store or StoreOptions(), calibration_share, seed
         self.images, self.batches, self.neighbours, self.fixed_size = images, batches, neighbours, fixed_size
         self.processes = processes or Processes(alone=True)
@@ -70,16 +71,16 @@ class Fitting:
         self.collections: list[Collection] = []
         self.size: tuple[int, ...] = ()
         self.count = 0
-        banks = [member.memory_bank for member in model.members]
+        banks = [member.memory_bank for member in self.members]
         self.earlier = [
             bank.features.float().cpu() if update else torch.empty(0, dtype=torch.float32) for bank in banks
         ]
         self.seen = [int(bank.seen) if update else 0 for bank in banks]
-        self.fixed = model.members[0].input_size.tolist() if update else [0, 0]
+        self.fixed = self.members[0].input_size.tolist() if update else [0, 0]
         self._forget()
 
     def _forget(self) -> None:
-        for member in self.model.members:
+        for member in self.members:
             bank = member.memory_bank
             bank.fill(bank.features[:0, :0])
             bank.seen = torch.zeros_like(bank.seen)
@@ -111,7 +112,7 @@ class Fitting:
         else:
             held = [i in self.held_out for i in index.tolist()]
         self.count += len(images)
-        for place, member in enumerate(self.model.members):
+        for place, member in enumerate(self.members):
             patches = member.patch_features(images)
             if place == len(self.collections):
                 self._begin(member, len(images))
@@ -176,7 +177,7 @@ class Fitting:
     def _select(self, shown: bool) -> None:
         height, width = (int(side) for side in self.processes.largest(*(self.size[1:] or (0, 0))))
         scales = []
-        for place, member in enumerate(self.model.members):
+        for place, member in enumerate(self.members):
             if place == len(self.collections):  # no image came to this process
                 self._begin(member, 0)
             self._fill(member, place, shown)
@@ -225,7 +226,7 @@ class Fitting:
             found.append(torch.stack([value.cpu().double() for value in values]))
         known = torch.cat(self.processes.objects(torch.cat(found, 1).T.contiguous()))  # (n, 3)
         _, scores, peaks = known[known[:, 0].argsort(stable=True)].float().unbind(1)
-        device = self.model.members[0].input_size.device
+        device = self.members[0].input_size.device
         self.model.calibration.fill(scores.to(device), peaks.to(device))
         if self.share and not len(known):
             log.warning("calibration_share holds no image out; there are no thresholds.")
@@ -234,7 +235,7 @@ class Fitting:
         for images in zip(*(collection.held_out_images() for collection in self.collections), strict=True):
             parts = [
                 member.scorer(patches.to(member.input_size.device), member.memory_bank, size)
-                for member, (_, patches) in zip(self.model.members, images, strict=True)
+                for member, (_, patches) in zip(self.members, images, strict=True)
             ]
             scores, maps = self.model.combined(parts) if isinstance(self.model, EnsembleModel) else parts[0]
             yield images[0][0], scores, maps

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
 from pl_patchcore.checkpoint import write_checkpoint
-from pl_patchcore.data.base import AnomalyDataModule, as_batch
-from pl_patchcore.distributed import OwnImages, Processes, on_first_process
+from pl_patchcore.data.base import AnomalyDataModule
+from pl_patchcore.data.batch import OwnImages, as_batch
+from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import nearest, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
@@ -184,7 +185,7 @@ class MemoryBankCallback(L.Callback):
         shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
         try:
             for batch in tqdm(islice(loader, batches), "Memory bank", batches, disable=not shown, unit=" batches"):
-                own = own_images.of(as_batch(batch))
+                own = own_images.of(batch)
                 if len(own["image"]):
                     fitting.add(own["image"].to(device), own["index"].cpu())
             fitting.select(shown=shown)

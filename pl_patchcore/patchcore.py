@@ -37,8 +37,8 @@ from pl_patchcore.checkpoint import (
 )
 from pl_patchcore.configs import recipe
 from pl_patchcore.coreset import CoresetMethod
-from pl_patchcore.data.base import as_batch
-from pl_patchcore.distributed import OwnImages, Processes, on_first_process
+from pl_patchcore.data.batch import OwnImages, as_batch
+from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
 from pl_patchcore.fitting import Fitting
@@ -400,7 +400,7 @@ class PatchCore(L.LightningModule):
             )  # fmt: skip
             one = loaders[loader] if isinstance(loaders, list | tuple) else loaders
             self._own_images = OwnImages(one, self.global_rank, trainer.world_size)
-        return self._own_images.of(as_batch(batch))
+        return self._own_images.of(batch)
 
     # Fitting
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
-from pl_patchcore.data.base import as_batch
+from pl_patchcore.data.batch import as_batch
 
 
 @pytest.fixture

@@ -199,9 +199,9 @@ def test_whole_file(tmp_path):
         partial.write_text("new")
     assert (tmp_path / "a.txt").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b"]
-    with pytest.raises(UserError, match=r"a\.txt: cannot be written: the disk is full \(.* free\); make room"):
-        with whole_file(tmp_path / "a.txt"), Path("/dev/full").open("w") as full:
-            full.write("x")
+    full_disk = r"a\.txt: cannot be written: the disk is full \(.* free\); make room"
+    with pytest.raises(UserError, match=full_disk), whole_file(tmp_path / "a.txt"), Path("/dev/full").open("w") as full:
+        full.write("x")
     with pytest.raises(UserError, match=r"check: cannot be written: not a directory; make .*a\.txt a folder"):
         check_output(tmp_path / "a.txt" / "x")
     with pytest.raises(UserError, match="b: cannot be written: is a directory"), whole_file(tmp_path / "b"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,6 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from tqdm import tqdm
 
@@ -124,45 +123,6 @@ def collate(samples: list[Sample]) -> Sample:
         )
     batch: Sample = default_collate(samples)
     return batch
-
-
-def as_batch(batch: Any) -> dict[str, Any]:
-    """Read a batch of any of the accepted forms as a dict.
-
-    Args:
-        batch: A dict with at least ``image``, a tensor of images, or a tuple ``(image[, label[, mask]])``. Images are
-            floating-point ``(B, 3, H, W)``, of any precision, normalised; labels are numbers ``(B,)``.
-
-    Raises:
-        UserError: If it is none of these, or comes from several loaders.
-    """
-    if isinstance(batch, Mapping):
-        named = dict(batch)
-    else:
-        entries = (batch,) if isinstance(batch, Tensor) else batch
-        listed = isinstance(entries, tuple | list) and len(entries) <= 3
-        named = dict(zip(("image", "label", "mask"), entries, strict=False)) if listed else {}
-    images, labels = named.get("image"), named.get("label")
-    first = labels[0] if isinstance(labels, tuple | list) and labels else labels
-    if not isinstance(images, Tensor) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
-        raise UserError(
-            f"a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]), got a "
-            f"{type(batch).__name__}; where it comes from several loaders give one loader, e.g. over "
-            "torch.utils.data.ConcatDataset."
-        )
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
-    if not images.is_floating_point():
-        raise UserError(
-            f"images must be floating-point, got {images.dtype}; make them with model.transform, "
-            "or as float32 in [0, 1], then normalised."
-        )
-    if labels is not None:
-        if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind not in "biuf":
-            raise UserError(f"labels must be numbers, 0 nominal or 1 anomalous, got {first!r}; change the data set.")
-        if np.shape(labels)[:1] != images.shape[:1]:
-            raise UserError(f"labels must be one for each of the {len(images)} images, got {tuple(np.shape(labels))}.")
-    return named
 
 
 class AnomalyDataModule(L.LightningDataModule):

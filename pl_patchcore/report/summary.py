@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.table import Column, Table
 
-from pl_patchcore.data.base import as_batch
+from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.report.files import output_folder, plain_console, whole_file
 from pl_patchcore.report.pictures import Gallery, Shown

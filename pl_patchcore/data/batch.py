@@ -1,0 +1,103 @@
+"""What a loader gives, ours or another -> a batch as a dict, with each image's place in the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from pl_patchcore.errors import UserError
+
+
+def as_batch(batch: Any) -> dict[str, Any]:
+    """Read a batch of any of the accepted forms as a dict.
+
+    Args:
+        batch: A dict with at least ``image``, a tensor of images, or a tuple ``(image[, label[, mask]])``. Images are
+            floating-point ``(B, 3, H, W)``, of any precision, normalised; labels are numbers ``(B,)``.
+
+    Raises:
+        UserError: If it is none of these, or comes from several loaders.
+    """
+    if isinstance(batch, Mapping):
+        named = dict(batch)
+    else:
+        entries = (batch,) if isinstance(batch, Tensor) else batch
+        listed = isinstance(entries, tuple | list) and len(entries) <= 3
+        named = dict(zip(("image", "label", "mask"), entries, strict=False)) if listed else {}
+    images, labels = named.get("image"), named.get("label")
+    first = labels[0] if isinstance(labels, tuple | list) and labels else labels
+    if not isinstance(images, Tensor) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
+        raise UserError(
+            f"a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]), got a "
+            f"{type(batch).__name__}; where it comes from several loaders give one loader, e.g. over "
+            "torch.utils.data.ConcatDataset."
+        )
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
+    if not images.is_floating_point():
+        raise UserError(
+            f"images must be floating-point, got {images.dtype}; make them with model.transform, "
+            "or as float32 in [0, 1], then normalised."
+        )
+    if labels is not None:
+        if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind not in "biuf":
+            raise UserError(f"labels must be numbers, 0 nominal or 1 anomalous, got {first!r}; change the data set.")
+        if np.shape(labels)[:1] != images.shape[:1]:
+            raise UserError(f"labels must be one for each of the {len(images)} images, got {tuple(np.shape(labels))}.")
+    return named
+
+
+class OwnImages:
+    """Numbers the images of a loader as in the data set, and leaves out those that a sampler repeats.
+
+    Samplers repeat images so that all processes get as many; these come last. Left out, each image counts once, in the
+    memory bank and in figures.
+
+    Args:
+        loader: The loader.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> shares = [DataLoader(range(5), sampler=DistributedSampler(range(5), 3, rank, False)) for rank in range(3)]
+        >>> [OwnImages(loader, rank, 3).order for rank, loader in enumerate(shares)]
+        [[0, 3], [1, 4], [2]]
+    """
+
+    def __init__(self, loader: Any, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.order: list[int] | None = None  # this process's images, where a sampler shares them out
+        self.position = 0  # images so far, of this process
+        for holder in (loader, getattr(loader, "batch_sampler", None)):
+            sampler = getattr(holder, "sampler", None)
+            if world_size > 1 and self.order is None and isinstance(sampler, DistributedSampler):
+                total = min(len(sampler.dataset), sampler.num_replicas * sampler.num_samples)  # type: ignore[arg-type]
+                self.order = list(sampler)[: len(range(sampler.rank, total, sampler.num_replicas))]
+
+    def of(self, batch: Any) -> dict[str, Any]:
+        """The batch, of any form, without repeated images; with ``index`` int64 ``(B,)``, their places in the set."""
+        named = as_batch(batch)
+        first, images = self.position, len(named["image"])
+        if self.order is not None and len(self.order) - first < images:
+            images = max(0, len(self.order) - first)
+            named = {name: value[:images] if _of_each(value, named) else value for name, value in named.items()}
+        self.position += images
+        if "index" in named:
+            index = torch.as_tensor(named["index"])
+        elif self.order is not None:
+            index = torch.tensor(self.order[first : self.position], dtype=torch.int64)
+        else:
+            index = torch.arange(first, self.position) * self.world_size + self.rank
+        return named | {"index": index}
+
+
+def _of_each(value: Any, batch: dict[str, Any]) -> bool:
+    """Whether an entry of a batch has a value for each image."""
+    sized = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
+    return sized and len(value) == len(batch["image"])
