@@ -12,7 +12,9 @@ import hashlib
 import io
 import logging
 import pickle
+import reprlib
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -21,13 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from pl_patchcore.errors import UserError
+from pl_patchcore.foreign import check_archive, is_whole
 from pl_patchcore.options import nearest
 
 log = logging.getLogger(__name__)
@@ -196,19 +198,25 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such weights file; correct the path, or set weights to null for random ones.")
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole weights file ({_first_line(error)}); fetch it again.") from error
+            state: Any = dict(load_file(path))
+        else:
+            if zipfile.is_zipfile(path):  # what torch before 1.6 wrote is none
+                check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than tensors, not loaded; save model.state_dict() instead ({_first_line(error)})."
         ) from error
+    except Exception as error:  # a damaged file makes zipfile and torch raise errors of many kinds
+        raise UserError(f"{path}: not a whole weights file ({_first_line(error)}); fetch it again.") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: is not a state dict; save model.state_dict().")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and is_whole(value) for k, value in state.items()):
+        raise UserError(f"{path}: is not a state dict of whole tensors; save model.state_dict().")
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: {reprlib.repr(name)} holds NaN or infinity; fetch or train the weights again.")
     return state
 
 

@@ -10,39 +10,33 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import pickle
 import reprlib
 import warnings
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 
 from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.calibration import Calibration
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
+from pl_patchcore.foreign import Source, check_archive, is_plain, is_whole
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
-PICKLE_LIMIT = 4 << 20  # bytes: names, settings and shapes, of which torch reads about a million bytes a second
-PLAIN_VALUES = 100_000  # values in the settings
-PLAIN_DEPTH = 8  # settings inside settings
 VARIABLE_SIZE = (  # buffers whose size a fit decides
     "memory_bank.features", "memory_bank.radii", "memory_bank.index", "calibration.scores", "calibration.peaks",
 )  # fmt: skip
 FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
 M = TypeVar("M", bound=L.LightningModule)
-Source = str | PathLike[str] | IO[bytes]
 
 
 def read_checkpoint(source: Source) -> dict[str, Any]:
@@ -63,7 +57,7 @@ def read_checkpoint(source: Source) -> dict[str, Any]:
     if isinstance(source, str | PathLike) and not Path(source).is_file():
         raise UserError(f"{source}: no such checkpoint; give the .ckpt file that fit has written.")
     try:
-        _check_archive(source)
+        check_archive(source)
         if not isinstance(source, str | PathLike):
             source.seek(0)
         checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -74,25 +68,6 @@ def read_checkpoint(source: Source) -> dict[str, Any]:
     require_fitted(checkpoint, name)
     used = {key: checkpoint[key] for key in ("state_dict", "hyper_parameters", "patchcore")}
     return used | {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0}
-
-
-def _check_archive(source: Source) -> None:
-    """Compare every checksum in the file, before anything is read of it.
-
-    Raises:
-        UnpicklingError: If it is no archive as `torch.save` writes it, whose size bounds what it unpacks to.
-        BadZipFile: If a checksum differs.
-    """
-    if not zipfile.is_zipfile(source):
-        raise pickle.UnpicklingError("no archive")
-    with zipfile.ZipFile(source) as archive:
-        entries = archive.infolist()
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        pickled = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
-        if not stored or len({entry.filename for entry in entries}) < len(entries) or pickled > PICKLE_LIMIT:
-            raise pickle.UnpicklingError("no archive as torch.save writes it")
-        if archive.testzip() is not None:
-            raise zipfile.BadZipFile("a checksum differs")
 
 
 def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
@@ -120,37 +95,11 @@ def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
     if not described or not named:
         raise UserError(f"{name}: does not tell what its memory bank was made with; fit again.")
     for key, value in checkpoint["state_dict"].items():
-        if not isinstance(key, str) or not _is_whole(value):
+        if not isinstance(key, str) or not is_whole(value):
             raise UserError(f"{name}: {reprlib.repr(key)} is no tensor, or not all there; fit again.")
         numbers = value[1:] if key.endswith(".radii") else value  # no row reaches all features: infinity
         if value.is_floating_point() and not numbers.isfinite().all():
             raise UserError(f"{name}: {reprlib.repr(key)} holds NaN or infinity; fit again.")
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value consists of None, bool, int, float, str, lists and dicts of them, and is of bounded size."""
-    inside, count = [(value, 0)], 0
-    while inside:
-        value, depth = inside.pop()
-        count += 1
-        if depth > PLAIN_DEPTH or count > PLAIN_VALUES:
-            return False
-        if isinstance(value, dict):
-            if not all(isinstance(name, str) for name in value):
-                return False
-            inside += [(inner, depth + 1) for inner in value.values()]
-        elif isinstance(value, list | tuple):
-            inside += [(inner, depth + 1) for inner in value]
-        elif value is not None and type(value) not in (bool, int, float, str):
-            return False
-    return True
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether a value is a tensor whose numbers are all in the file, once each."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
-        return False
-    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: bool = True) -> None:

@@ -201,9 +201,12 @@ class PatchCoreCLI(LightningCLI):
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
         if self.chosen["data"] is None:
             raise UserError(f"{command} needs a data module, such as --data MTDDataModule.")
-        if command == "update" and not self.ckpt_path:
-            raise UserError("update needs ckpt_path, the checkpoint of a fitted model.")
-        if self.ckpt_path and self.ckpt_path not in ("best", "last", "hpc") and command != "fit":
+        seed = self.chosen.get("seed_everything")
+        if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
+        if command in ("test", "validate", "predict", "update"):
+            if self.ckpt_path in (None, "", "best", "last", "hpc"):
+                raise UserError(f"{command} needs ckpt_path, the checkpoint of a fitted model: the path of its file.")
             self._read_checkpoint(parser, self.ckpt_path)
 
     def _read_checkpoint(self, parser: LightningArgumentParser, path: str) -> None:

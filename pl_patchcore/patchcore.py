@@ -27,7 +27,6 @@ from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
 from pl_patchcore.checkpoint import (
     FORMAT,
-    Source,
     check_identity,
     check_state,
     made_of,
@@ -42,6 +41,7 @@ from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
 from pl_patchcore.fitting import Fitting
+from pl_patchcore.foreign import Source
 from pl_patchcore.lightning_parts import (
     Anchor,
     ReleaseOnException,

@@ -91,7 +91,8 @@ def references(shape: str) -> dict[str, float]:
     """What the references say about all figures of `images` of a shape."""
     scores, maps, labels, masks, _ = (column.numpy() for column in images(shape))
     nominal, anomalous, good, bad = maps[masks == 0], maps[masks == 1], scores[labels == 0], scores[labels == 1]
-    defective, truth = maps[labels == 1], masks[labels == 1]
+    shown = (labels == 1) & (masks == 1).any((1, 2))  # the crop may have taken a defect away
+    defective, truth = maps[shown], masks[shown]
     return {
         "image_auroc": reference.auroc(good, bad),
         "image_average_precision": reference.average_precision(good, bad),

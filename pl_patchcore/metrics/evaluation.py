@@ -128,9 +128,9 @@ class AnomalyEvaluation(PixelMetric):
                 f"masks of nominal images must hold no 1, got {stray} such pixels; label the image 1 or clear its mask."
             )
         groups, categories = groups.to(labels) * labels, categories.to(labels)  # nominal images are of group 0
-        segments = torch.stack([labels, groups, categories, *sizes], dim=1)
-        self.keep(segments, select(maps, nominal), select(maps, anomalous), pixel_areas(masks))
         lost = (labels == 1) & (sizes[1] == 0) & (masks != UNKNOWN).flatten(1).any(dim=1)
+        segments = torch.stack([labels + lost, groups, categories, *sizes], dim=1)  # 2: anomalous, but lost
+        self.keep(segments, select(maps, nominal), select(maps, anomalous), pixel_areas(masks))
         pixel_alarms = (exceeds(maps, self.pixel_threshold) & nominal).flatten(1).sum(dim=1)
         alarm = exceeds(scores, self.image_threshold)
         columns = (labels, groups, categories, lost.long(), sizes[0], pixel_alarms, alarm.long())
@@ -146,9 +146,10 @@ class AnomalyEvaluation(PixelMetric):
             0-d float64 each, NaN where there is nothing anomalous or nothing nominal:
 
             - ``image_auroc``, ``image_average_precision``, ``oracle_image_f1``, ``oracle_image_f1_threshold``;
-            - ``pixel_auroc``, ``pixel_auroc_anomalous`` (of anomalous images only), ``pixel_average_precision``,
-              ``oracle_pixel_f1``, ``oracle_pixel_f1_threshold``, ``pro``, ``pro_0.05``, ``pro_0.01``; in streaming
-              mode each figure has its bound beside it, ``pixel_auroc_bound`` and so on (not for the threshold);
+            - ``pixel_auroc``, ``pixel_auroc_anomalous`` (of anomalous images that are not lost),
+              ``pixel_average_precision``, ``oracle_pixel_f1``, ``oracle_pixel_f1_threshold``, ``pro``, ``pro_0.05``,
+              ``pro_0.01``; in streaming mode each figure has its bound beside it, ``pixel_auroc_bound`` and so on (not
+              for the threshold);
             - ``image_false_alarm_rate`` and ``pixel_false_alarm_rate``, shares of the nominal images and nominal
               pixels above the thresholds, for those thresholds that are set;
             - ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a known mask that

@@ -85,15 +85,21 @@ class TestFigures:
         overall = self.evaluation.compute()
         for others in processes.objects((self.defects, self.categories)):
             self.defects, self.categories = self.defects | others[0], self.categories | others[1]
-        by_defect = {self.defects[number]: _plain(row) for number, row in overall["by_group"].items()}
+        by_defect = {_own_name(self.defects[number]): _plain(row) for number, row in overall["by_group"].items()}
         rows = overall["by_category"] if self.categories else {}
-        by_category = {self.categories.get(number, str(number)): _plain(row) for number, row in rows.items()}
+        names = {number: _own_name(self.categories.get(number, str(number))) for number in rows}
+        by_category = {names[number]: _plain(row) for number, row in rows.items()}
         return {"all": _plain(overall)} | dict(sorted(by_defect.items())), dict(sorted(by_category.items()))
 
 
 def _numbers(names: Sequence[str]) -> Tensor:
     """Number of each name, the same on every process."""
     return torch.tensor([zlib.crc32(name.encode()) for name in names], dtype=torch.int64)
+
+
+def _own_name(name: str) -> str:
+    """Name of a row; that of all images is taken."""
+    return f"{name} (by name)" if name == "all" else name
 
 
 def _plain(row: Row) -> Row:

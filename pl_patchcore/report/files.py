@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from pl_patchcore.errors import UserError
@@ -69,6 +70,21 @@ def _refusal(error: OSError | RuntimeError, path: Path, partial: Path) -> str | 
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({free / 1e6:.1f} MB free); make room, or choose another folder"
     return f"{os.strerror(number).lower()}; make {there} a folder that takes it, or choose another one"
+
+
+def hold(folder: Path) -> FileLock:
+    """Take a folder for this run's reports, until the lock is released or the process ends.
+
+    Raises:
+        UserError: If another run writes into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".in_use", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{folder}: another run writes there now; wait for it, or choose another folder.") from error
+    return lock
 
 
 def check_output(folder: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import IO, Any
 
 import lightning as L
 import numpy as np
+from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 
 from pl_patchcore.anomaly_map import to_original
-from pl_patchcore.report.files import output_folder, plain_console, whole_file
+from pl_patchcore.report.files import hold, output_folder, plain_console, whole_file
 
 CALIBRATED = ("anomalous", "normalized", "p_value")  # columns of a calibrated model
 
@@ -32,12 +34,14 @@ class PredictionWriter(Callback):
     def __init__(self, maps: bool = False) -> None:
         self.maps = maps
         self.file: IO[str] | None = None  # open while images are scored
+        self.lock: FileLock | None = None  # on the folder, of the first process
         self.rows: list[tuple[int, list[str]]] = []  # number in the data set, row of the table
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the file under a temporary name."""
         folder = output_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            self.lock = hold(folder)
         if self.maps and trainer.local_rank == 0:  # machines may share the folder
             (folder / "predictions.csv").unlink(missing_ok=True)  # it names the maps that go now
             for old in (folder / "maps").glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
@@ -59,7 +63,8 @@ class PredictionWriter(Callback):
         for i, values in enumerate(zip(*columns, strict=True)):
             number = int(outputs["index"][i]) if trainer.world_size > 1 else len(self.rows) - 1
             path = outputs["path"][i] if "path" in outputs else str(number)
-            row = [path, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
+            cell = f".{os.sep}{path}" if path.startswith(tuple("=+-@\t\r")) else path  # no formula of a spreadsheet
+            row = [cell, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
             if self.maps:
                 target = Path(self.file.name).parent / "maps" / f"{number:06d}-{Path(path).stem}.npy"
                 _write_map(outputs, i, target)
@@ -82,6 +87,7 @@ class PredictionWriter(Callback):
             with partial.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(row for _, row in rows)
         target = partial.replace(partial.parent / "predictions.csv")
+        self._release()
         plain_console().print(f"{len(rows) - 1} anomaly scores written to {target}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -89,6 +95,12 @@ class PredictionWriter(Callback):
         if self.file is not None:
             self.file.close()
             self.file = None
+        self._release()
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = None
 
 
 def _write_map(outputs: dict[str, Any], i: int, target: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 from rich.table import Column, Table
 
 from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
-from pl_patchcore.report.files import output_folder, plain_console, whole_file
+from pl_patchcore.report.files import hold, output_folder, plain_console, whole_file
 from pl_patchcore.report.pictures import Gallery, Shown
 
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
@@ -45,11 +46,14 @@ class TestReport(Callback):
         if pictures < 0:
             raise UserError(f"pictures must be 0 or more, got {pictures}.")
         self.pictures = pictures
+        self.lock: FileLock | None = None  # on the folder, of the first process
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the last test."""
         self.gallery = Gallery(self.pictures)
         self.seconds, self.images = 0.0, 0
+        folder = output_folder(trainer)
+        self.lock = hold(folder) if trainer.is_global_zero else None
 
     def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -101,6 +105,16 @@ class TestReport(Callback):
                 console.print(f"{name} {rate:.4g}", highlight=False)
         for key, name in FIGURES.items():
             console.print(f"{name} {figures['all'][key]:.4f}", highlight=False)
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the folder to others."""
+        self._release()
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = None
 
 
 def _now() -> float:
