@@ -622,6 +622,9 @@ class PatchCore(L.LightningModule):
         own = {name: value for name, value in self.state_dict().items() if "patch_features." in name}
         if not fitting:  # while it is, a Tuner puts back what it saved before its trials
             require_fitted(checkpoint)
+            path = None if self._trainer is None else self.trainer.ckpt_path
+            if path is not None and "://" not in str(path):
+                read_checkpoint(path)  # Lightning looks at no checksum
             for member in self.model.members:
                 member.patch_features.identify()
             check_identity(checkpoint, self.identity())

@@ -5,9 +5,11 @@ import pickle
 import random
 import zipfile
 
+import lightning as L
 import pytest
 import torch
 from networks import TinyBackbone
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from pl_patchcore import PatchCore, UserError
@@ -29,8 +31,6 @@ def draws(request):
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    import lightning as L
-
     model = PatchCore(
         TinyBackbone(), ["fine", "coarse"], resize=16, crop=None, calibration_share=0.3, coreset_ratio=0.2
     )
@@ -143,3 +143,37 @@ def test_pickles_run_nothing(fitted, tmp_path):
         with pytest.raises(UserError):
             PatchCore.load_from_checkpoint(tmp_path / "x.ckpt", backbone=TinyBackbone())
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_changed_weights(draws, tmp_path, suffix):
+    good, path, wrong = dict(TinyBackbone().state_dict()), tmp_path / f"strange{suffix}", {}
+    for seed in draws:
+        draw = random.Random(seed)
+        if suffix == ".safetensors" or seed % 2:
+            (save_file if suffix == ".safetensors" else torch.save)(good, path)
+            raw = bytearray(path.read_bytes())
+            header = draw.randrange(1200) if suffix == ".safetensors" else draw.randrange(len(raw))
+            raw[header : header + draw.randrange(3)] = draw.randbytes(draw.randrange(1, 3))
+            path.write_bytes(raw)
+        else:
+            torch.save(changed(good, draw), path)
+        try:
+            PatchCore(TinyBackbone(), ["fine"], str(path), resize=16, crop=None)
+        except UserError as error:
+            if "\n" in str(error) or path.name not in str(error):
+                wrong[seed] = f"says {error}"
+        except Exception as error:
+            wrong[seed] = f"{type(error).__name__}: {error}"
+    assert not wrong, "\n".join(f"seed {seed}: {what}" for seed, what in wrong.items())
+
+
+def test_damage_is_noticed_by_a_trainer_too(fitted, tmp_path):
+    raw = bytearray(fitted[0].read_bytes())
+    bank = torch.load(fitted[0], weights_only=True)["state_dict"]["model.memory_bank.features"]
+    raw[raw.index(bank.numpy().tobytes()) + 10] ^= 1
+    (tmp_path / "x.ckpt").write_bytes(raw)
+    model = PatchCore(TinyBackbone(), ["fine", "coarse"], resize=16, crop=None)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match="is damaged or cut short"):
+        trainer.predict(model, DataLoader(fitted[1]), ckpt_path=tmp_path / "x.ckpt")
