@@ -52,7 +52,7 @@ def free_port() -> str:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=100, metavar="N", help="files changed at random, of each kind")
+    parser.addoption("--fuzz", type=int, default=60, metavar="N", help="files changed at random, of each kind")
 
 
 def forkserver() -> multiprocessing.context.ForkServerContext:
