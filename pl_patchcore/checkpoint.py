@@ -226,6 +226,17 @@ def _short(value: Any) -> str:
     return value[:12] + "..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
+def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Those of a constructor's arguments that have a plain form, in it, and the names of the others."""
+    found, left_out = {}, []
+    for name, value in arguments.items():
+        try:
+            found[name] = plain(value)
+        except TypeError:
+            left_out.append(name)
+    return found, left_out
+
+
 def plain(value: Any) -> Any:
     """An argument as a plain value: None, bool, int, float, str, lists and dicts of them.
 

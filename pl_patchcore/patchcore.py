@@ -30,7 +30,7 @@ from pl_patchcore.checkpoint import (
     check_identity,
     check_state,
     made_of,
-    plain,
+    plain_arguments,
     read_checkpoint,
     require_fitted,
 )
@@ -180,12 +180,8 @@ class PatchCore(L.LightningModule):
             self.store.check_method(member.coreset.method)
         self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
         self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
-        self.left_out: list[str] = []  # arguments that a checkpoint cannot hold, such as a module
-        for name, value in self.arguments.items():
-            try:
-                self.hparams[name] = plain(value)
-            except TypeError:
-                self.left_out.append(name)
+        plain, self.left_out = plain_arguments(self.arguments)
+        self.hparams.update(plain)
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
