@@ -30,6 +30,7 @@ from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint
 from pl_patchcore.configs import config_file, read_config
 from pl_patchcore.data import AnomalyDataModule
+from pl_patchcore.data.base import loader_error
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import GROUPS, moved, nearest
 from pl_patchcore.patchcore import PatchCore
@@ -394,4 +395,9 @@ def main(args: Sequence[str] | None = None) -> None:
         lines = [line for line in str(error).splitlines() if line.strip()]
         text = lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error)
         sys.stderr.write(f"pl-patchcore: error: {text}\n")
+        raise SystemExit(2) from None
+    except RuntimeError as error:  # torch tells of a loader process that was killed wherever the run happens to be
+        if (explained := loader_error(error)) is error:
+            raise
+        sys.stderr.write(f"pl-patchcore: error: {explained}\n")
         raise SystemExit(2) from None

@@ -123,7 +123,7 @@ def missing_category(mtd):
 def empty_folder(mtd):
     shutil.rmtree(mtd / "MT_Free")
     (mtd / "MT_Free" / "Imgs").mkdir(parents=True)
-    return r"holds no \.jpg image"
+    return r"Imgs: holds no image"
 
 
 def missing_mask(mtd):
@@ -238,12 +238,12 @@ def test_synthetic_export(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texture": "wood"}, "one of brick, gravel, grass"),
+        ({"texture": "wood"}, "texture must be brick, gravel or grass"),
         ({"image_size": 300}, "from 64 to 256"),
         ({"train_images": 0}, "train_images must be at least 1"),
-        ({"test_per_defect": -1}, "at least 0"),
+        ({"test_per_defect": -1}, "test_per_defect must be a whole number from 0 up"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"num_workers": -1}, "num_workers must be 0 or more"),
+        ({"num_workers": -1}, "num_workers must be a whole number from 0 up"),
     ],
 )
 def test_bad_options(options, message):
