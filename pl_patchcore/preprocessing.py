@@ -296,7 +296,11 @@ def _opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
     """Open an image file; whatever Pillow raises for it, then or while it is decoded, is a `UserError`."""
     check_file(path)
     try:
-        with _own_limit() if max_pixels is not None else nullcontext(), Image.open(path, formats=_FORMATS) as image:
+        with (
+            _own_limit() if max_pixels is not None else nullcontext(),
+            path.open("rb") as file,  # given the path, Pillow maps some files, and garbles TIFFs with a quarter turn
+            Image.open(file, formats=_FORMATS) as image,
+        ):
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"has {image.width}x{image.height} pixels")
             yield image

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pl_patchcore.errors import UserError
+from pl_patchcore.preprocessing import check_file
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ def list_images(folder: Path, remedy: str, recursive: bool = False) -> list[Path
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {remedy}.")
+    if not recursive:
+        for name in list_folders(folder):
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                check_file(folder / name)
     files, seen = [], set()
     for here, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
         place = os.path.realpath(here)
