@@ -192,16 +192,18 @@ class Loader(DataLoader[Sample]):
     def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
         try:
             yield from super().__iter__()
-        except RuntimeError as error:
-            raise loader_error(error) from error
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it ended while it sent a sample
+            if not self.num_workers or (explained := loader_error(error)) is error:
+                raise
+            raise explained from error
 
 
-def loader_error(error: RuntimeError) -> RuntimeError | UserError:
-    """Explain that a loader process ended, if that is what the error says."""
-    if not str(error).startswith("DataLoader worker"):
+def loader_error(error: Exception) -> Exception:
+    """Explain that a loader process ended, if that is what an error from a loader says; else the error itself."""
+    if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
         return error
     return UserError(
-        f"a loader process ended unexpectedly ({str(error).splitlines()[0].rstrip('. ')}); if memory is short, lower "
+        f"a loader process ended unexpectedly ({(str(error) or 'no answer').splitlines()[0].rstrip('. ')}); if memory is short, lower "
         "data.num_workers or data.batch_size."
     )
 
