@@ -394,10 +394,14 @@ def main(args: Sequence[str] | None = None) -> None:
         # a loader process's error carries the traceback it had there; the last line is the message
         lines = [line for line in str(error).splitlines() if line.strip()]
         text = lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error)
-        sys.stderr.write(f"pl-patchcore: error: {text}\n")
-        raise SystemExit(2) from None
+        _fail(text)
     except RuntimeError as error:  # torch tells of a loader process that was killed wherever the run happens to be
         if (explained := loader_error(error)) is error:
             raise
-        sys.stderr.write(f"pl-patchcore: error: {explained}\n")
-        raise SystemExit(2) from None
+        _fail(str(explained))
+
+
+def _fail(text: str) -> NoReturn:
+    """End with one line; on a line of its own, as torch ends its word about a killed process with a null character."""
+    sys.stderr.write("\n" * text.startswith("a loader process") + f"pl-patchcore: error: {text}\n")
+    raise SystemExit(2) from None

@@ -203,7 +203,7 @@ def loader_error(error: Exception) -> Exception:
     if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
         return error
     return UserError(
-        f"a loader process ended unexpectedly ({(str(error) or 'no answer').splitlines()[0].rstrip('. ')}); if memory is short, lower "
+        f"a loader process ended unexpectedly ({str(error).partition('.')[0]}); if memory is short, lower "
         "data.num_workers or data.batch_size."
     )
 
