@@ -314,8 +314,10 @@ class AnomalyDataModule(L.LightningDataModule):
     ) -> None:
         check_arguments(AnomalyDataModule.__init__, locals(), "data.")
         super().__init__()
-        if not 1 <= batch_size <= MOST_IN_BATCH:
-            raise UserError(f"batch_size must be at least 1 and at most {MOST_IN_BATCH}, got {batch_size}.")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        if batch_size > MOST_IN_BATCH:
+            raise UserError(f"batch_size must be at most {MOST_IN_BATCH}, got {batch_size}.")
         cores = os.cpu_count() or 1
         if num_workers is not None and num_workers > max(32, 4 * cores):
             raise UserError(f"num_workers must be at most {max(32, 4 * cores)} on {cores} cores, got {num_workers}.")
