@@ -29,6 +29,7 @@ from pl_patchcore.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_PIXELS = 16_384  # of a side
 UNKNOWN = 255  # mask value of pixels that no pixel figure counts
 _ORIENTATION = 274  # EXIF tag
 # no EPS among them, for which Pillow would start another program
@@ -75,6 +76,8 @@ class Preprocessing:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and (np.shape(size) not in ((), (2,)) or np.min(size) < 1):
                 raise UserError(f"{name} must be at least 1 pixel, one number or (height, width), got {size}.")
+            if size is not None and np.max(size) > MOST_PIXELS:
+                raise UserError(f"{name} must be at most {MOST_PIXELS} pixels, got {size}.")
         if self.resize_mode not in ("squash", "shorter_side"):
             raise UserError(f"resize_mode must be 'squash' or 'shorter_side', got {self.resize_mode!r}.")
         if self.interpolation not in ("bilinear", "bicubic"):

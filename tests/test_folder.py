@@ -263,6 +263,13 @@ def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
         _ = FolderDataModule(root / "ok", anomalous=root / "bad").records
 
 
+@pytest.mark.parametrize("option", ["nominal", "anomalous", "predict", "manifest"])
+def test_paths_that_cannot_be(root, option):
+    options = {"nominal": root / "ok"} if option in ("anomalous", "predict") else {}
+    with pytest.raises(UserError, match="nnn"):
+        _ = FolderDataModule(**options, **{option: "n" * 5000}).lists
+
+
 def test_pipes_are_refused(root):
     os.mkfifo(root / "ok" / "pipe.png")
     with pytest.raises(UserError, match=r"pipe\.png: is a pipe"):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from tqdm import tqdm
 
-from pl_patchcore.data.files import list_images
+from pl_patchcore.data.files import is_folder, list_images
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
 from pl_patchcore.preprocessing import UNKNOWN, Header, Preprocessing, check_image, read_image, read_mask
@@ -91,7 +91,7 @@ class Record:
 
     def masks(self) -> list[Path]:
         """The mask files."""
-        if self.mask_path is None or not self.mask_path.is_dir():
+        if self.mask_path is None or not is_folder(self.mask_path):
             return [] if self.mask_path is None else [self.mask_path]
         return list_images(self.mask_path, "put the masks of the image there, or remove the folder")
 

@@ -27,7 +27,7 @@ def list_images(folder: Path, remedy: str, recursive: bool = False) -> list[Path
     Raises:
         UserError: If there is no such folder, or no image in it, then with the ``remedy``; if it cannot be read.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder}: no such folder; {remedy}.")
     if not recursive:
         for name in list_folders(folder):
@@ -53,8 +53,20 @@ def list_folders(folder: Path) -> list[str]:
     Raises:
         UserError: If it cannot be read.
     """
-    here = next(os.walk(folder, onerror=_cannot_list), None) if folder.is_dir() else None
+    here = next(os.walk(folder, onerror=_cannot_list), None) if is_folder(folder) else None
     return sorted(name for name in here[1] if not _is_passed_over(name)) if here else []
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder.
+
+    Raises:
+        UserError: If that cannot be known: no right to look, or a name that is too long.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise UserError(f"{_short(str(path))}: cannot be looked at ({error.strerror}); give another path.") from error
 
 
 def _is_passed_over(name: str) -> bool:
@@ -62,11 +74,14 @@ def _is_passed_over(name: str) -> bool:
 
 
 def _cannot_list(error: OSError) -> None:
-    name = str(error.filename)
-    name = name if len(name) < 400 else f"{name[:200]} ... {name[-100:]}"
     raise UserError(
-        f"{name}: the folder cannot be listed ({error.strerror}); give yourself the right to, or move it away."
+        f"{_short(error.filename)}: the folder cannot be listed ({error.strerror}); give yourself the right to, or "
+        "move it away."
     ) from error
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 400 else f"{name[:200]} ... {name[-100:]}"
 
 
 def pair_masks(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
-from pl_patchcore.data.files import list_images, pair_masks
+from pl_patchcore.data.files import is_folder, list_images, pair_masks
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
 from pl_patchcore.preprocessing import check_file
@@ -44,7 +44,8 @@ class FolderDataModule(AnomalyDataModule):
         test_nominal: Folder of nominal test images; None holds ``test_share`` of ``nominal`` out for the test.
         anomalous: Folder of anomalous test images; the folders directly inside it are the defect types.
         masks: Folder of their masks, with the names the images have in ``anomalous``, folders included, whatever the
-            suffix (``scratch/01.jpg``: ``scratch/01.png`` or ``scratch/01_mask.png``). Above mid-grey is defect.
+            suffix (``scratch/01.jpg``: ``scratch/01.png`` or ``scratch/01_mask.png``), or folders of that name with
+            several masks each. Above mid-grey is defect; if none is as bright, each level above 0 is.
         manifest: CSV file in place of the folders, with a header line. Columns: ``path`` (relative to the CSV file);
             ``label``, ``nominal`` or ``anomalous``; and as wanted ``split`` (``train`` or ``test``; without it nominal
             images are split by ``test_share``), ``defect``, ``category``, ``mask``.
@@ -128,11 +129,11 @@ class FolderDataModule(AnomalyDataModule):
         """Images to predict; whether they are anomalous is not known."""
         if self.predict is None:
             return None
-        if not self.predict.exists():
-            raise UserError(f"{self.predict}: no such file or folder; set data.predict to the images to score.")
         paths = [self.predict]
-        if self.predict.is_dir():
+        if is_folder(self.predict):
             paths = list_images(self.predict, "look at data.predict", recursive=True)
+        elif not self.predict.exists():
+            raise UserError(f"{self.predict}: no such file or folder; set data.predict to the images to score.")
         return [Record(path, -1, "unknown", self.category) for path in paths]
 
     def _split(self, nominal: Sequence[Record]) -> tuple[list[Record], list[Record]]:

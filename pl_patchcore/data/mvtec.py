@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.download import fetch_archive
-from pl_patchcore.data.files import list_folders, list_images, pair_masks
+from pl_patchcore.data.files import is_folder, list_folders, list_images, pair_masks
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
 
@@ -90,21 +90,21 @@ class MVTecDataModule(AnomalyDataModule):
         if self.category is None:
             raise UserError(f"data.category is not set; choose one of {', '.join(self.categories())}.")
         folder = self.root / self.category
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise UserError(f"{folder}: no such folder; choose one of {', '.join(self.categories())}.")
         train, test = (
             [Record(path, 0, NOMINAL, self.category) for path in self._images(folder, split, "good")]
             for split in ("train", "test")
         )
         nominal, truths = len(test), folder / "ground_truth"
-        if not truths.is_dir():
+        if not is_folder(truths):
             log.warning("%s: there is no such folder of masks: there are no pixel figures.", truths)
         for defect in list_folders(folder / "test"):
             if defect.lower() == "good":
                 continue
             images = self._images(folder, "test", defect)
             root, masks = folder / "test" / defect, {}
-            if truths.is_dir():
+            if is_folder(truths):
                 truth, remedy = truths / defect, f"give {truths} a folder {defect} with the mask of each image"
                 masks = pair_masks(images, root, list_images(truth, remedy, recursive=True), truth, remedy)
             test += [Record(path, 1, defect, self.category, masks.get(path)) for path in images]
