@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
-from pl_patchcore.data.base import as_batch
+from pl_patchcore.data.base import as_batch, loader_error
 
 
 @pytest.fixture
@@ -175,6 +175,20 @@ def test_workers_give_the_same_samples():
     for a, b in zip(one.test_dataloader(), two.test_dataloader(), strict=True):
         assert torch.equal(a["image"], b["image"])
         assert torch.equal(a["mask"], b["mask"])
+
+
+def test_a_loader_process_that_is_killed_is_explained():
+    for error in (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ):
+        assert isinstance(loader_error(error), UserError)
+        assert "lower data.num_workers or data.batch_size" in str(loader_error(error))
+    for message in ("CUDA out of memory", "Caught RuntimeError in DataLoader worker process 0."):
+        error = RuntimeError(message)
+        assert loader_error(error) is error
 
 
 def test_synthetic_images_depend_on_seed_and_number_alone():
