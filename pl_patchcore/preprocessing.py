@@ -186,7 +186,7 @@ def read_image(path: Path, bits: int | None = None, max_pixels: int | None = Non
             if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
                 found = f"level {lowest if lowest < 0 else highest}"
                 raise UserError(
-                    f"{path}: holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew."
+                    f"{shown(path)}: holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew."
                 )
             grey = grey.astype(np.float32) / (high / 255)
             image = Image.fromarray(grey.round().astype(np.uint8))
@@ -207,7 +207,7 @@ def read_mask(path: Path, max_pixels: int | None = None) -> np.ndarray:
         if image.mode.startswith(("I", "F")):
             deep = np.asarray(image)
             if not np.isfinite(deep).all() or (deep < 0).any() or (deep != deep.round()).any():
-                raise UserError(f"{path}: a mask needs whole levels from 0 up; save it with 0 and 255.")
+                raise UserError(f"{shown(path)}: a mask needs whole levels from 0 up; save it with 0 and 255.")
             return deep.astype(np.int64)
         if image.mode in ("1", "L"):
             return np.asarray(image.convert("L"))
@@ -216,7 +216,9 @@ def read_mask(path: Path, max_pixels: int | None = None) -> np.ndarray:
             alpha = np.asarray(image.getchannel("A"))
             if alpha.min() != alpha.max() and ((alpha > 127) != (levels > 127)).any():
                 if levels.min() != levels.max():
-                    raise UserError(f"{path}: colours and alpha mark different pixels; save the mask without alpha.")
+                    raise UserError(
+                        f"{shown(path)}: colours and alpha mark different pixels; save the mask without alpha."
+                    )
                 return alpha
         return levels
 
@@ -249,6 +251,12 @@ def check_image(path: Path, bits: int | None = None, max_pixels: int | None = No
     return header
 
 
+def shown(path: str | Path) -> str:
+    """A path as it may stand in a message: on one line, all of it printable."""
+    name = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
 def check_file(path: Path) -> None:
     """Refuse what must not be opened: no file, a folder, a pipe, a socket, a device, a name that is not UTF-8.
 
@@ -259,18 +267,17 @@ def check_file(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        name = os.fsencode(path).decode(errors="backslashreplace")
-        raise UserError(f"{name}: its name is not UTF-8; rename it, or {remedy}.") from None
+        raise UserError(f"{shown(path)}: its name is not UTF-8; rename it, or {remedy}.") from None
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; restore it or {remedy}.") from None
+        raise UserError(f"{shown(path)}: no such file; restore it or {remedy}.") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise UserError(f"{path}: cannot be read ({error}); restore it or {remedy}.") from error
+        raise UserError(f"{shown(path)}: cannot be read ({error}); restore it or {remedy}.") from error
     if stat.S_ISDIR(mode):
-        raise UserError(f"{path}: is a folder where an image file should be; {remedy}.")
+        raise UserError(f"{shown(path)}: is a folder where an image file should be; {remedy}.")
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is a pipe, a socket or a device, and not opened; {remedy}.")
+        raise UserError(f"{shown(path)}: is a pipe, a socket or a device, and not opened; {remedy}.")
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -288,9 +295,11 @@ def _check_range(path: Path, image: Image.Image, bits: int | None) -> int | None
             return bits
     if image.mode in ("I", "F"):
         kind, option = ("whole", " or set model.images.bits") if image.mode == "I" else ("floating-point", "")
-        raise UserError(f"{path}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}.")
+        raise UserError(
+            f"{shown(path)}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}."
+        )
     if bits not in (None, 16) and _is_deep(image):
-        raise UserError(f"{path}: model.images.bits is for grey images; save this one with 8 bits a channel.")
+        raise UserError(f"{shown(path)}: model.images.bits is for grey images; save this one with 8 bits a channel.")
     return bits
 
 
@@ -310,12 +319,12 @@ def _opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}; raise model.images.max_pixels to allow so large an image.") from error
+        raise UserError(f"{shown(path)}: {error}; raise model.images.max_pixels to allow so large an image.") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         reason = " ".join(reason.split())
         raise UserError(
-            f"{path}: cannot be read ({reason}); replace the file or take it out of the data set."
+            f"{shown(path)}: cannot be read ({reason}); replace the file or take it out of the data set."
         ) from error
 
 

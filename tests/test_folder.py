@@ -159,6 +159,8 @@ def test_manifest(root):
         ("ok/e.png,anomalous,train", r"line 3: an anomalous image cannot train"),
         ("ok/e.png,nominal", r"line 3: has more or fewer fields"),
         (",nominal,train", r"line 3: names no path"),
+        ("ok/\0.png,nominal,train", "holds null characters"),
+        ('"' + "x" * 200_000, "is no CSV .*field larger"),
         ("ok/none.png,nominal,train", r"none\.png: no such file"),
     ],
 )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pl_patchcore.data.files import is_folder, list_images
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
-from pl_patchcore.preprocessing import UNKNOWN, Header, Preprocessing, check_image, read_image, read_mask
+from pl_patchcore.preprocessing import UNKNOWN, Header, Preprocessing, check_image, read_image, read_mask, shown
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ class Record:
     def mismatch(self, found: tuple[int, ...], size: tuple[int, ...]) -> UserError:
         """Error for a mask whose size is not its image's."""
         return UserError(
-            f"{self.mask_path}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
-            f"({self.path}); a mask must have its image's size."
+            f"{shown(str(self.mask_path))}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
+            f"({shown(self.path)}); a mask must have its image's size."
         )
 
 

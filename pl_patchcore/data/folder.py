@@ -8,6 +8,7 @@ pixel level. Next: `base.py`.
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 from collections import Counter
@@ -21,7 +22,7 @@ from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.files import is_folder, list_images, pair_masks
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
-from pl_patchcore.preprocessing import check_file
+from pl_patchcore.preprocessing import check_file, shown
 
 log = logging.getLogger(__name__)
 
@@ -152,17 +153,24 @@ class FolderDataModule(AnomalyDataModule):
             raise UserError(
                 f"{path}: is not UTF-8 text ({error}); set data.manifest to a CSV file in UTF-8."
             ) from error
+        if "\0" in text:
+            raise UserError(f"{path}: holds null characters; set data.manifest to a CSV file in UTF-8.")
         first = text.partition("\n")[0]
-        rows = csv.DictReader(text.splitlines(), delimiter=";" if first.count(";") > first.count(",") else ",")
+        rows = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=";" if first.count(";") > first.count(",") else ","
+        )
         names = rows.fieldnames or []
         strange = [f"has a column {name!r}" for name in names if name not in _COLUMNS]
         if strange or not {"path", "label"} <= set(names):
             what = (strange or ["lacks the columns path and label"])[0]
             raise UserError(f"{path}: {what}; its first line must name columns of {', '.join(_COLUMNS)}.")
         parts: dict[str, list[Record]] = {"train": [], "test": [], "": []}
-        for row in rows:
-            record, split = self._read_line(row, path.parent, f"{path}, line {rows.line_num}")
-            parts[split].append(record)
+        try:
+            for row in rows:
+                record, split = self._read_line(row, path.parent, f"{path}, line {rows.line_num}")
+                parts[split].append(record)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: is no CSV ({error}); look for a quote too many.") from error
         train, test = self._split(parts[""])
         return _refuse_twice(parts["train"] + train, parts["test"] + test, f"list it once in {path}")
 
@@ -191,7 +199,7 @@ def _refuse_twice(train: list[Record], test: list[Record], remedy: str) -> tuple
     """Refuse an image that is in the two lists, or twice in one, under whatever path."""
     places = Counter(os.path.realpath(record.path) for record in (*train, *test))
     if twice := [place for place, times in places.items() if times > 1]:
-        raise UserError(f"{twice[0]}: is named twice; {remedy}.")
+        raise UserError(f"{shown(twice[0])}: is named twice; {remedy}.")
     return train, test
 
 
