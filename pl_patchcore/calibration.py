@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_patchcore.distributed import on_first_process
+from pl_patchcore.errors import UserError
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -142,10 +143,19 @@ class Calibration(nn.Module):
         return p_values(scores, self.scores)
 
     def tell(self, rate: float) -> None:
-        """Log the thresholds, and what they promise; nothing while empty."""
+        """Log the thresholds, and what they promise; nothing while empty.
+
+        Raises:
+            UserError: If the threshold is 0, which no score can be compared to.
+        """
         if not (n := len(self.scores)):
             return
         threshold, promised = conformal_threshold(self.scores, rate)
+        if threshold <= 0:
+            raise UserError(
+                f"the threshold is {threshold:g}: held-out nominal images score 0, as copies of training images do; "
+                "give images that differ, or set calibration_share to 0."
+            )
         log.info(
             "thresholds from %d held-out nominal images: %.4g for anomaly scores, %.4g for anomaly maps; a nominal "
             "image exceeds each with probability %.3g.",

@@ -30,6 +30,7 @@ from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint
 from pl_patchcore.configs import config_file, read_config
 from pl_patchcore.data import AnomalyDataModule
+from pl_patchcore.data.base import loader_error
 from pl_patchcore.errors import UserError
 from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.options import GROUPS, moved, nearest
@@ -338,13 +339,19 @@ def main(args: Sequence[str] | None = None) -> None:
         # a loader process's error carries the traceback it had there; the last line is the message
         lines = [line for line in str(error).splitlines() if line.strip()]
         text = lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error)
-        sys.stderr.write(f"pl-patchcore: error: {text}\n")
-        raise SystemExit(2) from None
+        _fail(text)
     except OSError as error:  # a full or read-only disk, an occupied name
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        sys.stderr.write(
-            f"pl-patchcore: error: {where}{os.strerror(error.errno or 0).lower()}; choose another place.\n"
-        )
-        raise SystemExit(2) from None
+        _fail(f"{where}{os.strerror(error.errno or 0).lower()}; choose another place.")
+    except RuntimeError as error:  # torch tells of a loader process that was killed wherever the run happens to be
+        if (explained := loader_error(error)) is error:
+            raise
+        _fail(str(explained))
+
+
+def _fail(text: str) -> NoReturn:
+    """End with one line; on a line of its own, as torch ends its word about a killed process with a null character."""
+    sys.stderr.write("\n" * text.startswith("a loader process") + f"pl-patchcore: error: {text}\n")
+    raise SystemExit(2) from None

@@ -72,12 +72,16 @@ class ImageOptions(_Group):
         interpolation: Filter of the resize, ``bilinear`` or ``bicubic``, antialiased.
         mean: Mean of the normalisation, RGB in [0, 1].
         std: Standard deviation of the normalisation, RGB in [0, 1].
+        bits: Bits of grey images that have more than 8 a pixel, such as 12 of a camera whose files have 16; null: 16.
+        max_pixels: Largest image that is opened, in pixels; null: Pillow's limit of 178,956,970.
     """
 
     group: ClassVar[str] = "images"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    bits: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,7 +296,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return 0 <= value <= MOST if kind is int else abs(value) <= sys.float_info.max
     if kind is str:
         return isinstance(value, str | PathLike)
-    if is_dataclass(kind) or not isinstance(kind, type):  # a group checks itself
+    if kind is Any or is_dataclass(kind) or not isinstance(kind, type):  # a group checks itself
         return True
     return isinstance(value, kind)
 

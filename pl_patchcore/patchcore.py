@@ -170,9 +170,7 @@ class PatchCore(L.LightningModule):
         of_ensemble = options_of(EnsembleOptions, ensemble)
         for given in of_ensemble.members or ():
             check_arguments(PatchCore.__init__, given, "ensemble.members: ")
-        self.transform = Preprocessing(
-            resize, crop, resize_mode, of_images.interpolation, of_images.mean, of_images.std
-        )
+        self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
         if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range" and calibration_share:
             raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")

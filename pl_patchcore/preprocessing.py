@@ -10,10 +10,14 @@ The paper says "resized and center cropped to 256x256 and 224x224": ``resize_mod
 
 from __future__ import annotations
 
-import io
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +29,12 @@ from pl_patchcore.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_PIXELS = 16_384  # of a side
 UNKNOWN = 255  # mask value of pixels that no pixel figure counts
 _ORIENTATION = 274  # EXIF tag
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+# no EPS among them, for which Pillow would start another program
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+_pillows_limit = threading.Lock()  # that limit belongs to the whole process
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Preprocessing:
         interpolation: Filter of the image's resize (antialiased); masks always take the nearest pixel.
         mean: Subtracted per RGB channel, in units of [0, 1].
         std: Divided by per RGB channel, in units of [0, 1].
+        bits: As `read_image`; kept here as it belongs to what the model has seen.
+        max_pixels: As `read_image`.
 
     Raises:
         UserError: If a size is not positive or the crop is larger than the resized image.
@@ -57,6 +66,8 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    bits: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop", "mean", "std"):
@@ -65,6 +76,8 @@ class Preprocessing:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and (np.shape(size) not in ((), (2,)) or np.min(size) < 1):
                 raise UserError(f"{name} must be at least 1 pixel, one number or (height, width), got {size}.")
+            if size is not None and np.max(size) > MOST_PIXELS:
+                raise UserError(f"{name} must be at most {MOST_PIXELS} pixels, got {size}.")
         if self.resize_mode not in ("squash", "shorter_side"):
             raise UserError(f"resize_mode must be 'squash' or 'shorter_side', got {self.resize_mode!r}.")
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -73,6 +86,10 @@ class Preprocessing:
             raise UserError(f"resize_mode 'shorter_side' takes one number for resize, got {self.resize}.")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean and std take three numbers, std positive; got {self.mean} and {self.std}.")
+        if self.bits is not None and not 1 <= self.bits <= 31:
+            raise UserError(f"images.bits must be from 1 to 31, got {self.bits}.")
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise UserError(f"images.max_pixels must be at least 1, got {self.max_pixels}.")
         # shorter_side makes the other side at least as long, so this bound holds for it too
         if self.resize is not None and self.crop is not None and np.any(np.greater(self.crop, self.resize)):
             raise UserError(f"crop {self.crop} is larger than the resized image ({self.resize}); change one of them.")
@@ -137,57 +154,187 @@ class Preprocessing:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-def read_image(path: Path) -> Image.Image:
+class Header(NamedTuple):
+    """What an image file says undecoded: height and width, upright; whether it has more than 8 bits; pages."""
+
+    size: tuple[int, int]
+    deep: bool
+    pages: int
+
+
+def read_image(path: Path, bits: int | None = None, max_pixels: int | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB, upright.
 
-    EXIF orientation is applied; grey is repeated to three channels; 16-bit grey is scaled from its full range;
-    an alpha channel is dropped (the colours under it are kept).
+    EXIF orientation is applied; grey is repeated to three channels; an alpha channel is dropped (the colours under it
+    are kept); of several pages the first is read. The scale of more than 8 bits is never taken from the pixels.
+
+    Args:
+        path: The file.
+        bits: Grey images of more than 8 bits a pixel are scaled from ``0 ... 2**bits - 1`` (12 for a camera of 12 bits
+            whose images are in 16); None: from the full range of 16 bits. A file of 12 bits tells its scale itself.
+        max_pixels: Largest image that is opened; None: Pillow's limit, 178,956,970.
 
     Raises:
-        UserError: If the file is missing, not an image, cut short, or holds floating-point pixels.
+        UserError: If the file is missing, no regular file, not an image, cut short, larger than ``max_pixels``, or its
+            pixels have no defined range.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):  # type: ignore[operator]
-        raise UserError(f"{path}: pixels of mode {image.mode} have no defined range; save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    return image.convert("RGB")
+    with _opened(path, max_pixels) as file:
+        bits = _check_range(path, file, bits)
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):
+            grey, high = np.asarray(image), 2 ** (bits or 16) - 1
+            if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
+                found = f"level {lowest if lowest < 0 else highest}"
+                raise UserError(
+                    f"{shown(path)}: holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew."
+                )
+            grey = grey.astype(np.float32) / (high / 255)
+            image = Image.fromarray(grey.round().astype(np.uint8))
+        return image.convert("RGB")
 
 
-def check_image(path: Path) -> tuple[int, int]:
-    """Check an image file by its header and, of JPEG and PNG, its end marker; without that it is decoded.
+def read_mask(path: Path, max_pixels: int | None = None) -> np.ndarray:
+    """Read the levels of a mask file, upright: uint8 ``(H, W)``, or int64 where it has more than 8 bits a pixel.
 
-    Returns:
-        Height and width, upright.
+    Of several channels the brightest counts. Where the colours are all one and an alpha channel is not, that is the
+    mask.
 
     Raises:
-        UserError: As `read_image`.
+        UserError: As `read_image`; if levels are negative or no whole numbers, or colours and alpha contradict.
     """
+    with _opened(path, max_pixels) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith(("I", "F")):
+            deep = np.asarray(image)
+            if not np.isfinite(deep).all() or (deep < 0).any() or (deep != deep.round()).any():
+                raise UserError(f"{shown(path)}: a mask needs whole levels from 0 up; save it with 0 and 255.")
+            return deep.astype(np.int64)
+        if image.mode in ("1", "L"):
+            return np.asarray(image.convert("L"))
+        levels: np.ndarray = np.asarray(image.convert("RGB")).max(axis=2)
+        if image.mode in ("LA", "RGBA", "PA"):
+            alpha = np.asarray(image.getchannel("A"))
+            if alpha.min() != alpha.max() and ((alpha > 127) != (levels > 127)).any():
+                if levels.min() != levels.max():
+                    raise UserError(
+                        f"{shown(path)}: colours and alpha mark different pixels; save the mask without alpha."
+                    )
+                return alpha
+        return levels
+
+
+def check_image(path: Path, bits: int | None = None, max_pixels: int | None = None, mask: bool = False) -> Header:
+    """Check an image or mask file by its header and, of JPEG and PNG, its end marker; without that it is decoded.
+
+    Raises:
+        UserError: As `read_image`, or `read_mask`.
+    """
+    with _opened(path, max_pixels) as image:
+        if not mask:
+            _check_range(path, image, bits)
+        width, height = image.size
+        tags = getattr(image, "tag_v2", {})
+        if image.format == "TIFF":  # some versions of Pillow give the upright size, some the stored one
+            width, height = tags[256], tags[257]
+        if (tags or image.getexif()).get(_ORIENTATION, 1) >= 5:  # quarter turns
+            width, height = height, width
+        pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a JPEG with previews
+        header = Header((height, width), _is_deep(image), pages)
+        marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "", b"")
+    with path.open("rb") as raw:
+        raw.seek(max(0, path.stat().st_size - 64))
+        whole = marker in raw.read()
+    if not whole and mask:
+        read_mask(path, max_pixels)
+    elif not whole:
+        read_image(path, bits, max_pixels)
+    return header
+
+
+def shown(path: str | Path) -> str:
+    """A path as it may stand in a message: on one line, all of it printable."""
+    name = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
+def check_file(path: Path) -> None:
+    """Refuse what must not be opened: no file, a folder, a pipe, a socket, a device, a name that is not UTF-8.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    remedy = "take it out of the data set"
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION, 1) >= 5:  # quarter turns
-                width, height = height, width
-            marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "", b"")
-            file.seek(0, io.SEEK_END)
-            file.seek(max(0, file.tell() - 64))
-            whole = marker in file.read()
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    if not whole:
-        read_image(path)
-    return height, width
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{shown(path)}: its name is not UTF-8; rename it, or {remedy}.") from None
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)}: no such file; restore it or {remedy}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise UserError(f"{shown(path)}: cannot be read ({error}); restore it or {remedy}.") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{shown(path)}: is a folder where an image file should be; {remedy}.")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{shown(path)}: is a pipe, a socket or a device, and not opened; {remedy}.")
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    if path.is_dir():
-        return UserError(f"{path}: is a folder where an image file should be; take it out of the data set.")
-    if not path.exists():
-        return UserError(f"{path}: no such file; restore it or take it out of the data set.")
-    reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-    return UserError(f"{path}: cannot be read ({reason}); replace the file or take it out of the data set.")
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F")) or any("16" in str(tile) for tile in getattr(image, "tile", []))
+
+
+def _check_range(path: Path, image: Image.Image, bits: int | None) -> int | None:
+    """Refuse pixels without a defined range; return the bits that the file, or else the option, says."""
+    if image.mode.startswith("I;"):
+        return 12 if getattr(image, "tag_v2", {}).get(258) == (12,) else bits  # 258: bits of a sample
+    if image.mode == "I":
+        if image.format in ("PNG", "PPM"):  # 16 bits; Pillow scales those of PPM to the full range
+            return bits if image.format == "PNG" else 16
+        if bits is not None:
+            return bits
+    if image.mode in ("I", "F"):
+        kind, option = ("whole", " or set model.images.bits") if image.mode == "I" else ("floating-point", "")
+        raise UserError(
+            f"{shown(path)}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}."
+        )
+    if bits not in (None, 16) and _is_deep(image):
+        raise UserError(f"{shown(path)}: model.images.bits is for grey images; save this one with 8 bits a channel.")
+    return bits
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
+    """Open an image file; whatever Pillow raises for it, then or while it is decoded, is a `UserError`."""
+    check_file(path)
+    try:
+        with (
+            _own_limit() if max_pixels is not None else nullcontext(),
+            path.open("rb") as file,  # given the path, Pillow maps some files, and garbles TIFFs with a quarter turn
+            Image.open(file, formats=_FORMATS) as image,
+        ):
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError(f"has {image.width}x{image.height} pixels")
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{shown(path)}: {error}; raise model.images.max_pixels to allow so large an image.") from error
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        reason = " ".join(reason.split())
+        raise UserError(
+            f"{shown(path)}: cannot be read ({reason}); replace the file or take it out of the data set."
+        ) from error
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Switch Pillow's limit of pixels off."""
+    with _pillows_limit:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit

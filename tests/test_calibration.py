@@ -225,3 +225,10 @@ def test_loader_of_unknown_length(trainer):
 def test_calibration_that_leaves_nothing(trainer):
     with pytest.raises(UserError, match="lower calibration_share"):
         trainer(enable_checkpointing=False).fit(model_of(calibration_share=0.9), data_of(train_images=1))
+
+
+def test_a_threshold_of_0_is_refused():
+    calibration = Calibration()
+    calibration.fill(torch.zeros(4), torch.ones(4))
+    with pytest.raises(UserError, match="the threshold is 0: held-out nominal images score 0"):
+        calibration.tell(0.5)

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
+from pl_patchcore.data.base import loader_error
 from pl_patchcore.data.batch import as_batch
 
 
@@ -123,7 +124,7 @@ def missing_category(mtd):
 def empty_folder(mtd):
     shutil.rmtree(mtd / "MT_Free")
     (mtd / "MT_Free" / "Imgs").mkdir(parents=True)
-    return r"holds no \.jpg image"
+    return r"Imgs: holds no image"
 
 
 def missing_mask(mtd):
@@ -175,6 +176,20 @@ def test_workers_give_the_same_samples():
     for a, b in zip(one.test_dataloader(), two.test_dataloader(), strict=True):
         assert torch.equal(a["image"], b["image"])
         assert torch.equal(a["mask"], b["mask"])
+
+
+def test_a_loader_process_that_is_killed_is_explained():
+    for error in (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ):
+        assert isinstance(loader_error(error), UserError)
+        assert "lower data.num_workers or data.batch_size" in str(loader_error(error))
+    for message in ("CUDA out of memory", "Caught RuntimeError in DataLoader worker process 0."):
+        error = RuntimeError(message)
+        assert loader_error(error) is error
 
 
 def test_synthetic_images_depend_on_seed_and_number_alone():
@@ -238,12 +253,15 @@ def test_synthetic_export(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texture": "wood"}, "one of brick, gravel, grass"),
+        ({"texture": "wood"}, "texture must be brick, gravel or grass"),
         ({"image_size": 300}, "from 64 to 256"),
         ({"train_images": 0}, "train_images must be at least 1"),
-        ({"test_per_defect": -1}, "at least 0"),
+        ({"test_per_defect": -1}, "test_per_defect must be a whole number from 0 up"),
+        ({"train_images": 99_999_999_999}, "train_images must be at least 1 and at most 100000"),
+        ({"test_per_defect": 99_999_999_999}, "test_per_defect must be at least 0 and at most 100000"),
+        ({"seed": -1}, "seed must be a whole number from 0 up"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"num_workers": -1}, "num_workers must be 0 or more"),
+        ({"num_workers": -1}, "num_workers must be a whole number from 0 up"),
     ],
 )
 def test_bad_options(options, message):

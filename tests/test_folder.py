@@ -1,4 +1,5 @@
 import logging
+import os
 import unicodedata
 
 import fakes
@@ -158,6 +159,8 @@ def test_manifest(root):
         ("ok/e.png,anomalous,train", r"line 3: an anomalous image cannot train"),
         ("ok/e.png,nominal", r"line 3: has more or fewer fields"),
         (",nominal,train", r"line 3: names no path"),
+        ("ok/\0.png,nominal,train", "holds null characters"),
+        ('"' + "x" * 200_000, "is no CSV .*field larger"),
         ("ok/none.png,nominal,train", r"none\.png: no such file"),
     ],
 )
@@ -212,8 +215,125 @@ def test_predict_needs_nothing_but_images(root):
 
 
 @pytest.mark.parametrize(
+    "lines",
+    [
+        ["ok/e.png,nominal,train", "ok/e.png,nominal,test"],
+        ["ok/e.png,nominal,train", "ok/../ok/e.png,anomalous,test"],
+        ["ok/e.png,nominal,test", "ok/e.png,anomalous,test"],
+        ["ok/e.png,nominal,train", "ok/link.png,nominal,train"],
+        ["ok/e.png,nominal,", "ok/e.png,nominal,"],
+    ],
+)
+def test_manifest_names_an_image_twice(root, lines):
+    (root / "ok" / "link.png").symlink_to("e.png")
+    manifest = root / "list.csv"
+    manifest.write_text("\n".join(["path,label,split", *lines]))
+    with pytest.raises(UserError, match=r"e\.png: is named twice; list it once in .*list\.csv"):
+        _ = FolderDataModule(manifest=manifest).records
+
+
+def test_links_to_one_file_in_one_folder_count_once(root):
+    (root / "ok" / "link.png").symlink_to("e.png")
+    train, test = FolderDataModule(root / "ok").records
+    assert len({*train, *test}) == 10 == len(train) + len(test)
+
+
+def test_folders_of_systems_are_passed_over(root):
+    def paths():
+        data = FolderDataModule(root / "ok", anomalous=root / "bad", masks=root / "masks")
+        return [record.path for part in data.records for record in part]
+
+    masks_for(root, NAMES)
+    before = paths()
+    for place in ("ok", "bad", "bad/Kratzer", "masks", "masks/Kratzer"):
+        for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+            (root / place / name / "1.png").mkdir(parents=True)
+            Image.new("L", (9, 9)).save(root / place / name / "thumb.png")
+    assert paths() == before
+
+
+def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("Kratzer"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"Kratzer: the folder cannot be listed \(Permission denied\)"):
+        _ = FolderDataModule(root / "ok", anomalous=root / "bad").records
+
+
+@pytest.mark.parametrize("option", ["nominal", "anomalous", "predict", "manifest"])
+def test_paths_that_cannot_be(root, option):
+    options = {"nominal": root / "ok"} if option in ("anomalous", "predict") else {}
+    with pytest.raises(UserError, match="nnn"):
+        _ = FolderDataModule(**options, **{option: "n" * 5000}).lists
+
+
+def test_pipes_are_refused(root):
+    os.mkfifo(root / "ok" / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png: is a pipe"):
+        FolderDataModule(root / "ok", num_workers=0).prepare_data()
+    data = FolderDataModule(root / "ok", num_workers=0, on_broken="skip")
+    assert sum(map(len, data.records)) == 10
+    os.mkfifo(root / "list.csv")
+    with pytest.raises(UserError, match=r"list\.csv: is a pipe"):
+        _ = FolderDataModule(manifest=root / "list.csv").records
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("good bad masks", "4 of its 6 images are no nominal ones"),
+        ("train/good test/dent ground_truth/dent", "4 of its 6 images are no nominal ones"),
+        ("ok Kratzer Fleck", "4 of its 6 images are no nominal ones"),  # of whatever name, beside one that says nominal
+        ("a b", None),
+        ("a/defects b", "2 of its 4 images are no nominal ones"),  # told of: it may be meant
+    ],
+)
+def test_nominal_folder_that_holds_more(tmp_path, caplog, names, found):
+    for name in names.split():
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (9, 9)).save(tmp_path / name / f"{i}.png")
+    if "defects" in names or found is None:
+        assert len(FolderDataModule(tmp_path, test_share=0).records[0]) == 2 * len(names.split())
+        assert (found or "") in caplog.text
+        assert bool(found) == ("MVTecDataModule" in caplog.text)
+    else:
+        with pytest.raises(UserError, match=rf"{found} by name, .* set data\.nominal .* or use MVTecDataModule"):
+            _ = FolderDataModule(tmp_path).records
+
+
+def test_masks_beside_nominal_images(root):
+    Image.new("L", (9, 9)).save(root / "ok" / "e_mask.png")
+    with pytest.raises(UserError, match=r"1 of its 11 images are masks by name, such as .*e_mask\.png"):
+        _ = FolderDataModule(root / "ok").records
+
+
+@pytest.mark.parametrize("name", ["good", "Good", "ok", "ground_truth"])
+def test_anomalous_folder_that_holds_nominal_images(root, name):
+    (root / "bad" / name).mkdir()
+    Image.new("L", (9, 9)).save(root / "bad" / name / "0.png")
+    masks_for(root, NAMES)
+    for masks in (None, root / "masks"):
+        with pytest.raises(UserError, match=rf"bad: holds a folder {name}, .* or use MVTecDataModule"):
+            _ = FolderDataModule(root / "ok", anomalous=root / "bad", masks=masks).records
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"nominal": "x", "split_seed": -1}, "split_seed must be a whole number from 0 up"),
+        ({"nominal": "x", "split_seed": 2**70}, "split_seed must be a whole number from 0 up"),
+        ({"nominal": "x", "shots_seed": -1}, "shots_seed must be a whole number from 0 up"),
+        ({"nominal": "x", "test_share": float("nan")}, "test_share must be a finite number"),
+        ({"nominal": "x", "batch_size": 99_999_999_999}, "batch_size must be at most 65536"),
+        ({"nominal": "x", "batch_size": True}, "batch_size must be a whole number"),
+        ({"nominal": "x", "num_workers": 99_999_999}, "num_workers must be at most .* cores, got 99999999"),
+        ({"nominal": 3}, "nominal must be text"),
         ({"nominal": "x", "manifest": "y"}, r"data\.manifest takes the place of data\.nominal"),
         ({"nominal": "x", "masks": "y"}, r"data\.masks needs data\.anomalous"),
         ({"nominal": "x", "test_share": 1.0}, r"test_share must be in \[0, 1\), got 1\.0"),

@@ -1,18 +1,22 @@
 """Files that a stranger may send, changed at random: a clear line, or the right answer. ``--fuzz N`` tries more."""
 
 import copy
+import io
 import pickle
 import random
 import zipfile
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from networks import TinyBackbone
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from pl_patchcore import PatchCore, UserError
+from pl_patchcore import FolderDataModule, PatchCore, UserError
+from pl_patchcore.preprocessing import check_image, read_image, read_mask
 
 STRANGE = [
     None, True, -1, 0, 2**40, 10**400, float("nan"), float("inf"), "", "x", "a\nb", [], {}, [[]], {"a": 1}, {1: 2},
@@ -185,3 +189,48 @@ def test_damage_is_noticed_by_a_trainer_too(fitted, tmp_path):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(UserError, match="is damaged or cut short"):
         trainer.predict(model, DataLoader(fitted[1]), ckpt_path=tmp_path / "x.ckpt")
+
+
+GREY = np.random.default_rng(0).integers(0, 256, (20, 30)).astype(np.uint8)
+IMAGES = {
+    "png": ("PNG", GREY, {}), "deep": ("PNG", GREY * np.uint16(200), {}), "rgba": ("PNG", np.dstack([GREY] * 4), {}),
+    "jpeg": ("JPEG", GREY, {}), "tiff": ("TIFF", GREY, {}), "lzw": ("TIFF", GREY, {"compression": "tiff_lzw"}),
+    "int32": ("TIFF", GREY.astype(np.int32), {}), "float": ("TIFF", GREY.astype(np.float32), {}),
+    "bmp": ("BMP", GREY, {}), "webp": ("WEBP", GREY, {}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged tags
+@pytest.mark.parametrize("kind", IMAGES)
+def test_damaged_images(kind, draws, tmp_path):
+    whole, path = io.BytesIO(), tmp_path / "image.png"
+    form, pixels, options = IMAGES[kind]
+    Image.fromarray(pixels).save(whole, form, **options)
+    for draw in draws:
+        rng = random.Random(draw)
+        data = bytearray(whole.getvalue())
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data) if rng.random() < 0.5 else 60)] = rng.randrange(256)
+        path.write_bytes(data[: rng.randrange(len(data)) if rng.random() < 0.3 else None])
+        for read in (read_image, read_mask, check_image):
+            try:
+                read(path)
+            except UserError as error:
+                assert str(path) in str(error)  # noqa: PT017 - it may well be read
+                assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_damaged_manifests(draws, tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    lines = ["path,label,split,mask", "a.png,nominal,train,", "b.png,anomalous,test,m.png", "c.png,0,,"]
+    text = "\n".join(lines).encode()
+    for draw in draws:
+        rng = random.Random(draw)
+        data = bytearray(text)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.choice([0, 10, 13, 34, 44, 59, 255, rng.randrange(128)])
+        (tmp_path / "list.csv").write_bytes(data)
+        try:
+            FolderDataModule(manifest=tmp_path / "list.csv", num_workers=0).prepare_data()
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017 - it may well be read

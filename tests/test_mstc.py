@@ -216,7 +216,7 @@ def test_ways_to_name_a_scene(scenes):
 
 @pytest.mark.parametrize("scenes", ["one", [], [1, "all"], -1, 1.5])
 def test_bad_scenes(scenes):
-    with pytest.raises(UserError, match="scenes must be 'all', a number"):
+    with pytest.raises(UserError, match=r"scenes must be ('all', a number|text, or a whole number)"):
         MSTCDataModule(scenes=scenes)
 
 

@@ -85,6 +85,51 @@ def test_wrong_layout(root, tmp_path):
     expect(r"test/good: no such folder")
 
 
+def test_layouts_made_by_hand(root, caplog):
+    with pytest.raises(
+        UserError, match=r"bottle: is a category itself; set data\.root to .*mvtec and data\.category to b"
+    ):
+        _ = MVTecDataModule(root / "bottle", "bottle").records
+    with pytest.raises(UserError, match="is a category itself"):
+        _ = MVTecDataModule(root / "bottle").records
+    before = MVTecDataModule(root, "bottle").records
+    for split in ("train", "test"):
+        (root / "bottle" / split / "good").rename(root / "bottle" / split / "Good")
+    after = MVTecDataModule(root, "bottle").records
+    assert [[r.label for r in part] for part in after] == [[r.label for r in part] for part in before]
+    (root / "bottle" / "train" / "Good").rename(root / "bottle" / "train" / "ok")
+    with pytest.raises(UserError, match=r"train/good: no such folder; a category holds .*bottle/train holds ok\.$"):
+        _ = MVTecDataModule(root, "bottle").records
+    shutil.rmtree(root / "cable" / "ground_truth" / "dirt")
+    with pytest.raises(UserError, match=r"ground_truth/dirt: no such folder; give .* a folder dirt"):
+        _ = MVTecDataModule(root, "cable").records
+    shutil.rmtree(root / "cable" / "ground_truth")
+    caplog.clear()
+    assert [r.mask_path for r in MVTecDataModule(root, "cable").records[1]] == [None] * 6
+    assert "ground_truth: there is no such folder of masks" in caplog.text
+
+
+def test_several_masks_of_an_image(root):
+    truth = root / "bottle" / "ground_truth" / "dirt"
+    data = MVTecDataModule(root, "bottle")
+    expected = [record.read()[1] for record in data.records[1]]
+    for i in range(2):
+        (truth / f"00{i}").mkdir()
+        with Image.open(truth / f"00{i}_mask.png") as whole:
+            mask = np.asarray(whole)
+        left = mask.copy()
+        left[:, :10] = 0
+        Image.fromarray(left).save(truth / f"00{i}" / "000.png")
+        Image.fromarray(mask - left).save(truth / f"00{i}" / "001.png")
+    with pytest.raises(UserError, match=r"000_mask\.png: has the same name as .*000; remove one"):
+        _ = MVTecDataModule(root, "bottle").records
+    for i in range(2):
+        (truth / f"00{i}_mask.png").unlink()
+    data = MVTecDataModule(root, "bottle", num_workers=0)
+    data.prepare_data()
+    assert all(np.array_equal(a, r.read()[1]) for a, r in zip(expected, data.records[1], strict=True))
+
+
 def test_download(root, tmp_path, caplog):
     archive = tmp_path / "mvtec_anomaly_detection.tar.xz"
     shutil.make_archive(str(tmp_path / "mvtec_anomaly_detection"), "xztar", root)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,12 +24,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from tqdm import tqdm
 
+from pl_patchcore.data.files import is_folder, list_images
 from pl_patchcore.errors import UserError
-from pl_patchcore.preprocessing import UNKNOWN, Preprocessing, check_image, read_image
+from pl_patchcore.options import check_arguments
+from pl_patchcore.preprocessing import UNKNOWN, Header, Preprocessing, check_image, read_image, read_mask, shown
 
 log = logging.getLogger(__name__)
 
 NOMINAL = "nominal"
+MID_GREY = (127, 32767)  # of 8 and of 16 bits
+MOST_IN_BATCH = 65_536
+MOST_CLASSES = 32  # different levels of masks that are class numbers
 Sample = dict[str, Any]
 
 
@@ -42,31 +47,39 @@ class Record:
         label: 0 nominal, 1 anomalous, as the data set's folders say, never from the mask; -1 not known.
         defect: Defect type, ``nominal`` for nominal images.
         category: Product or scene.
-        mask_path: Ground-truth mask; None means all nominal for a nominal image, unknown for an anomalous one.
+        mask_path: Ground-truth mask, or a folder of several that are united; None means all nominal for a nominal
+            image, unknown for an anomalous one.
+        mask_above: Levels above this are anomalous, in a mask of 8 bits and in one of more; `settle_masks` sets it.
     """
+
+    mask_is_image: ClassVar[bool] = True  # False: `read` is overridden, and knows what the mask says
 
     path: Path
     label: int
     defect: str
     category: str
     mask_path: Path | None = None
+    mask_above: tuple[int, int] = MID_GREY
 
-    def read(self) -> tuple[Image.Image, np.ndarray]:
+    def read(self, transform: Preprocessing | None = None) -> tuple[Image.Image, np.ndarray]:
         """Read the image, RGB, and its ground truth, uint8 ``(H, W)``: 0 nominal, 1 anomalous, 255 unknown.
 
-        Grey levels of a mask above 127 of 255 are anomalous, of several channels the brightest counts. An anomalous
-        image without a mask, or with an empty one, is unknown everywhere: its pixels count neither way.
+        An anomalous image without a mask, or with an empty one, is unknown everywhere: its pixels count neither way.
+
+        Args:
+            transform: Says how images of more than 8 bits, and large ones, are read; None: as a model does by default.
 
         Raises:
             UserError: If the image or mask cannot be read, or their sizes differ.
         """
-        image = read_image(self.path)
+        image = read_image(self.path, *_reading(transform))
         mask = np.zeros((image.height, image.width), np.uint8)
-        if self.label != 0 and self.mask_path is not None:
-            levels = np.asarray(read_image(self.mask_path)).max(axis=2)
-            if levels.shape != mask.shape:
-                raise self.mismatch(levels.shape, mask.shape)
-            mask = (levels > 127).astype(np.uint8)
+        if self.label != 0:
+            for path in self.masks():
+                levels = read_mask(path, _reading(transform)[1])
+                if levels.shape != mask.shape:
+                    raise self.mismatch(levels.shape, mask.shape)
+                mask |= levels > self.mask_above[levels.dtype != np.uint8]
         if self.label != 0 and not mask.any():
             mask[:] = UNKNOWN
         return image, mask
@@ -75,18 +88,123 @@ class Record:
         """Read the image, RGB."""
         return self.read()[0]
 
-    def check(self) -> None:
-        """Refuse, as `read` does, what shows without decoding the files (see `check_image`)."""
-        size = check_image(self.path)
-        if self.mask_path is not None and self.label == 1 and (found := check_image(self.mask_path)) != size:
-            raise self.mismatch(found, size)
+    def masks(self) -> list[Path]:
+        """The mask files."""
+        if self.mask_path is None or not is_folder(self.mask_path):
+            return [] if self.mask_path is None else [self.mask_path]
+        return list_images(self.mask_path, "put the masks of the image there, or remove the folder")
+
+    def check(self, transform: Preprocessing | None = None) -> Header | None:
+        """Refuse, as `read` does, what shows without decoding the files; return the image's header."""
+        header = check_image(self.path, *_reading(transform))
+        for path in self.masks() if self.label == 1 else []:
+            found = check_image(path, max_pixels=_reading(transform)[1], mask=True).size
+            if found != header.size:
+                raise self.mismatch(found, header.size)
+        return header
 
     def mismatch(self, found: tuple[int, ...], size: tuple[int, ...]) -> UserError:
         """Error for a mask whose size is not its image's."""
         return UserError(
-            f"{self.mask_path}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
-            f"({self.path}); a mask must have its image's size."
+            f"{shown(str(self.mask_path))}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
+            f"({shown(self.path)}); a mask must have its image's size."
         )
+
+
+def _reading(transform: Preprocessing | None) -> tuple[int | None, int | None]:
+    """Bits and largest number of pixels of images, as the preprocessing says."""
+    return (None, None) if transform is None else (transform.bits, transform.max_pixels)
+
+
+def settle_masks(records: Sequence[Record], threads: int, transform: Preprocessing | None = None) -> list[Record]:
+    """Say by ``mask_above`` what the levels of a data set's masks mean; every mask is read.
+
+    Above mid-grey is anomalous, of 8 bits or of 16; masks of more than 8 bits whose levels end at 255 are taken as
+    masks of 8. Where no mask of the data set is as bright as mid-grey, its levels are class numbers, each above 0
+    anomalous, if there are few different ones.
+
+    Raises:
+        UserError: If the levels have no certain meaning.
+    """
+    masked = [record for record in records if record.label == 1 and record.mask_path and record.mask_is_image]
+    files = [(record, path) for record in masked for path in record.masks()]
+    if not files:
+        return list(records)
+
+    def look(path: Path) -> tuple[bool, int, int, set[int]]:  # more than 8 bits, lowest and highest level, classes
+        levels = read_mask(path, _reading(transform)[1])
+        high = int(levels.max())
+        return (
+            levels.dtype != np.uint8,
+            int(levels.min()),
+            high,
+            set(np.unique(levels).tolist()) if high <= 127 else set(),
+        )
+
+    with ThreadPoolExecutor(threads) as pool:
+        looks = list(pool.map(look, [path for _, path in files]))
+    deep = max((high for is_deep, _, high, _ in looks if is_deep), default=0)
+    if 255 < deep <= 32767 or deep > 65535:
+        found = next(path for (_, path), look in zip(files, looks, strict=True) if look[2] == deep)
+        raise UserError(f"{found}: the highest level of a mask is {deep}, of no known range; save it with 0 and 255.")
+    above = MID_GREY if deep > 255 else (127, 127)
+    dim = [i for i, (is_deep, _, high, _) in enumerate(looks) if 0 < high <= above[is_deep]]
+    if dim and not any(high > above[is_deep] for is_deep, _, high, _ in looks):
+        levels = set().union(*(classes for *_, classes in looks)) - {0}
+        counts = f"{len(dim)} of {len(files)} masks hold no level above 127; the highest is {max(levels)}"
+        where = files[dim[0]][1]
+        if len(levels) >= MOST_CLASSES:
+            raise UserError(f"{where}: {counts}, and {len(levels)} differ; save masks with 0 and 255.")
+        numbers = ", ".join(map(str, sorted(levels)))
+        log.warning("%s: %s: they are read as class numbers, each a defect: %s.", where, counts, numbers)
+        above = (0, 0)
+    elif dim:
+        log.warning(
+            "%d of %d masks hold no level above mid-grey, though they are not black, such as %s: they mark nothing; "
+            "save them with 0 and 255.",
+            *(len(dim), len(files), files[dim[0]][1]),
+        )
+    if full := [i for i, (is_deep, low, *_) in enumerate(looks) if low > above[is_deep]]:
+        message = "%d of %d masks mark their whole image, such as %s: pixel figures of them mean little."
+        log.warning(message, len(full), len(files), files[full[0]][1])
+    if not any(high for _, _, high, _ in looks):
+        log.warning("all %d masks are empty, such as %s: there are no pixel figures.", len(files), files[0][1])
+    settled = set(masked)
+    return [replace(record, mask_above=above) if record in settled else record for record in records]
+
+
+def _tell_dark(records: Sequence[Record], transform: Preprocessing | None) -> None:
+    """Warn where images of more than 8 bits use the lower quarter of their range only; a few are looked at."""
+    few = records[:: max(1, len(records) // 4)][:4]
+    highest = max((int(np.asarray(record.read(transform)[0]).max()) for record in few), default=255)
+    if highest < 64:
+        log.warning(
+            "%s: nearly black: it has more than 8 bits, and is at most %d of 255 when scaled; if a camera of 12 bits "
+            "made it, set model.images.bits=12.",
+            *(few[0].path, highest),
+        )
+
+
+class Loader(DataLoader[Sample]):
+    """A loader that says in one line when one of its processes ended."""
+
+    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it ended while it sent a sample
+            if not self.num_workers or (explained := loader_error(error)) is error:
+                raise
+            raise explained from error
+
+
+def loader_error(error: Exception) -> Exception:
+    """Explain that a loader process ended, if that is what an error from a loader says; else the error itself."""
+    if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+        return error
+    return UserError(
+        f"a loader process ended unexpectedly ({str(error).partition('.')[0]}); if memory is short, lower "
+        "data.num_workers or data.batch_size."
+    )
 
 
 class ImageDataset(Dataset[Sample]):
@@ -109,7 +227,7 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
-        return self.transform.apply(*record.read()) | {"label": record.label, "index": index} | names
+        return self.transform.apply(*record.read(self.transform)) | {"label": record.label, "index": index} | names
 
 
 def collate(samples: list[Sample]) -> Sample:
@@ -154,21 +272,19 @@ class AnomalyDataModule(L.LightningDataModule):
         shots_seed: int = 0,
         on_broken: Literal["error", "skip"] = "error",
     ) -> None:
+        check_arguments(AnomalyDataModule.__init__, locals(), "data.")
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-        if num_workers is not None and num_workers < 0:
-            raise UserError(f"num_workers must be 0 or more, got {num_workers}.")
+        if batch_size > MOST_IN_BATCH:
+            raise UserError(f"batch_size must be at most {MOST_IN_BATCH}, got {batch_size}.")
+        cores = os.cpu_count() or 1
+        if num_workers is not None and num_workers > max(32, 4 * cores):
+            raise UserError(f"num_workers must be at most {max(32, 4 * cores)} on {cores} cores, got {num_workers}.")
         if shots is not None and shots < 1:
             raise UserError(f"shots must be at least 1, got {shots}; leave it out to train on all nominal images.")
-        for name, choice, other in (
-            ("validation", validation, "none or test"),
-            ("on_broken", on_broken, "error or skip"),
-        ):
-            if choice not in other.split(" or "):
-                raise UserError(f"{name} must be {other}, got {choice!r}.")
         self.batch_size, self.validation, self.on_broken = batch_size, validation, on_broken
-        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.num_workers = min(8, cores) if num_workers is None else num_workers
         self.loading: dict[str, Any] = {  # arguments that the loaders have in common
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
@@ -209,6 +325,7 @@ class AnomalyDataModule(L.LightningDataModule):
             broken = self._find_broken([*train, *test, *(predict or [])])
             train, test = ([r for r in part if r not in broken] for part in (train, test))
             predict = predict and [r for r in predict if r not in broken]
+        test = settle_masks(test, max(1, self.num_workers), self._transform())
         if self.shots is not None:
             if self.shots > len(train):
                 raise UserError(
@@ -217,6 +334,11 @@ class AnomalyDataModule(L.LightningDataModule):
             order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
             train = [train[i] for i in sorted(order[: self.shots])]
         return train, test, test if predict is None else predict
+
+    @property
+    def predict_records(self) -> list[Record]:
+        """Records that ``predict`` scores."""
+        return self.lists[2]
 
     def require(self, stage: str) -> None:
         """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty."""
@@ -229,17 +351,21 @@ class AnomalyDataModule(L.LightningDataModule):
         """Fetch what is to be downloaded, and check every file of both sets before any work is done."""
         self.download_data()
         if not self._checked and self.on_broken == "error":
-            for record in dict.fromkeys(chain(*self.lists)):
-                record.check()
+            records, transform = list(dict.fromkeys(chain(*self.lists))), self._transform()
+            headers = [(record, header) for record in records if (header := record.check(transform)) is not None]
+            pages = [record for record, header in headers if header.pages > 1]
+            if pages:
+                log.warning("%d files hold several pages, such as %s: the first is read.", len(pages), pages[0].path)
+            _tell_dark([record for record, header in headers if header.deep], transform)
             self._checked = True
 
     def _find_broken(self, records: list[Record]) -> set[Record]:
         """Decode every file, and say which records cannot be read."""
-        broken = {}
+        broken, transform = {}, self._transform()
 
         def read(record: Record) -> None:
             try:
-                record.read()
+                record.read(transform)
             except UserError as error:
                 broken[record] = str(error)
 
@@ -251,14 +377,17 @@ class AnomalyDataModule(L.LightningDataModule):
             log.warning("%d files are left out (on_broken: skip):\n  %s", len(broken), "\n  ".join(self.skipped))
         return set(broken)
 
+    def _transform(self) -> Preprocessing | None:
+        """The preprocessing set by hand, or else the model's."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        found = self.transform or getattr(module, "transform", None)
+        return found if isinstance(found, Preprocessing) else None
+
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
         if stage == "validate" and self.validation == "none":
             raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        transform = self.transform or getattr(module, "transform", None)
-        if not isinstance(transform, Preprocessing):
-            transform = Preprocessing()
+        transform = self._transform() or Preprocessing()
         self.require(stage)
         self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self.lists)
         if stage in ("fit", "test"):
@@ -274,7 +403,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Nominal images in data-set order (PatchCore has no use for shuffling)."""
-        return DataLoader(self.train_set, batch_size=self.batch_size, **self.loading)
+        return Loader(self.train_set, batch_size=self.batch_size, **self.loading)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Nothing, or the test set where ``validation="test"`` asks for it."""
@@ -282,7 +411,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Nominal and anomalous images."""
-        return DataLoader(self.test_set, batch_size=self.batch_size, **self.loading)
+        return Loader(self.test_set, batch_size=self.batch_size, **self.loading)
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
@@ -292,4 +421,4 @@ class AnomalyDataModule(L.LightningDataModule):
             # gives each process an image, though there are too few, which Lightning's own sampler refuses;
             # images given to more than one process count once (`PatchCore`)
             sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
-        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, **self.loading)
+        return Loader(data, batch_size=self.batch_size, sampler=sampler, **self.loading)

@@ -8,9 +8,9 @@ pixel level. Next: `base.py`.
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,69 +19,22 @@ from typing import Any
 import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
+from pl_patchcore.data.files import is_folder, list_images, pair_masks
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import check_arguments
+from pl_patchcore.preprocessing import check_file, shown
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _LABELS = {"nominal": 0, "0": 0, "anomalous": 1, "1": 1}
+# names of folders that say what is in them
+_OF_NOMINAL = {"good", "ok", "nominal", "normal", "train"}
+_OF_OTHERS = {
+    *("test", "bad", "ko", "ng", "nok", "not_good", "defect", "defects", "defective", "faulty"),
+    *("abnormal", "anomaly", "anomalies", "anomalous"),
+}
+_OF_MASKS = {"ground_truth", "groundtruth", "gt", "mask", "masks", "labels", "annotations", "segmentation"}
 _COLUMNS = ("path", "split", "label", "defect", "category", "mask")
-
-
-def list_images(folder: Path, remedy: str, recursive: bool = False) -> list[Path]:
-    """List the image files in a folder by their suffix, upper or lower case, in the order of their names.
-
-    Hidden files are passed over; other files that are no images are counted in a log line. With ``recursive`` also the
-    images in folders inside, links followed, each folder once.
-
-    Raises:
-        UserError: If there is no such folder, or no image in it; it ends with the ``remedy``.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {remedy}.")
-    files, seen = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        place = os.path.realpath(here)
-        folders[:] = [n for n in sorted(folders) if recursive and place not in seen and not n.startswith(".")]
-        files += [Path(here, name) for name in names if place not in seen and not name.startswith(".")]
-        seen.add(place)
-    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise UserError(f"{folder}: holds no image ({', '.join(IMAGE_SUFFIXES)}); {remedy}.")
-    if others := sorted(set(files) - set(images)):
-        log.info("%s: %d files that are no images are passed over, such as %s.", folder, len(others), others[0].name)
-    return images
-
-
-def pair_masks(
-    images: Sequence[Path], root: Path, masks: Sequence[Path], folder: Path, remedy: str
-) -> dict[Path, Path]:
-    """Mask of each image: exactly one, and none left over.
-
-    Images in ``root`` and masks in ``folder`` have the same names but for the suffix, and ``_mask`` behind a mask's.
-
-    Raises:
-        UserError: If an image has no mask (then with the ``remedy``), a mask no image, or two have one name.
-    """
-    of_image, of_mask = _by_name(images, root), _by_name(masks, folder, "_mask")
-    if missing := [name for name in of_image if name not in of_mask]:
-        path, wanted = of_image[missing[0]], folder / missing[0]
-        raise UserError(f"{path}: has no mask {wanted.name}_mask.png or {wanted}.png; {remedy}.")
-    if stray := sorted(set(of_mask) - set(of_image)):
-        raise UserError(f"{of_mask[stray[0]]}: belongs to no image in {root}; remove it, or put the image back.")
-    return {path: of_mask[name] for name, path in of_image.items()}
-
-
-def _by_name(paths: Sequence[Path], folder: Path, ending: str = "") -> dict[str, Path]:
-    """Paths by their names inside ``folder``, without suffix and ``ending``."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
-        name = unicodedata.normalize("NFC", name)  # accents in one form, as file systems differ in that
-        if name in found:
-            raise UserError(f"{path}: has the same name as {found[name]}; rename one, so that the mask is known.")
-        found[name] = path
-    return found
 
 
 class FolderDataModule(AnomalyDataModule):
@@ -92,7 +45,8 @@ class FolderDataModule(AnomalyDataModule):
         test_nominal: Folder of nominal test images; None holds ``test_share`` of ``nominal`` out for the test.
         anomalous: Folder of anomalous test images; the folders directly inside it are the defect types.
         masks: Folder of their masks, with the names the images have in ``anomalous``, folders included, whatever the
-            suffix (``scratch/01.jpg``: ``scratch/01.png`` or ``scratch/01_mask.png``). Above mid-grey is defect.
+            suffix (``scratch/01.jpg``: ``scratch/01.png`` or ``scratch/01_mask.png``), or folders of that name with
+            several masks each. Above mid-grey is defect; if none is as bright, each level above 0 is.
         manifest: CSV file in place of the folders, with a header line. Columns: ``path`` (relative to the CSV file);
             ``label``, ``nominal`` or ``anomalous``; and as wanted ``split`` (``train`` or ``test``; without it nominal
             images are split by ``test_share``), ``defect``, ``category``, ``mask``.
@@ -121,6 +75,7 @@ class FolderDataModule(AnomalyDataModule):
         category: str = "images",
         **loading: Any,
     ) -> None:
+        check_arguments(FolderDataModule.__init__, locals(), "data.")
         super().__init__(**loading)
         folders = {"nominal": nominal, "test_nominal": test_nominal, "anomalous": anomalous, "masks": masks}
         given = [name for name, folder in folders.items() if folder is not None]
@@ -150,6 +105,9 @@ class FolderDataModule(AnomalyDataModule):
             name: list_images(folder, f"set data.{name} to a folder of images", recursive=True)
             for name, folder in self.folders.items()
         }
+        for name in listed.keys() & {"nominal", "test_nominal"}:
+            _refuse_others(name, self.folders[name], listed[name])
+            listed[name] = _once(self.folders[name], listed[name])
         train = [Record(path, 0, NOMINAL, self.category) for path in listed["nominal"]]
         if "test_nominal" in listed:
             test = [Record(path, 0, NOMINAL, self.category) for path in listed["test_nominal"]]
@@ -157,6 +115,7 @@ class FolderDataModule(AnomalyDataModule):
             train, test = self._split(train)
         if "anomalous" in listed:
             images, root = listed["anomalous"], self.folders["anomalous"]
+            _refuse_nominal(root, images)
             masks = {}
             if "masks" in listed:
                 remedy = "add it, or use data.manifest, where an image may go without"
@@ -165,20 +124,17 @@ class FolderDataModule(AnomalyDataModule):
                 inside = path.relative_to(root).parts
                 defect = inside[0] if len(inside) > 1 else "anomalous"
                 test.append(Record(path, 1, defect, self.category, masks.get(path)))
-        places = Counter(record.path.resolve() for record in (*train, *test))
-        if twice := [place for place, times in places.items() if times > 1]:
-            raise UserError(f"{twice[0]}: is named twice; nominal, test and anomalous images must lie apart.")
-        return train, test
+        return _refuse_twice(train, test, "nominal, test and anomalous images must lie apart")
 
     def load_predict_records(self) -> list[Record] | None:
         """Images to predict; whether they are anomalous is not known."""
         if self.predict is None:
             return None
-        if not self.predict.exists():
-            raise UserError(f"{self.predict}: no such file or folder; set data.predict to the images to score.")
         paths = [self.predict]
-        if self.predict.is_dir():
+        if is_folder(self.predict):
             paths = list_images(self.predict, "look at data.predict", recursive=True)
+        elif not self.predict.exists():
+            raise UserError(f"{self.predict}: no such file or folder; set data.predict to the images to score.")
         return [Record(path, -1, "unknown", self.category) for path in paths]
 
     def _split(self, nominal: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -189,24 +145,34 @@ class FolderDataModule(AnomalyDataModule):
 
     def _read_manifest(self, path: Path) -> tuple[list[Record], list[Record]]:
         try:
+            check_file(path)
             text = path.read_text(encoding="utf-8-sig")
+        except UserError as error:
+            raise UserError(f"data.manifest: {error}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path}: is not UTF-8 text ({error}); set data.manifest to a CSV file in UTF-8."
             ) from error
+        if "\0" in text:
+            raise UserError(f"{path}: holds null characters; set data.manifest to a CSV file in UTF-8.")
         first = text.partition("\n")[0]
-        rows = csv.DictReader(text.splitlines(), delimiter=";" if first.count(";") > first.count(",") else ",")
+        rows = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=";" if first.count(";") > first.count(",") else ","
+        )
         names = rows.fieldnames or []
         strange = [f"has a column {name!r}" for name in names if name not in _COLUMNS]
         if strange or not {"path", "label"} <= set(names):
             what = (strange or ["lacks the columns path and label"])[0]
             raise UserError(f"{path}: {what}; its first line must name columns of {', '.join(_COLUMNS)}.")
         parts: dict[str, list[Record]] = {"train": [], "test": [], "": []}
-        for row in rows:
-            record, split = self._read_line(row, path.parent, f"{path}, line {rows.line_num}")
-            parts[split].append(record)
+        try:
+            for row in rows:
+                record, split = self._read_line(row, path.parent, f"{path}, line {rows.line_num}")
+                parts[split].append(record)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: is no CSV ({error}); look for a quote too many.") from error
         train, test = self._split(parts[""])
-        return parts["train"] + train, parts["test"] + test
+        return _refuse_twice(parts["train"] + train, parts["test"] + test, f"list it once in {path}")
 
     def _read_line(self, row: dict[str, Any], folder: Path, where: str) -> tuple[Record, str]:
         if None in row or None in row.values():
@@ -227,3 +193,49 @@ class FolderDataModule(AnomalyDataModule):
         mask = folder / row["mask"] if row["mask"] else None
         defect = (row["defect"] or "anomalous") if label else NOMINAL
         return Record(folder / row["path"], label, defect, row["category"] or self.category, mask), split
+
+
+def _refuse_twice(train: list[Record], test: list[Record], remedy: str) -> tuple[list[Record], list[Record]]:
+    """Refuse an image that is in the two lists, or twice in one, under whatever path."""
+    places = Counter(os.path.realpath(record.path) for record in (*train, *test))
+    if twice := [place for place, times in places.items() if times > 1]:
+        raise UserError(f"{shown(twice[0])}: is named twice; {remedy}.")
+    return train, test
+
+
+def _once(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Leave out links to files that the same folder lists already, lest one trains and the other tests."""
+    files = {os.path.realpath(path): path for path in reversed(images)}
+    if len(files) < len(images):
+        log.info("%s: %d links to images listed already are passed over.", folder, len(images) - len(files))
+    return sorted(files.values())
+
+
+def _refuse_others(name: str, folder: Path, images: Sequence[Path]) -> None:
+    """Refuse a folder of nominal images that also holds others, by the names of folders inside, or masks."""
+    folders = {path: {part.lower() for part in path.relative_to(folder).parts[:-1]} for path in images}
+    masks = [path for path in images if path.stem.lower().endswith("_mask")]
+    known = any(parts & _OF_NOMINAL for parts in folders.values())  # one of them says which are nominal
+    others = [
+        p for p, parts in folders.items() if parts & (_OF_OTHERS | _OF_MASKS) or (known and not parts & _OF_NOMINAL)
+    ]
+    if not masks and not others:
+        return
+    found = f"{len(masks or others)} of its {len(images)} images are {'masks' if masks else 'no nominal ones'} by name"
+    message = (
+        f"{folder}: {found}, such as {(masks or others)[0]}; set data.{name} to the folder of nominal images alone, or "
+        "use MVTecDataModule for a category that holds train, test and ground_truth."
+    )
+    if masks or known:
+        raise UserError(message)
+    log.warning(message)
+
+
+def _refuse_nominal(folder: Path, images: Sequence[Path]) -> None:
+    """Refuse folders inside the anomalous ones that hold nominal images, or masks."""
+    for path in images:
+        if strange := [p for p in path.relative_to(folder).parts[:-1] if p.lower() in _OF_NOMINAL | _OF_MASKS]:
+            raise UserError(
+                f"{folder}: holds a folder {strange[0]}, whose images would count as anomalous; give data.anomalous a "
+                "folder without it, or use MVTecDataModule for a category that holds train, test and ground_truth."
+            )

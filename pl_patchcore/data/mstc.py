@@ -31,7 +31,8 @@ from PIL import Image
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.errors import UserError
-from pl_patchcore.preprocessing import UNKNOWN, check_image, read_image
+from pl_patchcore.options import check_arguments
+from pl_patchcore.preprocessing import UNKNOWN, Header, Preprocessing, check_file, check_image, read_image
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +48,12 @@ _HELP = (
 class VideoRecord(Record):
     """A frame of a training video; ``path`` is the video's, with the frame's number behind it."""
 
-    def read(self) -> tuple[Image.Image, np.ndarray]:
+    def read(self, transform: Preprocessing | None = None) -> tuple[Image.Image, np.ndarray]:
         """Decode the frame, RGB; its mask is all nominal."""
         image = _decode(self.path.parent, int(self.path.name))
         return image, np.zeros((image.height, image.width), np.uint8)
 
-    def check(self) -> None:
+    def check(self, transform: Preprocessing | None = None) -> None:
         """Refuse a file that is shorter than its header says; it was read through when its frames were counted."""
         video = self.path.parent
         with video.open("rb") as file:
@@ -64,14 +65,18 @@ class VideoRecord(Record):
 class FrameRecord(Record):
     """A frame of a test video; ``mask_path`` holds the masks of the whole video."""
 
-    def read(self) -> tuple[Image.Image, np.ndarray]:
+    mask_is_image: ClassVar[bool] = False
+
+    def read(self, transform: Preprocessing | None = None) -> tuple[Image.Image, np.ndarray]:
         """Read the frame and its mask, as `Record.read`; a mask must mark no pixel of a frame of label 0."""
         image = read_image(self.path)
         return image, self._mask((image.height, image.width))
 
-    def check(self) -> None:
+    def check(self, transform: Preprocessing | None = None) -> Header:
         """Check the image's header, and its mask."""
-        self._mask(check_image(self.path))
+        header = check_image(self.path)
+        self._mask(header.size)
+        return header
 
     def _mask(self, size: tuple[int, int]) -> np.ndarray:
         path, frame = Path(str(self.mask_path)), int(self.path.stem)
@@ -108,6 +113,7 @@ class MSTCDataModule(AnomalyDataModule):
         frame_step: int = 5,
         **loading: Any,
     ) -> None:
+        check_arguments(MSTCDataModule.__init__, locals(), "data.")
         super().__init__(**loading)
         if frame_step < 1:
             raise UserError(f"frame_step must be at least 1, got {frame_step}.")
@@ -162,6 +168,8 @@ class MSTCDataModule(AnomalyDataModule):
         Where broken files are skipped it is 1 at least: that frame cannot be read, and is left out with the reason.
         """
         announced, frames, problem = 0, 0, "holds no frame"
+        if not video.is_dir():
+            check_file(video)  # a pipe would never end
         try:
             with av.open(str(video)) as container:
                 announced = container.streams.video[0].frames
@@ -237,6 +245,8 @@ def _read_frames(path: Path, number: int) -> Generator[Image.Image, int, None]:
 def _array(path: Path) -> np.ndarray:
     """Open an array without reading it."""
     try:
+        if path.exists():
+            check_file(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, though each test video must have it; {_HELP}.") from None

@@ -18,7 +18,9 @@ import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.download import fetch_archive
+from pl_patchcore.data.files import list_images
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class MTDDataModule(AnomalyDataModule):
         url: str = URL,
         **loading: Any,
     ) -> None:
+        check_arguments(MTDDataModule.__init__, locals(), "data.")
         super().__init__(**loading)
         self.root, self.download, self.url = Path(root), download, url
         self.train_files, self.split_seed = train_files, split_seed
@@ -89,15 +92,18 @@ class MTDDataModule(AnomalyDataModule):
 
     def _images(self, kind: str) -> list[Path]:
         folder = self.root / f"MT_{kind}" / "Imgs"
-        images = sorted(folder.glob("*.jpg"))
+        images = [path for path in list_images(folder, _HELP) if path.suffix == ".jpg"]
         if not images:
-            raise UserError(f"{folder}: {'holds no .jpg image' if folder.is_dir() else 'no such folder'}; {_HELP}.")
+            raise UserError(f"{folder}: holds no .jpg image; {_HELP}.")
         return images
 
     def _read_names(self, path: Path, nominal: list[Path]) -> set[str]:
         if not path.is_file():
             raise UserError(f"{path}: no such list of training tiles; leave train_files out to draw them.")
-        listed = set(path.read_text(encoding="utf-8").split())
+        try:
+            listed = set(path.read_text(encoding="utf-8").split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: is not UTF-8 text ({error}); give a list of file names, one a line.") from error
         if strange := sorted(listed - {tile.name for tile in nominal}):
             raise UserError(
                 f"{path}: {len(strange)} names are not in {nominal[0].parent}, such as {strange[0]}; "

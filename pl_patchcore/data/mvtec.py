@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.download import fetch_archive
-from pl_patchcore.data.folder import list_images, pair_masks
+from pl_patchcore.data.files import is_folder, list_folders, list_images, pair_masks
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class MVTecDataModule(AnomalyDataModule):
         url: str = URL,
         **loading: Any,
     ) -> None:
+        check_arguments(MVTecDataModule.__init__, locals(), "data.")
         super().__init__(**loading)
         self.root = Path(root)
         self.category = category
@@ -70,7 +72,12 @@ class MVTecDataModule(AnomalyDataModule):
 
     def categories(self) -> list[str]:
         """The folders of ``root`` that hold a ``train`` folder, in alphabetical order."""
-        found = sorted(path.name for path in self.root.glob("*") if (path / "train").is_dir())
+        found = [name for name in list_folders(self.root) if (self.root / name / "train").is_dir()]
+        if not found and (self.root / "train").is_dir():
+            raise UserError(
+                f"{self.root}: is a category itself; set data.root to {self.root.absolute().parent} and data.category "
+                f"to {self.root.absolute().name}."
+            )
         if not found:
             raise UserError(f"{self.root}: holds no category (a folder with train/good and test); {_HELP}.")
         missing = sorted(set(COUNTS) - set(found))
@@ -83,19 +90,24 @@ class MVTecDataModule(AnomalyDataModule):
         if self.category is None:
             raise UserError(f"data.category is not set; choose one of {', '.join(self.categories())}.")
         folder = self.root / self.category
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise UserError(f"{folder}: no such folder; choose one of {', '.join(self.categories())}.")
-        defects = sorted(path.name for path in (folder / "test").glob("*") if path.is_dir() and path.name != "good")
         train, test = (
-            [Record(path, 0, NOMINAL, self.category) for path in list_images(folder / split / "good", _HELP)]
+            [Record(path, 0, NOMINAL, self.category) for path in self._images(folder, split, "good")]
             for split in ("train", "test")
         )
-        nominal = len(test)
-        for defect in defects:
-            root, truth = folder / "test" / defect, folder / "ground_truth" / defect
-            images = list_images(root, _HELP)
-            masks = pair_masks(images, root, list_images(truth, _HELP), truth, _HELP)
-            test += [Record(path, 1, defect, self.category, masks[path]) for path in images]
+        nominal, truths = len(test), folder / "ground_truth"
+        if not is_folder(truths):
+            log.warning("%s: there is no such folder of masks: there are no pixel figures.", truths)
+        for defect in list_folders(folder / "test"):
+            if defect.lower() == "good":
+                continue
+            images = self._images(folder, "test", defect)
+            root, masks = folder / "test" / defect, {}
+            if is_folder(truths):
+                truth, remedy = truths / defect, f"give {truths} a folder {defect} with the mask of each image"
+                masks = pair_masks(images, root, list_images(truth, remedy, recursive=True), truth, remedy)
+            test += [Record(path, 1, defect, self.category, masks.get(path)) for path in images]
         found = (len(train), nominal, len(test) - nominal)
         published = COUNTS.get(self.category)
         if published is not None and found != published:
@@ -105,3 +117,12 @@ class MVTecDataModule(AnomalyDataModule):
                 *(folder, *found, *published),
             )
         return train, test
+
+    @staticmethod
+    def _images(folder: Path, split: str, name: str) -> list[Path]:
+        """Images of a folder inside ``train`` or ``test``; its name may be written in capitals."""
+        there = list_folders(folder / split)
+        found = next((other for other in there if other.lower() == name.lower()), name)
+        what = ", ".join(there) or "no folder"
+        remedy = f"a category holds train/good, test/good and test/<defect>, and {folder / split} holds {what}"
+        return list_images(folder / split / found, remedy)

@@ -24,11 +24,14 @@ from scipy.ndimage import gaussian_filter
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.errors import UserError
+from pl_patchcore.options import check_arguments
+from pl_patchcore.preprocessing import Preprocessing
 
 Array = NDArray[np.float64]
 Rng = np.random.Generator
 Texture = Literal["brick", "gravel", "grass"]
 TEXTURES = get_args(Texture)
+MOST_IMAGES = 100_000
 _SPLIT = 256  # column of the photograph: training images from the left of it, test images from the right
 _VISIBLE = 0.03  # least mean change of grey inside a defect, of 1; three times the sensor's noise
 
@@ -87,10 +90,10 @@ class SyntheticRecord(Record):
     size: int = 192
     seed: int = 0
 
-    def check(self) -> None:
+    def check(self, transform: Preprocessing | None = None) -> None:
         """Nothing can be missing."""
 
-    def read(self) -> tuple[Image.Image, NDArray[np.uint8]]:
+    def read(self, transform: Preprocessing | None = None) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Make the image, RGB, and its mask: 1 where the drawn defect covers at least half of the surface."""
         rng = np.random.default_rng([self.seed, zlib.crc32(self.path.as_posix().encode())])
         photograph = _photograph(self.category)
@@ -141,15 +144,14 @@ class SyntheticDataModule(AnomalyDataModule):
         seed: int = 0,
         **loading: Any,
     ) -> None:
+        check_arguments(SyntheticDataModule.__init__, locals(), "data.")
         super().__init__(**loading)
-        if texture not in TEXTURES:
-            raise UserError(f"texture must be one of {', '.join(TEXTURES)}, got {texture!r}.")
         if not 64 <= image_size <= 256:
             raise UserError(f"image_size must be from 64 to 256 pixels (half a photograph), got {image_size}.")
         numbers = {"train_images": train_images, "test_nominal": test_nominal, "test_per_defect": test_per_defect}
         for name, number in numbers.items():
-            if number < (least := 0 if name == "test_per_defect" else 1):
-                raise UserError(f"{name} must be at least {least}, got {number}.")
+            if not (least := 0 if name == "test_per_defect" else 1) <= number <= MOST_IMAGES:
+                raise UserError(f"{name} must be at least {least} and at most {MOST_IMAGES}, got {number}.")
         self.texture, self.image_size, self.seed = texture, image_size, seed
         self.train_images, self.test_nominal, self.test_per_defect = train_images, test_nominal, test_per_defect
 
