@@ -196,6 +196,11 @@ class Fitting:
         bank.fill(rows.to(device), None if radii is None else radii.to(device))
         bank.seen = torch.full_like(bank.seen, self.seen[place] + collection.total)
         bank.recall(collection.sample().to(device))
+        if member.scorer.num_neighbors > bank.size:
+            log.warning(
+                "num_neighbors is %d, but the memory bank has %d rows: the distances to all of them are averaged.",
+                *(member.scorer.num_neighbors, bank.size),
+            )
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
             *(

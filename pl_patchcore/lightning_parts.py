@@ -67,7 +67,8 @@ class ReleaseOnException(L.Callback):
             return
         self.release()
         path = trainer.ckpt_path
-        if path is not None and "://" not in str(path) and isinstance(exception, Exception):
+        of_loader = "DataLoader worker" in str(exception)  # which torch raises wherever the run happens to be
+        if path is not None and "://" not in str(path) and isinstance(exception, Exception) and not of_loader:
             read_checkpoint(path)  # raises, if it was that
 
 

@@ -16,6 +16,7 @@ from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.report.files import hold, output_folder, plain_console, whole_file
 
 CALIBRATED = ("anomalous", "normalized", "p_value")  # columns of a calibrated model
+NAME_LENGTH = 48  # characters of an image's name in its map's, of at most 4 bytes each; file systems take 255 bytes
 
 
 class PredictionWriter(Callback):
@@ -66,7 +67,7 @@ class PredictionWriter(Callback):
             cell = f".{os.sep}{path}" if path.startswith(tuple("=+-@\t\r")) else path  # no formula of a spreadsheet
             row = [cell, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
             if self.maps:
-                target = Path(self.file.name).parent / "maps" / f"{number:06d}-{Path(path).stem}.npy"
+                target = Path(self.file.name).parent / "maps" / f"{number:06d}-{Path(path).stem[:NAME_LENGTH]}.npy"
                 _write_map(outputs, i, target)
                 row.append(f"maps/{target.name}")
             csv.writer(self.file).writerow(row)
