@@ -150,8 +150,10 @@ class Preprocessing:
         return rgb
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, as stored in checkpoints."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """What an image becomes by: plain numbers, strings and lists, as stored in checkpoints."""
+        settings = asdict(self)
+        del settings["max_pixels"]  # which images are opened
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 class Header(NamedTuple):

@@ -307,7 +307,8 @@ def test_wrong_checkpoint_is_refused(fitted, tiny, trainer, tmp_path, case):
 
 def test_scoring_options_may_change_at_load(fitted, tiny, tmp_path):
     (path,) = tmp_path.rglob("*.ckpt")
-    model = PatchCore.load_from_checkpoint(path, backbone=tiny, reweighting_neighbors=1, search="HNSW8")
+    options = {"reweighting_neighbors": 1, "search": "HNSW8", "images": {"max_pixels": 10**9}}
+    model = PatchCore.load_from_checkpoint(path, backbone=tiny, **options)
     images = images_of(model, 1)
     assert (model(images)[0] >= fitted[0](images)[0]).all()
 
