@@ -100,15 +100,11 @@ def int8_product() -> float:
     return seconds[0] / seconds[1] if exact else 0.0
 
 
-def earlier_copies(rows: Tensor) -> Tensor:
-    """How many rows equal to it stand before each row, int64 ``(M,)``, of finite rows ``(M, D)``.
+def copies_in_order(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring equal rows of finite ``(M, D)`` together, the lowest first; rows of equal random projections are compared.
 
-    A constant background gives thousands of equal patches, none of which a product can rule out. But of the k nearest
-    rows, ties to the lowest, each has fewer than k copies before it. Rows of equal random projections are compared.
-
-    Example:
-        >>> earlier_copies(torch.tensor([[1.0], [2.0], [1.0], [1.0]])).tolist()
-        [0, 0, 1, 2]
+    Returns:
+        An order, int64 ``(M,)``, and whether each row in it equals the one before, bool ``(M,)``.
     """
     g = torch.Generator().manual_seed(0)
     weights = torch.randn(rows.shape[1], generator=g, dtype=torch.float64).to(rows.device)
@@ -116,6 +112,20 @@ def earlier_copies(rows: Tensor) -> Tensor:
     copy = torch.diff(key, prepend=key[:1] + torch.nan) == 0
     for at in copy.nonzero()[:, 0].split(1024):
         copy[at] = (rows[order[at]] == rows[order[at - 1]]).all(1)
+    return order, copy
+
+
+def earlier_copies(rows: Tensor) -> Tensor:
+    """How many rows equal to it stand before each row, int64 ``(M,)``, of finite rows ``(M, D)``.
+
+    A constant background gives thousands of equal patches, none of which a product can rule out. But of the k nearest
+    rows, ties to the lowest, each has fewer than k copies before it.
+
+    Example:
+        >>> earlier_copies(torch.tensor([[1.0], [2.0], [1.0], [1.0]])).tolist()
+        [0, 0, 1, 2]
+    """
+    order, copy = copies_in_order(rows)
     place = torch.arange(len(order), device=order.device)
     first = place.masked_fill(copy, 0).cummax(0).values
     return torch.empty_like(order).index_copy_(0, order, place - first)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pl_patchcore.coreset.distance_bounds import STEP, TINY, DistanceBounds, product_type
 from pl_patchcore.errors import UserError
-from pl_patchcore.numerics import earlier_copies, product_margin
+from pl_patchcore.numerics import copies_in_order, product_margin
 
 POOL_GROWTH = 4  # a pool has at most so many times the rows of the pool before, ...
 POOL_PAIRS = 1 << 16  # ... and rows times the picks of the round before are fewer than this
@@ -291,7 +291,9 @@ def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
 
     Thousands of equal rows (a constant background) would tie in every round.
     """
-    keep = earlier_copies(features) == 0
+    order, copy = copies_in_order(features)
+    keep = torch.ones_like(copy)
+    keep[order[copy]] = False
     keep[start : start + 1] = True
     return keep.nonzero().flatten()
 
