@@ -22,7 +22,7 @@ import lightning as L
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pl_patchcore import data as data_modules
@@ -36,7 +36,7 @@ from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.options import GROUPS, moved, nearest
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
-from pl_patchcore.report.files import check_output
+from pl_patchcore.report.files import check_output, hold, output_folder, whole_file
 
 _QUIET = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
@@ -137,6 +137,18 @@ class _ConfigFile(ActionConfigFile):
             raise UserError(_in_one_line(str(error), parser.get_defaults().keys(), f" in {path}")) from error
 
 
+class _RunFolder(SaveConfigCallback):
+    """Takes the run's folder for this process, and writes the whole configuration there."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = output_folder(trainer)
+        if trainer.is_global_zero and not self.already_saved:
+            self.lock = hold(folder)
+            with whole_file(folder / self.config_filename) as partial:
+                self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
+
+
 class PatchCoreCLI(LightningCLI):
     """Lightning's command line for `PatchCore` and the data modules."""
 
@@ -153,7 +165,7 @@ class PatchCoreCLI(LightningCLI):
             trainer_class=Trainer,
             seed_everything_default=False,
             parser_kwargs={"prog": "pl-patchcore", "description": "PatchCore anomaly detection."},
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=_RunFolder,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,  # type: ignore[arg-type]

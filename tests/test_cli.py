@@ -378,3 +378,24 @@ def test_help(capsys):
         assert f"--model.{name}" in printed
     assert "Share of the patch features kept" in printed
     assert "Folder of the file; null: the system's folder" in printed
+
+
+HOLDING = """
+import sys, filelock
+lock = filelock.FileLock(sys.argv[1] + "/.in_use").acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_is_refused(tmp_path, config, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        error = error_of(capsys, "fit", "--config", config(), "--trainer.logger", "false")
+        assert error == f"{folder}: another run writes there now; wait for it, or choose another folder."
+        other.communicate(b"")
+    assert [path.name for path in folder.iterdir()] == [".in_use"]

@@ -79,7 +79,7 @@ def hold(folder: Path) -> FileLock:
         UserError: If another run writes into it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".in_use", blocking=False)
+    lock = FileLock(folder / ".in_use", blocking=False, is_singleton=True)  # may be taken again by this process
     try:
         lock.acquire()
     except Timeout as error:
