@@ -12,8 +12,9 @@ The way of an image, one file a stage::
     model.py            joins these: PatchCoreModel, a plain module; ensemble.py several of it
     fitting.py          training images          -> a model with a memory bank
     calibration.py      scores of nominal images -> thresholds
-    patchcore.py        the model in Lightning: fit, test, predict; checkpoint.py what is saved, options.py its options,
-                        configs.py the YAML that comes with it, build.py the model of its arguments
+    patchcore.py        the model in Lightning: fit, test, predict; checkpoint.py what is saved, foreign.py what is
+                        looked at in a file from elsewhere, options.py its options, configs.py the YAML that comes with
+                        it, build.py the model of its arguments
     memory_bank_callback.py fits it on the encoder of a LightningModule of one's own, when that is trained
     metrics/            scores, maps, masks      -> AUROC, PRO and others
     report/             figures, maps            -> tables, pictures, files
