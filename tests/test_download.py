@@ -1,5 +1,6 @@
 """Downloads from a real server on this machine, whose every answer is written down."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -16,6 +17,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
                 if call.status == 416:
                     headers["Content-Range"] = f"bytes */{len(data)}"
         data = data[start:]
-        self.send_response(call.status)
+        self.send_response(call.status, server.reason)
         for name, value in headers.items():
             self.send_header(name, value)
         if server.chunked:
@@ -112,6 +114,11 @@ class Handler(BaseHTTPRequestHandler):
         call.length = len(part)  # before it goes out: the client may be done before this thread is
         if server.chunked:
             self.wfile.write(f"{len(data):x}\r\n".encode() + part + (b"\r\n0\r\n\r\n" if stop is None else b""))
+        elif server.drips:
+            with contextlib.suppress(ConnectionError):  # the client has had enough
+                for byte in part:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.01)
         else:
             self.wfile.write(part)
         self.wfile.flush()
@@ -127,7 +134,7 @@ class Server(ThreadingHTTPServer):
         self.calls, self.files, self.moved, self.statuses, self.cuts = [], {}, {}, [], []
         self.etag, self.date, self.ranges, self.obeys_if_range = '"one"', None, True, True
         self.chunked, self.says_length, self.stalls, self.after_cut = False, True, False, None
-        self.released = threading.Event()
+        self.released, self.drips, self.reason = threading.Event(), False, None
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -260,6 +267,19 @@ def test_stalled_server_times_out(server, fetch, monkeypatch):
     with pytest.raises(UserError, match=r"timed out\); fetch"):
         fetch(server.serve("/mtd.zip", zip_bytes()))
     assert time.monotonic() - begin < 10
+
+
+def test_dripping_server_is_given_up(server, fetch, monkeypatch):
+    monkeypatch.setattr(download, "_SLOW", (0.1, 1000))
+    server.drips = True
+    with pytest.raises(UserError, match=r"fewer than 1000 bytes a second\); fetch"):
+        fetch(server.serve("/mtd.zip", zip_bytes()))
+
+
+def test_control_characters_of_a_server_are_not_shown(server, fetch):
+    server.statuses, server.reason = [403], "no\x1b[2J\x07way"
+    with pytest.raises(UserError, match=r"the server answers 403 no \[2J way\)"):
+        fetch(server.serve("/mtd.zip", b""))
 
 
 @pytest.mark.parametrize("obeys_if_range", [True, False])
@@ -591,3 +611,19 @@ def test_dotted_members_and_empty_folders(server, fetch):
 def test_archive_without_files(server, fetch):
     with pytest.raises(UserError, match="holds no file"):
         fetch(server.serve("/mtd.tar", tar_bytes({}, "w", special("top", tarfile.DIRTYPE))))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_of_any_size_are_not_read_into_memory(tmp_path, kind):
+    info = tarfile.TarInfo("long")
+    info.type, info.size = kind, 1 << 28
+    with gzip.open(tmp_path / "mtd.tar.gz", "wb", 1) as out:
+        out.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(256):
+            out.write(bytes(1 << 20))
+        out.write(tar_bytes())
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"is cut short or broken \(a header of 268,435,456 bytes\)"):
+        fetch_archive(f"file://{tmp_path}/mtd.tar.gz", tmp_path / "mtd")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    tracemalloc.stop()

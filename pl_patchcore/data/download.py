@@ -22,6 +22,8 @@ import tarfile
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -37,7 +39,9 @@ from pl_patchcore.errors import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tar.xz", ".zip")
 _BLOCK = 1 << 20  # bytes read at once
+_HEADER = 1 << 24  # bytes of a tar file read at once, at most
 _TIMEOUT = 30.0  # seconds that connecting, or waiting for more bytes, may take
+_SLOW = 60.0, 1000  # seconds after which a download that came at fewer bytes a second is given up
 _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before the second try, the third, ...
 _PASSING = (408, 429, 500, 502, 503, 504)  # HTTP answers that a later try may not get
 _BROKEN = (
@@ -163,10 +167,13 @@ def _one_try(url: str, out: IO[bytes], note: Path) -> None:
             length = headers.get("Content-Length", "")
             total = int(length) if length.isdecimal() else None
         _check_space(note.parent, 0 if total is None else total - have)
+        began = time.monotonic()
         with _bar(desc=note.name.removesuffix(".partial.note"), total=total, initial=have) as bar:
             while block := response.read1(_BLOCK):  # read1: keeps what came before a connection breaks
                 out.write(block)
                 bar.update(len(block))
+                if (waited := time.monotonic() - began) > _SLOW[0] and out.tell() - have < waited * _SLOW[1]:
+                    raise OSError(f"it comes at fewer than {_SLOW[1]} bytes a second")
     size = out.seek(0, 2)
     if not size or total not in (None, size):
         raise OSError(f"{size} of {total or 'unknown'} bytes came")
@@ -176,7 +183,7 @@ def _explain(error: Exception) -> tuple[str, bool]:
     """What went wrong, and whether another try may do better."""
     if isinstance(error, HTTPError):
         error.close()
-        return f"the server answers {error.code} {error.reason}", error.code in _PASSING
+        return f"the server answers {error.code} {_line(error.reason)}", error.code in _PASSING
     reason = getattr(error, "reason", error)
     return _line(reason), not isinstance(reason, ssl.SSLCertVerificationError)
 
@@ -194,8 +201,9 @@ def _check_space(folder: Path, size: int) -> None:
 
 
 def _line(error: object) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an exception says, on one line, without a server's control characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _unpack(archive: Path, folder: Path, strip: bool, remedy: str) -> None:
@@ -203,7 +211,7 @@ def _unpack(archive: Path, folder: Path, strip: bool, remedy: str) -> None:
     staging = folder.with_name(f"{folder.name}.unpacking")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) if archive.name.endswith(".zip") else tarfile.open(archive) as packed:
+        with _opened(archive) as packed:
             members = _checked_members(archive, packed)
             total = sum(size for _, size in members)
             _check_space(folder.parent, total)
@@ -227,6 +235,35 @@ def _unpack(archive: Path, folder: Path, strip: bool, remedy: str) -> None:
         raise UserError(f"{archive}: is cut short or broken ({_line(error)}); {remedy}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+class _Bounded:
+    """A tar file of which nobody reads a header of gigabytes into memory, as a small compressed file may hold."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def read(self, size: int) -> bytes:
+        if size > _HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        data: bytes = self.file.read(size)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[Any]:
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as packed:
+            yield packed
+        return
+    with archive.open("rb") as file:
+        first = file.read(6)
+    unpack: Any = gzip.open if first.startswith(b"\x1f\x8b") else lzma.open if first == b"\xfd7zXZ\0" else open
+    with unpack(archive, "rb") as file, tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:
+        yield tar
 
 
 def _checked_members(archive: Path, packed: Any) -> list[tuple[Any, int]]:
