@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
 
+LARGEST_SIGMA = 1024  # pixels; the filter has 8 times as many
 Distance = Literal["euclidean", "squared"]
 
 
@@ -47,8 +48,8 @@ class AnomalyScorer(nn.Module):
             raise UserError(
                 f"reweighting_neighbors must be at least 1, got {reweighting_neighbors}; 1 switches equation 7 off."
             )
-        if sigma < 0:
-            raise UserError(f"sigma must be 0 or more pixels, got {sigma}.")
+        if not 0 <= sigma <= LARGEST_SIGMA:
+            raise UserError(f"sigma must be from 0 to {LARGEST_SIGMA} pixels, got {sigma}.")
         self.num_neighbors, self.distance = num_neighbors, distance
         self.reweighting_neighbors, self.sigma = reweighting_neighbors, sigma
 

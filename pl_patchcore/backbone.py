@@ -11,6 +11,7 @@ import copy
 import hashlib
 import io
 import logging
+import os
 import pickle
 import reprlib
 import warnings
@@ -68,7 +69,7 @@ def cut_network(
         raise UserError(f"layers must be a list of different layer names, got {layers!r}.")
     name = backbone if isinstance(backbone, str) else type(backbone).__qualname__
     path = None if weights is None else Path(weights).expanduser()
-    if path is not None and not path.exists() and path.suffix not in _WEIGHT_FILES:
+    if path is not None and path.suffix not in _WEIGHT_FILES and not os.path.exists(path):  # noqa: PTH110 - pathlib's raises where a name is too long
         path = None
     state = None if path is None else _read_weights(path)
     if isinstance(backbone, str):
@@ -194,7 +195,7 @@ def _cut(network: nn.Module, layers: Sequence[str]) -> nn.Module:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises where a name is too long
         raise UserError(f"{path}: no such weights file; correct the path, or set weights to null for random ones.")
     try:
         if path.suffix == ".safetensors":

@@ -98,7 +98,7 @@ def test_to_original():
         ({"num_neighbors": 0}, "num_neighbors must be at least 1"),
         ({"distance": "cosine"}, "euclidean or squared"),
         ({"reweighting_neighbors": 0}, "1 switches equation 7 off"),
-        ({"sigma": -1}, "sigma must be 0 or more"),
+        ({"sigma": -1}, "sigma must be from 0 to 1024"),
     ],
 )
 def test_bad_options(options, message):

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 
 from pl_patchcore import PatchCore, UserError
 from pl_patchcore.checkpoint import plain_settings
@@ -117,3 +118,21 @@ class Evil:
 def test_hyper_parameters_are_plain_data(saved, message):
     with pytest.raises(UserError, match=message):
         plain_settings(saved, ["seed", "store", "layers", "backbone"], "x.ckpt")
+
+
+BAD_VALUES = [
+    None, True, -1, -0.5, 1.5, 10**30, float("nan"), float("inf"), 1e300, "", "x", "9" * 400, b"x", [], {}, [1, 2, 3],
+    [None], {"a": 1}, object(), torch.zeros(2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*inspect.signature(PatchCore.__init__).parameters][1:])
+def test_no_value_ends_in_a_riddle(tiny, name):
+    refused = 0
+    for value in BAD_VALUES:
+        try:
+            PatchCore(**({"backbone": tiny, "layers": ["fine"], "resize": 64, "crop": None} | {name: value}))
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017 - it may well be taken
+            refused += 1
+    assert refused >= len(BAD_VALUES) - 5
