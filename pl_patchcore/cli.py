@@ -309,8 +309,9 @@ def _in_one_line(message: str, known: Iterable[str], file: str = "") -> str:
     if (unknown or no_group) and name.startswith("model.") and (place := moved(name.removeprefix("model."), "model.")):
         return f"{file.removeprefix(' in ')}: {place}".removeprefix(": ")
     if no_group:
-        options = ", ".join(sorted(option for option in known if option.startswith(f"{name}.")))
-        return f"{name}{file} is a group of options, {options}; got {no_group[1]!r}."
+        options = sorted(option for option in known if option.startswith(f"{name}."))
+        listed = ", ".join([*options[:8], *["..."] * (len(options) > 8)])
+        return f"{name}{file} is a group of options, {listed}; got {no_group[1]!r}."
     if unknown:
         prefix = "data." if keys[:1] == ["data"] else ""
         if kind := re.search(r"given class_path '(.+)\.(\w+)'", message):  # the option is an argument of this class
