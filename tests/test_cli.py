@@ -1,5 +1,6 @@
 """The command line, through its real entry point."""
 
+import builtins
 import contextlib
 import csv
 import io
@@ -17,6 +18,7 @@ import torch
 import torchvision
 import yaml
 
+import pl_patchcore.__main__
 from pl_patchcore import PatchCore, SyntheticDataModule
 from pl_patchcore.cli import main
 from pl_patchcore.configs import CONFIGS, config_names
@@ -399,3 +401,16 @@ def test_a_folder_in_use_is_refused(tmp_path, config, capsys):
         assert error == f"{folder}: another run writes there now; wait for it, or choose another folder."
         other.communicate(b"")
     assert [path.name for path in folder.iterdir()] == [".in_use"]
+
+
+def test_interrupted_while_importing(monkeypatch):
+    def interrupt(name, *args):
+        if name == "pl_patchcore.cli":
+            raise KeyboardInterrupt
+        return importing(name, *args)
+
+    importing = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        pl_patchcore.__main__.main()
+    assert stop.value.code == 130
