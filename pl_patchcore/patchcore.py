@@ -231,7 +231,7 @@ class PatchCore(L.LightningModule):
         module.load_state_dict(saved["state_dict"], strict=strict)
         for member in module.model.members:
             member.patch_features.identify()
-        module._cut_bank()
+        module.cut_bank()
         return module if map_location is None else module.to(map_location)
 
     # Scoring
@@ -365,9 +365,9 @@ class PatchCore(L.LightningModule):
     def _check_fitted(self) -> None:
         if not self.model.fitted:
             raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
-        self._cut_bank()
+        self.cut_bank()
 
-    def _cut_bank(self) -> None:
+    def cut_bank(self) -> None:
         """Bring a bank that was loaded down to ``coreset_size``: the first rows are the coreset of that size."""
         coreset, bank = self.model.members[0].coreset, self.memory_bank
         if len(self.model.members) > 1 or coreset.size is None or coreset.size >= bank.size:

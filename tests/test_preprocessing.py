@@ -11,7 +11,7 @@ from torchvision import transforms as tv
 
 from pl_patchcore import FolderDataModule, Preprocessing, UserError
 from pl_patchcore.data import Record
-from pl_patchcore.data.base import settle_masks
+from pl_patchcore.data.masks import settle_masks
 from pl_patchcore.preprocessing import check_image, read_image
 
 GRADIENT = np.linspace(0, 255, 48 * 32).reshape(48, 32).astype(np.uint8)
@@ -186,7 +186,7 @@ def levels_of(mask, path, name="mask.png"):
     Image.fromarray(mask).save(path / name)
     Image.new("RGB", mask.shape[1::-1]).save(path / "image.png")
     record = Record(path / "image.png", 1, "dirt", "tile", path / name)
-    return settle_masks([record], 1)[0].read()[1]
+    return settle_masks([record], 1, Preprocessing())[0].read()[1]
 
 
 WHERE = np.zeros((4, 6), bool)
@@ -247,7 +247,7 @@ def test_class_numbers_only_where_no_mask_is_bright(tmp_path, caplog):
     for name, level in (("bright", 255), ("dim", 1)):
         Image.fromarray(WHERE * np.uint8(level)).save(tmp_path / f"{name}.png")
     records = [Record(tmp_path / "image.png", 1, "dirt", "tile", tmp_path / f"{n}.png") for n in ("bright", "dim")]
-    bright, dim = (record.read()[1] for record in settle_masks(records, 1))
+    bright, dim = (record.read()[1] for record in settle_masks(records, 1, Preprocessing()))
     assert np.array_equal(bright, WHERE)
     assert (dim == 255).all()  # unknown
     assert "1 of 2 masks hold no level above mid-grey" in caplog.text
@@ -262,7 +262,7 @@ def test_several_masks_of_an_image_are_united(tmp_path):
         Image.fromarray(part).save(tmp_path / "masks" / f"{i}.png")
     record = Record(tmp_path / "image.png", 1, "dirt", "tile", tmp_path / "masks")
     record.check()
-    assert np.array_equal(settle_masks([record], 1)[0].read()[1], WHERE)
+    assert np.array_equal(settle_masks([record], 1, Preprocessing())[0].read()[1], WHERE)
 
 
 def signed_tiff(pixels):

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from tqdm import tqdm
 
 from pl_patchcore.data.files import is_folder, list_images
+from pl_patchcore.data.masks import MID_GREY, settle_masks
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
 from pl_patchcore.preprocessing import UNKNOWN, Header, Preprocessing, check_image, read_image, read_mask, shown
@@ -32,9 +33,7 @@ from pl_patchcore.preprocessing import UNKNOWN, Header, Preprocessing, check_ima
 log = logging.getLogger(__name__)
 
 NOMINAL = "nominal"
-MID_GREY = (127, 32767)  # of 8 and of 16 bits
 MOST_IN_BATCH = 65_536
-MOST_CLASSES = 32  # different levels of masks that are class numbers
 Sample = dict[str, Any]
 
 
@@ -72,11 +71,12 @@ class Record:
         Raises:
             UserError: If the image or mask cannot be read, or their sizes differ.
         """
-        image = read_image(self.path, *_reading(transform))
+        transform = transform or Preprocessing()
+        image = read_image(self.path, transform.bits, transform.max_pixels)
         mask = np.zeros((image.height, image.width), np.uint8)
         if self.label != 0:
             for path in self.masks():
-                levels = read_mask(path, _reading(transform)[1])
+                levels = read_mask(path, transform.max_pixels)
                 if levels.shape != mask.shape:
                     raise self.mismatch(levels.shape, mask.shape)
                 mask |= levels > self.mask_above[levels.dtype != np.uint8]
@@ -96,9 +96,10 @@ class Record:
 
     def check(self, transform: Preprocessing | None = None) -> Header | None:
         """Refuse, as `read` does, what shows without decoding the files; return the image's header."""
-        header = check_image(self.path, *_reading(transform))
+        transform = transform or Preprocessing()
+        header = check_image(self.path, transform.bits, transform.max_pixels)
         for path in self.masks() if self.label == 1 else []:
-            found = check_image(path, max_pixels=_reading(transform)[1], mask=True).size
+            found = check_image(path, max_pixels=transform.max_pixels, mask=True).size
             if found != header.size:
                 raise self.mismatch(found, header.size)
         return header
@@ -111,69 +112,7 @@ class Record:
         )
 
 
-def _reading(transform: Preprocessing | None) -> tuple[int | None, int | None]:
-    """Bits and largest number of pixels of images, as the preprocessing says."""
-    return (None, None) if transform is None else (transform.bits, transform.max_pixels)
-
-
-def settle_masks(records: Sequence[Record], threads: int, transform: Preprocessing | None = None) -> list[Record]:
-    """Say by ``mask_above`` what the levels of a data set's masks mean; every mask is read.
-
-    Above mid-grey is anomalous, of 8 bits or of 16; masks of more than 8 bits whose levels end at 255 are taken as
-    masks of 8. Where no mask of the data set is as bright as mid-grey, its levels are class numbers, each above 0
-    anomalous, if there are few different ones.
-
-    Raises:
-        UserError: If the levels have no certain meaning.
-    """
-    masked = [record for record in records if record.label == 1 and record.mask_path and record.mask_is_image]
-    files = [(record, path) for record in masked for path in record.masks()]
-    if not files:
-        return list(records)
-
-    def look(path: Path) -> tuple[bool, int, int, set[int]]:  # more than 8 bits, lowest and highest level, classes
-        levels = read_mask(path, _reading(transform)[1])
-        high = int(levels.max())
-        return (
-            levels.dtype != np.uint8,
-            int(levels.min()),
-            high,
-            set(np.unique(levels).tolist()) if high <= 127 else set(),
-        )
-
-    with ThreadPoolExecutor(threads) as pool:
-        looks = list(pool.map(look, [path for _, path in files]))
-    deep = max((high for is_deep, _, high, _ in looks if is_deep), default=0)
-    if 255 < deep <= 32767 or deep > 65535:
-        found = next(path for (_, path), look in zip(files, looks, strict=True) if look[2] == deep)
-        raise UserError(f"{found}: the highest level of a mask is {deep}, of no known range; save it with 0 and 255.")
-    above = MID_GREY if deep > 255 else (127, 127)
-    dim = [i for i, (is_deep, _, high, _) in enumerate(looks) if 0 < high <= above[is_deep]]
-    if dim and not any(high > above[is_deep] for is_deep, _, high, _ in looks):
-        levels = set().union(*(classes for *_, classes in looks)) - {0}
-        counts = f"{len(dim)} of {len(files)} masks hold no level above 127; the highest is {max(levels)}"
-        where = files[dim[0]][1]
-        if len(levels) >= MOST_CLASSES:
-            raise UserError(f"{where}: {counts}, and {len(levels)} differ; save masks with 0 and 255.")
-        numbers = ", ".join(map(str, sorted(levels)))
-        log.warning("%s: %s: they are read as class numbers, each a defect: %s.", where, counts, numbers)
-        above = (0, 0)
-    elif dim:
-        log.warning(
-            "%d of %d masks hold no level above mid-grey, though they are not black, such as %s: they mark nothing; "
-            "save them with 0 and 255.",
-            *(len(dim), len(files), files[dim[0]][1]),
-        )
-    if full := [i for i, (is_deep, low, *_) in enumerate(looks) if low > above[is_deep]]:
-        message = "%d of %d masks mark their whole image, such as %s: pixel figures of them mean little."
-        log.warning(message, len(full), len(files), files[full[0]][1])
-    if not any(high for _, _, high, _ in looks):
-        log.warning("all %d masks are empty, such as %s: there are no pixel figures.", len(files), files[0][1])
-    settled = set(masked)
-    return [replace(record, mask_above=above) if record in settled else record for record in records]
-
-
-def _tell_dark(records: Sequence[Record], transform: Preprocessing | None) -> None:
+def _tell_dark(records: Sequence[Record], transform: Preprocessing) -> None:
     """Warn where images of more than 8 bits use the lower quarter of their range only; a few are looked at."""
     few = records[:: max(1, len(records) // 4)][:4]
     highest = max((int(np.asarray(record.read(transform)[0]).max()) for record in few), default=255)
@@ -377,17 +316,17 @@ class AnomalyDataModule(L.LightningDataModule):
             log.warning("%d files are left out (on_broken: skip):\n  %s", len(broken), "\n  ".join(self.skipped))
         return set(broken)
 
-    def _transform(self) -> Preprocessing | None:
-        """The preprocessing set by hand, or else the model's."""
+    def _transform(self) -> Preprocessing:
+        """The preprocessing set by hand, or else the model's, or else the default."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         found = self.transform or getattr(module, "transform", None)
-        return found if isinstance(found, Preprocessing) else None
+        return found if isinstance(found, Preprocessing) else Preprocessing()
 
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
         if stage == "validate" and self.validation == "none":
             raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
-        transform = self._transform() or Preprocessing()
+        transform = self._transform()
         self.require(stage)
         self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self.lists)
         if stage in ("fit", "test"):
