@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.errors import UserError
+from pl_patchcore.files import plain_console, whole_file
 from pl_patchcore.published import Published
-from pl_patchcore.report.files import plain_console, whole_file
 from pl_patchcore.report.summary import FIGURES
 
 if sys.platform != "win32":

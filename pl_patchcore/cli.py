@@ -32,11 +32,11 @@ from pl_patchcore.configs import config_file, read_config
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.data.base import loader_error
 from pl_patchcore.errors import UserError
+from pl_patchcore.files import check_output, hold, output_folder, whole_file
 from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.options import GROUPS, moved, nearest
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
-from pl_patchcore.report.files import check_output, hold, output_folder, whole_file
 
 _QUIET = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch

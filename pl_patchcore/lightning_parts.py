@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from pl_patchcore.checkpoint import read_checkpoint
 from pl_patchcore.errors import UserError
-from pl_patchcore.report.files import whole_file
+from pl_patchcore.files import whole_file
 
 LOGGED = ("train/images", "epoch", "step")  # what callbacks can monitor while a fit runs
 

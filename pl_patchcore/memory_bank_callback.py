@@ -30,9 +30,9 @@ from pl_patchcore.data.base import AnomalyDataModule
 from pl_patchcore.data.batch import OwnImages, as_batch
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
+from pl_patchcore.files import output_folder, whole_file
 from pl_patchcore.options import nearest, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
-from pl_patchcore.report.files import output_folder, whole_file
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)

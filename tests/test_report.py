@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import PatchCore, SyntheticDataModule, UserError
+from pl_patchcore.files import check_output, whole_file
 from pl_patchcore.report import PredictionWriter, TestReport
-from pl_patchcore.report.files import check_output, whole_file
 from pl_patchcore.report.pictures import Gallery, Shown
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pl_patchcore.files import output_folder, plain_console, whole_file
 from pl_patchcore.memory_bank import MemoryBank
-from pl_patchcore.report.files import output_folder, plain_console, whole_file
 
 SHOWN = 20_000  # patch features drawn and measured, at most
 

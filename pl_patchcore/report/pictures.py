@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pl_patchcore.files import whole_file
 from pl_patchcore.preprocessing import UNKNOWN
-from pl_patchcore.report.files import whole_file
 
 GROUPS = {  # group: (label, sign of the score)
     "most_anomalous": (1, 1),

@@ -13,7 +13,7 @@ from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 
 from pl_patchcore.anomaly_map import to_original
-from pl_patchcore.report.files import hold, output_folder, plain_console, whole_file
+from pl_patchcore.files import hold, output_folder, plain_console, whole_file
 
 CALIBRATED = ("anomalous", "normalized", "p_value")  # columns of a calibrated model
 NAME_LENGTH = 48  # characters of an image's name in its map's, of at most 4 bytes each; file systems take 255 bytes

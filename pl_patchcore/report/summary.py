@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
-from pl_patchcore.report.files import hold, output_folder, plain_console, whole_file
+from pl_patchcore.files import hold, output_folder, plain_console, whole_file
 from pl_patchcore.report.pictures import Gallery, Shown
 
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}

@@ -1,4 +1,4 @@
-"""Where reports go: the console, the run's folder, and files that are either whole or not there."""
+"""Where a run writes: the console, its folder, and files that are either whole or not there."""
 
 from __future__ import annotations
 
