@@ -59,8 +59,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def _refusal(error: OSError | RuntimeError, path: Path, partial: Path) -> str | None:
     """Why a file could not be written, and what to do; None if the error is about something else."""
-    there = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
-    free, number, name = shutil.disk_usage(there).free, None, None
+    free, number, name = free_bytes(path.parent), None, None
     if isinstance(error, OSError):
         number, name = error.errno, error.filename
     elif free < FULL:
@@ -69,7 +68,16 @@ def _refusal(error: OSError | RuntimeError, path: Path, partial: Path) -> str | 
         return None
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({free / 1e6:.1f} MB free); make room, or choose another folder"
-    return f"{os.strerror(number).lower()}; make {there} a folder that takes it, or choose another one"
+    return f"{os.strerror(number).lower()}; make {_existing(path.parent)} a folder that takes it, or choose another one"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk of a folder that need not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def hold(folder: Path) -> FileLock:

@@ -158,6 +158,12 @@ class Fitting:
             )
         )
 
+    @property
+    def bank_bytes(self) -> int:
+        """Bytes of the memory banks, as planned with the first batch; 0 where that is not known."""
+        both = zip(self.members, self.collections, strict=False)
+        return sum(member.memory_bank.features.itemsize * each.bank_numbers for member, each in both)
+
     @torch.no_grad()
     def select(self, *, shown: bool = False) -> None:
         """Select the coresets, fill the memory banks, and calibrate. All processes call it.

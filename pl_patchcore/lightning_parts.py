@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from pl_patchcore.checkpoint import read_checkpoint
 from pl_patchcore.errors import UserError
-from pl_patchcore.files import whole_file
+from pl_patchcore.files import free_bytes, whole_file
 
 LOGGED = ("train/images", "epoch", "step")  # what callbacks can monitor while a fit runs
 
@@ -84,6 +84,25 @@ def refuse_monitors(trainer: L.Trainer) -> None:
             raise UserError(
                 f"{type(callback).__name__} monitors {monitor!r}, but PatchCore has no figures before fit ends; "
                 "take monitor out (the finished model is what gets saved)."
+            )
+
+
+def check_room(trainer: L.Trainer, needed: int) -> None:
+    """Refuse a fit whose checkpoint would find no room on the disk.
+
+    Args:
+        trainer: The Trainer of the fit.
+        needed: Bytes of the checkpoint.
+
+    Raises:
+        UserError: On the process that writes it.
+    """
+    for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
+        folder = getattr(callback, "dirpath", None)
+        if folder is not None and "://" not in str(folder) and (free := free_bytes(Path(folder))) < needed:
+            raise UserError(
+                f"{folder}: the checkpoint takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free; make room, "
+                "or choose another folder by trainer.default_root_dir."
             )
 
 

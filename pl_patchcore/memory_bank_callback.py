@@ -118,6 +118,7 @@ class MemoryBankCallback(L.Callback):
         self.patchcore = self.path = self._trial = None
         with isolate_rng():
             model = self._model(pl_module)
+            model.store.check_processes(trainer.world_size)
             if self.data is None:
                 self._trial = model
             elif not isinstance(self.data, L.LightningDataModule):  # whose loaders are made when they are needed

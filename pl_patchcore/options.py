@@ -132,6 +132,18 @@ class StoreOptions(_Group):
                 f"store.selection_memory goes with coreset_method greedy, got {coreset_method}; leave one of them out."
             )
 
+    def check_processes(self, number: int) -> None:
+        """Refuse a limit of memory for several processes.
+
+        Raises:
+            UserError: If there is one.
+        """
+        if self.selection_memory is not None and number > 1:
+            raise UserError(
+                f"store.selection_memory selects within chunks of one process, there are {number}; leave it out (each "
+                "holds only its share of the patch features), or set trainer.devices to 1."
+            )
+
 
 @dataclass(frozen=True)
 class EnsembleOptions(_Group):

@@ -46,6 +46,7 @@ from pl_patchcore.lightning_parts import (
     Anchor,
     ReleaseOnException,
     begin_without_steps,
+    check_room,
     refuse_monitors,
     save_by_callbacks,
     single_loader,
@@ -406,11 +407,7 @@ class PatchCore(L.LightningModule):
         for member in self.model.members:
             member.patch_features.identify()  # before Lightning casts the weights
         self.anchor.value.requires_grad_(True)
-        if self.trainer.world_size > 1 and self.store.selection_memory is not None:
-            raise UserError(
-                f"store.selection_memory selects within one process, there are {self.trainer.world_size}: leave it out "
-                "(each holds only its share of the patch features), or set trainer.devices to 1."
-            )
+        self.store.check_processes(self.trainer.world_size)
         refuse_monitors(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -484,6 +481,8 @@ class PatchCore(L.LightningModule):
         own = self._own(batch, batch_idx)
         if len(own["image"]):
             self._fitting.add(own["image"], own["index"].cpu())
+        if batch_idx == 0:
+            check_room(self.trainer, self._fitting.bank_bytes + sum(value.nbytes for value in self._saved().values()))
         self.log("train/images", float(self._fitting.count), batch_size=max(1, len(own["image"])))
         if 0 <= self.trainer.max_steps <= batch_idx + 1:
             self.trainer.should_stop = True  # Lightning counts no steps
@@ -590,13 +589,14 @@ class PatchCore(L.LightningModule):
 
     # Checkpoints
 
+    def _saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: all but the frozen backbone, unless it is to be saved."""
+        return {n: v for n, v in self.state_dict().items() if self.save_backbone or "patch_features." not in n}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Finish the fit if its last batch has come; say what is in the file; leave the frozen backbone out."""
         self.finish()
-        state = {**checkpoint["state_dict"], **self.state_dict()}  # the former was taken before the memory bank
-        if not self.save_backbone:
-            state = {name: value for name, value in state.items() if "patch_features." not in name}
-        checkpoint["state_dict"] = state
+        checkpoint["state_dict"] = self._saved()  # Lightning's was taken before the memory bank
         checkpoint["patchcore"] = {
             "format": FORMAT,
             "fitted": self.model.fitted,

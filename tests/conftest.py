@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import secrets
 import socket
+import subprocess
 
 import hypothesis
 import pytest
@@ -23,6 +24,16 @@ def tiny():
     from networks import TinyBackbone
 
     return TinyBackbone()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

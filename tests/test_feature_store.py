@@ -226,16 +226,6 @@ def test_reservation_that_fails_names_folder_need_and_remedies(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def fill(kept):
     for index in range(100):
         kept.add(torch.ones(1, 10, 10, 192), torch.tensor([index]))

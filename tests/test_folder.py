@@ -1,6 +1,7 @@
 import logging
 import os
 import unicodedata
+from pathlib import Path
 
 import fakes
 import numpy as np
@@ -220,20 +221,23 @@ def test_predict_needs_nothing_but_images(root):
         ["ok/e.png,nominal,train", "ok/e.png,nominal,test"],
         ["ok/e.png,nominal,train", "ok/../ok/e.png,anomalous,test"],
         ["ok/e.png,nominal,test", "ok/e.png,anomalous,test"],
-        ["ok/e.png,nominal,train", "ok/link.png,nominal,train"],
+        ["ok/link.png,nominal,train", "ok/e.png,nominal,train"],
+        ["ok/hard.png,nominal,train", "ok/e.png,nominal,test"],
         ["ok/e.png,nominal,", "ok/e.png,nominal,"],
     ],
 )
 def test_manifest_names_an_image_twice(root, lines):
     (root / "ok" / "link.png").symlink_to("e.png")
+    (root / "ok" / "hard.png").hardlink_to(root / "ok" / "e.png")
     manifest = root / "list.csv"
     manifest.write_text("\n".join(["path,label,split", *lines]))
-    with pytest.raises(UserError, match=r"e\.png: is named twice; list it once in .*list\.csv"):
+    with pytest.raises(UserError, match=r"e\.png: is named twice.*; list it once in .*list\.csv"):
         _ = FolderDataModule(manifest=manifest).records
 
 
-def test_links_to_one_file_in_one_folder_count_once(root):
-    (root / "ok" / "link.png").symlink_to("e.png")
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_links_to_one_file_in_one_folder_count_once(root, link):
+    link(root / "ok" / "link.png", root / "ok" / "e.png")
     train, test = FolderDataModule(root / "ok").records
     assert len({*train, *test}) == 10 == len(train) + len(test)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import free_port
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from networks import TinyBackbone
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -186,6 +186,14 @@ def test_unknown_options_and_unfit_strategies(trainer):
 
     with pytest.raises(UserError, match="FSDPStrategy may split it; take strategy ddp"):
         callback.setup(Sharded(), Classifier(), "fit")
+    bounded = MemoryBankCallback("model.encoder", store={"selection_memory": 1.0}, **OPTIONS)
+
+    class OnTwoProcesses(Sharded):
+        strategy = SingleDeviceStrategy("cpu")
+        world_size = 2
+
+    with pytest.raises(UserError, match=r"store\.selection_memory .* of one process, there are 2; leave it out"):
+        bounded.setup(OnTwoProcesses(), Classifier(), "fit")
     with pytest.raises(UserError, match="import lightning as L in place of pytorch_lightning"):
         callback.setup(SimpleNamespace(), Classifier(), "fit")
 

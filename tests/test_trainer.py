@@ -328,6 +328,22 @@ def test_failure_while_selecting_leaves_no_bank(tiny, trainer, tmp_path, monkeyp
     assert not module.model.fitted
 
 
+def test_checkpoint_without_room_is_refused_before_the_fit(tiny, trainer, small_disk):
+    module = module_of(tiny, resize=160, coreset_method="none")
+    read = []
+
+    def collate(images):
+        read.append(len(images))
+        return torch.stack(images)
+
+    images = [torch.rand(3, 160, 160) for _ in range(10)]
+    message = r"small.*: the checkpoint takes 1\.3 MB, and 1\.0 MB are free; make room, or choose another folder"
+    with pytest.raises(UserError, match=message):
+        trainer(default_root_dir=small_disk).fit(module, loader(images, collate_fn=collate))
+    assert len(read) < BATCHES
+    assert not list(small_disk.rglob("*.ckpt"))
+
+
 def test_used_up_epochs_leave_the_old_bank(tiny, trainer, expected):
     module, runner = module_of(tiny), trainer(max_epochs=1, enable_checkpointing=False)
     runner.fit(module, loader(IMAGES[:4]))

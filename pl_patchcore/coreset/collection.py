@@ -59,6 +59,7 @@ class Collection:
         dimension: Numbers in a patch feature, D.
         total: Patch features for the memory bank, of all processes; known once `select` was called.
         planned: Bytes of main memory that the fit takes until `close`, as planned with the first batch.
+        bank_numbers: Numbers in the memory bank, as planned with the first batch; 0 where that is not known.
 
     Raises:
         UserError: If the options contradict each other.
@@ -79,7 +80,7 @@ class Collection:
         store.check_method(coreset.method)
         self.coreset, self.options, self.device, self.holds_out = coreset, store, device, held_out
         self.expected, self.check, self.neighbours, self.promised = expected, check, neighbours, promised
-        self.dimension, self.total, self.planned = 0, 0, 0.0
+        self.dimension, self.total, self.planned, self.bank_numbers = 0, 0, 0.0, 0
         self._grid = (0, 0)  # patches of an image, down and across
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
@@ -127,7 +128,7 @@ class Collection:
                 available_memory() / self.neighbours - self.promised, shutil.disk_usage(folder).free,
                 lies_in_memory(folder), device_memory(self.device),
             ).chosen()  # fmt: skip
-            self.planned, kind = plan.peak, plan.store.kind
+            self.planned, self.bank_numbers, kind = plan.peak, bank * d, plan.store.kind
             log.info("collecting %s.", plan)
         on_disk, dtype = folder if kind == "disk" else None, getattr(torch, store.dtype)
         bounded = store.selection_memory is not None
@@ -186,11 +187,7 @@ class Collection:
 
     def _join(self, processes: Processes) -> None:
         """Find out what all processes have collected, and what numbers this one's rows have among theirs."""
-        if processes.count > 1 and self.options.selection_memory is not None:
-            raise UserError(
-                f"store.selection_memory selects within chunks of one process, there are {processes.count}; leave it "
-                "out (each holds only its share of the patch features), or set trainer.devices to 1."
-            )
+        self.options.check_processes(processes.count)
         dimension, h, w = (int(n) for n in processes.largest(self.dimension, *self._grid))
         if self._store is None and dimension:  # no image came to this process
             self.dimension, self._grid = dimension, (h, w)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -197,15 +195,26 @@ class FolderDataModule(AnomalyDataModule):
 
 def _refuse_twice(train: list[Record], test: list[Record], remedy: str) -> tuple[list[Record], list[Record]]:
     """Refuse an image that is in the two lists, or twice in one, under whatever path."""
-    places = Counter(os.path.realpath(record.path) for record in (*train, *test))
-    if twice := [place for place, times in places.items() if times > 1]:
-        raise UserError(f"{shown(twice[0])}: is named twice; {remedy}.")
+    first: dict[object, Path] = {}
+    for record in (*train, *test):
+        if (other := first.setdefault(_file(record.path), record.path)) is not record.path:
+            also = "" if other == record.path else f", also as {shown(other)}"
+            raise UserError(f"{shown(record.path)}: is named twice{also}; {remedy}.")
     return train, test
+
+
+def _file(path: Path) -> object:
+    """What is the same for all links to a file, soft and hard; the path where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path
+    return found.st_dev, found.st_ino
 
 
 def _once(folder: Path, images: Sequence[Path]) -> list[Path]:
     """Leave out links to files that the same folder lists already, lest one trains and the other tests."""
-    files = {os.path.realpath(path): path for path in reversed(images)}
+    files = {_file(path): path for path in reversed(images)}
     if len(files) < len(images):
         log.info("%s: %d links to images listed already are passed over.", folder, len(images) - len(files))
     return sorted(files.values())
