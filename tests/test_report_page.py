@@ -1,4 +1,4 @@
-"""The page of a report: what is in the file, read without a browser. What it does in one: tests/extras."""
+"""The page of a report: what is in the file. What it does in a browser is tried in extras/test_browser.py."""
 
 import base64
 import html

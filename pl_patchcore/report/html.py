@@ -86,7 +86,7 @@ class _Record:
 class Page:
     """Collects images and writes ``report.html``.
 
-    Each image is encoded when it is added: about 15 kB of an image of 224 x 224 pixels, up to 150 kB of a photograph.
+    Each image is encoded when it is added: to about 10 kB if it has 224 x 224 pixels, to about 150 kB if it is a photo.
     All images count in figures and histogram; pictures are kept of the 500 anomalous ones with the lowest scores, and
     of the 500 others with the highest.
     """
@@ -248,20 +248,21 @@ def _path(polygons: Sequence[np.ndarray]) -> str:
 
 def _pictures(item: PageImage) -> dict[str, bytes]:
     photo = Image.fromarray(item.image)
-    pictures = {"small": _encode(_within(photo, SMALL), "JPEG")}
-    if max(photo.size) > SMALL:
-        pictures["large"] = _encode(_within(photo, LARGE), "JPEG")
+    photo.thumbnail((LARGE, LARGE))
+    pictures = {"large": _encode(photo, "JPEG")} if max(photo.size) > SMALL else {}
+    photo.thumbnail((SMALL, SMALL))
+    pictures["small"] = _encode(photo, "JPEG")
     if item.mask is not None:
-        pictures["mask"] = _encode(
-            _within(Image.fromarray(item.mask.astype(np.uint8) * 255), LARGE).convert("1"), "PNG"
-        )
+        pictures["mask"] = _encode(Image.fromarray(_thinned(item.mask, LARGE)), "PNG")  # of one bit a pixel
     return pictures
 
 
-def _within(image: Image.Image, side: int) -> Image.Image:
-    image = image.copy()
-    image.thumbnail((side, side))
-    return image
+def _thinned(values: np.ndarray, side: int) -> np.ndarray:
+    """Rows and columns of ``(H, W)`` left out evenly, until neither side is longer than ``side``."""
+    sides = [max(1, round(n * min(1, side / max(values.shape)))) for n in values.shape]
+    rows, columns = (np.linspace(0, n - 1, m).round().astype(int) for n, m in zip(values.shape, sides, strict=True))
+    thinned: np.ndarray = values[np.ix_(rows, columns)]
+    return thinned
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:
@@ -272,10 +273,7 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 
 def _levels(anomaly_map: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Lowest and highest value; the map at most `SMALL` pixels large, uint8 from 1 to 255 between them, 0 for NaN."""
-    shape = anomaly_map.shape
-    sides = [max(1, round(side * min(1, SMALL / max(shape)))) for side in shape]
-    rows, columns = (np.linspace(0, n - 1, m).round().astype(int) for n, m in zip(shape, sides, strict=True))
-    small = anomaly_map[np.ix_(rows, columns)].astype(np.float64)
+    small = _thinned(anomaly_map, SMALL).astype(np.float64)
     seen = np.isfinite(small)
     low, high = (float(small[seen].min()), float(small[seen].max())) if seen.any() else (0.0, 0.0)
     share = (np.where(seen, small, low) - low) / (high - low or 1.0)
