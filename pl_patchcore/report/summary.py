@@ -102,11 +102,13 @@ class TestReport(Callback):
         console.print(_table("defect", figures, seconds))
         if len(categories) > 1:
             console.print(_table("category", {"all": figures["all"], **categories}, seconds))
+        notes = []
         if lost := figures["all"]["lost"]:
-            console.print(
+            notes.append(
                 f"{lost} anomalous images have lost their whole defect to the resize and centre crop, and count as "
                 "anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small specks."
             )
+            console.print(notes[0])
         console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
         for key, name in ALARMS.items():
             if not math.isnan(rate := figures["all"].get(key, math.nan)):
@@ -115,7 +117,8 @@ class TestReport(Callback):
             console.print(f"{name} {figures['all'][key]:.4f}", highlight=False)
         if self.page:
             title, values = f"Test report: {folder}", _for_reading(figures["all"], seconds)
-            page = self.shown.write(folder, title, values, pl_module.image_threshold, pl_module.pixel_threshold)
+            thresholds = pl_module.image_threshold, pl_module.pixel_threshold
+            page = self.shown.write(folder, title, values, *thresholds, notes)
             console.print(f"To look at in a browser: {page}")
         self._release()
 
