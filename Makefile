@@ -1,12 +1,13 @@
 # make demo         create .venv, install, fit and test on generated images (offline)
 # make test         the same set-up, then the test suite
 # make check        lint, types and the fast tests: what to run after each change
-# make test-extras  tests with other people's packages (timm, transformers, ONNX, MLflow), in an environment of their own
+# make test-extras  tests with other people's packages (timm, transformers, ONNX, MLflow), in an environment of their own,
+#                   and of report.html in a browser, which root gets by apt-get; they skip where there is none
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := .venv-extras/bin
 
-.PHONY: demo test check test-extras lint format bench clean
+.PHONY: demo test check test-extras chromium lint format bench clean
 
 .venv/.runtime: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -31,8 +32,13 @@ test: .venv/.dev
 check: lint
 	$(BIN)/pytest -n auto -m "not slow"
 
-test-extras: .venv-extras/.installed
+test-extras: .venv-extras/.installed chromium
 	$(EXTRAS)/pytest tests/extras
+
+chromium:
+	@command -v chromium || command -v chromium-browser || test "$$(id -u)" != 0 || { \
+	export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && \
+	apt-get -qq install --no-install-recommends chromium; } > /dev/null 2>&1 || echo "no chromium: its tests skip"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

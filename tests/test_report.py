@@ -60,14 +60,16 @@ def test_report(fitted, trainer, tmp_path, capsys):
             assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_loss_to_the_crop_is_reported(fitted, trainer, capsys):
+def test_loss_to_the_crop_is_reported(fitted, trainer, tmp_path, capsys):
     model, _ = fitted
     images = torch.rand(4, 3, 48, 48)
     masks = torch.zeros(4, 48, 48, dtype=torch.uint8)
     masks[3, 5:9, 5:9] = 1
     loader = DataLoader(TensorDataset(images, torch.tensor([0, 0, 1, 1]), masks), batch_size=3)
     trainer(callbacks=[TestReport(pictures=0)]).test(model, loader, verbose=False)
-    assert "1 anomalous images have lost their whole defect" in capsys.readouterr().out
+    said = "1 anomalous images have lost their whole defect"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_foreign_data_without_masks(fitted, trainer, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""After a test: a table on the console, ``metrics.json``, and pictures.
+"""After a test: a table on the console, ``metrics.json``, pictures, and ``report.html``.
 
 Reads the figures that `patchcore.py` has computed; files go to the run's folder.
 """
@@ -20,6 +20,8 @@ from rich.table import Column, Table
 from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import hold, output_folder, plain_console, whole_file
+from pl_patchcore.preprocessing import UNKNOWN
+from pl_patchcore.report.html import Page, PageImage, outlines
 from pl_patchcore.report.pictures import Gallery, Shown
 
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
@@ -33,24 +35,25 @@ class TestReport(Callback):
     """Report of a test.
 
     Prints a table (all test images, then each defect type) and a plain line a figure; writes ``metrics.json``,
-    and ``pictures/`` with the most and least anomalous images and the errors. With several processes the first
-    one reports of all.
+    ``pictures/`` with the most and least anomalous images and the errors, and ``report.html``, a page to look at all
+    images, their scores and the threshold in a browser. With several processes the first one reports of all.
 
     Args:
         pictures: Images shown per group; 0 for none.
+        page: Whether to write ``report.html``.
     """
 
     __test__ = False  # no test class, whatever its name suggests to pytest
 
-    def __init__(self, pictures: int = 4) -> None:
+    def __init__(self, pictures: int = 4, page: bool = True) -> None:
         if pictures < 0:
             raise UserError(f"pictures must be 0 or more, got {pictures}.")
-        self.pictures = pictures
+        self.pictures, self.page = pictures, page
         self.lock: FileLock | None = None  # on the folder, of the first process
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the last test."""
-        self.gallery = Gallery(self.pictures)
+        self.gallery, self.shown = Gallery(self.pictures), Page()
         self.seconds, self.images = 0.0, 0
         folder = output_folder(trainer)
         self.lock = hold(folder) if trainer.is_global_zero else None
@@ -60,32 +63,37 @@ class TestReport(Callback):
         self.started = _now()
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Stop the clock; consider the batch's images for pictures."""
+        """Stop the clock; consider the batch's images for pictures and page."""
         self.seconds += _now() - self.started
         scores = outputs["score"].tolist()
         self.images += len(scores)
-        if not self.pictures:
+        if not (self.pictures or self.page):
             return
         batch = as_batch(batch)
-        images = pl_module.transform.denormalise(batch["image"].float())  # type: ignore[union-attr,operator]
+        images = pl_module.transform.denormalise(batch["image"].float())
         for i, score in enumerate(scores):
             order, label = int(outputs["index"][i]), int(batch["label"][i])
-            name = Path(batch["path"][i]).name if "path" in batch else f"image {order}"
+            name = batch["path"][i] if "path" in batch else f"image {order}"
             kind = batch["defect"][i] if "defect" in batch else ("nominal", "anomalous")[label]
             mask = batch["mask"][i] if "mask" in batch else None
             heat = outputs["anomaly_map"][i].float()
-            self.gallery.add(Shown(score, order, f"{name} ({kind})", images[i], heat, mask), label)
+            if self.pictures:
+                self.gallery.add(Shown(score, order, f"{Path(name).name} ({kind})", images[i], heat, mask), label)
+            if self.page:
+                item = Shown(score, order, "/".join(Path(name).parts[-2:]), images[i], heat, mask)
+                self.shown.add(_for_page(item, label, kind, pl_module.pixel_threshold))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print and write."""
         folder = output_folder(trainer)
-        others = pl_module.processes().objects(self.gallery)[1:]
+        others = pl_module.processes().objects((self.gallery, self.shown))[1:]
         if not trainer.is_global_zero:
             return
-        for gallery in others:
+        for gallery, page in others:
             self.gallery.merge(gallery)
+            self.shown.merge(page)
         seconds = self.seconds / max(1, self.images)
         _write_json(folder / "metrics.json", pl_module, seconds)
         written = self.gallery.write(folder / "pictures", pl_module.image_threshold, pl_module.pixel_threshold)
@@ -94,17 +102,24 @@ class TestReport(Callback):
         console.print(_table("defect", figures, seconds))
         if len(categories) > 1:
             console.print(_table("category", {"all": figures["all"], **categories}, seconds))
+        notes = []
         if lost := figures["all"]["lost"]:
-            console.print(
+            notes.append(
                 f"{lost} anomalous images have lost their whole defect to the resize and centre crop, and count as "
                 "anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small specks."
             )
+            console.print(notes[0])
         console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
         for key, name in ALARMS.items():
             if not math.isnan(rate := figures["all"].get(key, math.nan)):
                 console.print(f"{name} {rate:.4g}", highlight=False)
         for key, name in FIGURES.items():
             console.print(f"{name} {figures['all'][key]:.4f}", highlight=False)
+        if self.page:
+            title, values = f"Test report: {folder}", _for_reading(figures["all"], seconds)
+            thresholds = pl_module.image_threshold, pl_module.pixel_threshold
+            page = self.shown.write(folder, title, values, *thresholds, notes)
+            console.print(f"To look at in a browser: {page}")
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -140,6 +155,31 @@ def _write_json(path: Path, pl_module: Any, seconds: float) -> None:
     }
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _for_page(item: Shown, label: int, kind: str, pixel_threshold: float | None) -> PageImage:
+    """An image as the page takes it; its size is the network's."""
+    heat = item.anomaly_map.cpu().numpy()
+    known = item.mask is not None and not bool((item.mask == UNKNOWN).all())
+    return PageImage(
+        name=item.title,
+        score=item.score,
+        image=(item.image.permute(1, 2, 0) * 255).round().byte().cpu().numpy(),
+        anomaly_map=heat,
+        outlines=[] if pixel_threshold is None else outlines(heat, pixel_threshold),
+        mask=item.mask.cpu().numpy() == 1 if known and item.mask is not None else None,
+        label=label,
+        defect=kind,
+        order=item.order,
+    )
+
+
+def _for_reading(figures: dict[str, Any], seconds: float) -> dict[str, str]:
+    """Figures of all images that are known, by their full names."""
+    named = {key: figures.get(key, math.nan) for key in (*FIGURES, *ALARMS)}
+    names = FIGURES | ALARMS
+    known = {names[key]: f"{value:.4g}" for key, value in named.items() if not math.isnan(value)}
+    return known | {"seconds per image": f"{seconds:.3g}"}
 
 
 def _table(what: str, figures: dict[str, dict[str, Any]], seconds: float) -> Table:
