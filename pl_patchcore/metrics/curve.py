@@ -1,11 +1,9 @@
 """Anomalous scores ranked among nominal ones -> areas, average precision, best F1.
 
-One curve serves all figures. Lowering a threshold covers anomalous pixels (or images) and nominal ones; each
-distinct anomalous score is a row: how many, of which weight, and how many nominal ones lie above it or tie with
-it. AUROC weighs all anomalous pixels alike, PRO weighs each by 1 / area of its region; average precision and F1
-count. Rows come from sorted scores (`exact_curve`) or from bins (`streaming.binned_curves`). In a bin that holds
-several distinct values the order is unknown, and the true figure lies between all ties counted for and all
-against: each function returns the middle and half the distance, which is 0 for exact rows.
+One curve serves all figures. AUROC weighs all anomalous pixels alike, PRO weighs each by 1 / area of its region;
+average precision and F1 count. Rows come from sorted scores (`exact_curve`) or from bins (`streaming.binned_curves`).
+In a bin that holds several distinct values the order is unknown, and the true figure lies between all ties counted for
+and all against: each function returns the middle and half the distance, which is 0 for exact rows.
 
 All in NumPy on the CPU: it sorts in a third of torch's time, and its sums are the same for any number of threads.
 Sources: Fawcett 2006 (ROC, ties as straight lines), Bergmann et al. 2020 (PRO). Next: `regions.py`.
@@ -27,10 +25,7 @@ Column = np.ndarray[Any, Any]
 
 
 class Figure(NamedTuple):
-    """A figure in [0, 1] and the largest distance of the true value from it (0: exact).
-
-    Both are NaN where there is nothing anomalous or nothing nominal.
-    """
+    """A figure in [0, 1] and the largest distance of the true value from it; NaN without anomalous or nominal ones."""
 
     value: float
     bound: float
@@ -84,15 +79,12 @@ def sort_scores(parts: Sequence[Tensor]) -> Column:
 
 
 def exact_curve(nominal: Sequence[Column], anomalous: Tensor, areas: Tensor | None = None) -> Curve:
-    """Rank anomalous scores among nominal ones.
+    """Rank anomalous scores ``(P,)`` among nominal ones, by two binary searches for each distinct anomalous score.
 
     Args:
         nominal: Nominal scores, one array or several ``(n,)``, each ascending (`sort_scores`).
-        anomalous: Anomalous scores, ``(P,)``, of the same dtype.
+        anomalous: Anomalous scores, of the same dtype.
         areas: Area of the region of each, ``(P,)``, whose reciprocal is its weight; None weighs all alike.
-
-    Returns:
-        The curve. Cost: two binary searches for each distinct anomalous score.
 
     Example:
         >>> curve = exact_curve([np.array([1.0, 2.0, 3.0])], torch.tensor([2.0, 9.0, 2.0]))
@@ -112,7 +104,7 @@ def exact_curve(nominal: Sequence[Column], anomalous: Tensor, areas: Tensor | No
 
 
 def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Figure:
-    """Area under "weighted share of anomalous covered" against "share of nominal covered".
+    """Area under "share of anomalous covered" against "share of nominal covered", up to ``fpr_limit`` of these.
 
     An anomalous pixel of score s is uncovered up to the false-positive rate ``f_lo`` (share of nominal ones > s) and
     covered from ``f_hi`` (share of nominal ones >= s) on; between the two, where nominal ones tie with it, the curve is
@@ -122,13 +114,8 @@ def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Fig
     - ``0`` where ``f_lo >= limit``,
     - ``(limit - f_lo)^2 / (2 (f_hi - f_lo))`` where the limit falls between them (interpolated end point),
 
-    and the figure is the weighted mean of these, divided by the limit: the trapezoid rule on the full curve,
-    without the curve. AUROC is limit 1 and equal weights; PRO is limit 0.3 and weight 1 / area of the region.
-
-    Args:
-        curve: The curve.
-        fpr_limit: Share of nominal ones at which the integral ends, in (0, 1].
-        weighted: Whether to take the curve's weights; otherwise every anomalous pixel weighs the same.
+    and the figure is the mean of these, ``weighted`` by the curve's weights or not, divided by the limit: the trapezoid
+    rule on the full curve, without the curve. AUROC is limit 1 and equal weights; PRO is limit 0.3 and weighted.
 
     Example:
         >>> area(exact_curve([np.array([40.0, 42.0])], torch.tensor([42.0, 70.0])))
@@ -167,13 +154,10 @@ def auroc(nominal: Tensor, anomalous: Tensor) -> float:
 
 
 def pro(nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3) -> float:
-    """Per-region overlap up to a false-positive rate (defined at `single.PRO`).
+    """Per-region overlap up to a false-positive rate in (0, 1] (defined at `single.PRO`).
 
-    Args:
-        nominal: Scores of all nominal pixels, ``(n,)``, floating point.
-        anomalous: Scores of the anomalous pixels, ``(P,)``.
-        areas: Area in pixels of the region that each anomalous pixel belongs to, ``(P,)`` (`regions.pixel_areas`).
-        fpr_limit: False-positive rate at which the integral ends, in (0, 1].
+    Of the scores of all nominal pixels ``(n,)``, floating point, of the anomalous ones ``(P,)``, and of the area in
+    pixels of the region that each of these belongs to ``(P,)`` (`regions.pixel_areas`).
 
     Example:
         >>> nominal, anomalous = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 5.0, 0.0])
@@ -206,11 +190,9 @@ def average_precision(curve: Curve) -> Figure:
 
 
 def best_f1(curve: Curve) -> tuple[Figure, float]:
-    """Largest F1 over all thresholds. It looks at the ground truth: an oracle, no operating point.
+    """Largest F1 over all thresholds, and the highest threshold that reaches it: score >= threshold is anomalous.
 
-    Returns:
-        F1, and the threshold that reaches it (score >= threshold is called anomalous; of several the highest). With
-        bins, the two belong together, and the true best F1 lies between the F1 and the F1 plus its bound.
+    With bins the two belong together, and the true best F1 lies between the F1 and the F1 plus its bound.
 
     Example:
         >>> best_f1(exact_curve([np.array([1.0, 2.0])], torch.tensor([1.5, 3.0])))

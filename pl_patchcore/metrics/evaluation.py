@@ -1,7 +1,7 @@
 """Scores, maps and ground truth of a test set -> all figures: overall, for each defect type, for each category.
 
-One pass, one state. Pixels are kept apart by (label, defect type, category), and each row of figures is the curve of
-a union of those. Reads what `anomaly_map.py` returns; next: `named.py`, which gives defect types their names.
+Pixels are kept apart by (label, defect type, category), and each row of figures is the curve of a union of those.
+Reads what `anomaly_map.py` returns; next: `named.py`, which gives defect types their names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchmetrics.utilities import dim_zero_cat
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve, sort_scores
 from pl_patchcore.metrics.regions import pixel_areas
-from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, check_fpr_limit
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric
 from pl_patchcore.metrics.streaming import Cell, select
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
@@ -41,7 +41,7 @@ def exceeds(scores: Tensor, threshold: float | None) -> Tensor:
 
 
 class AnomalyEvaluation(PixelMetric):
-    """All figures of a test set: overall, for each defect type and for each category, in one pass.
+    """All figures of a test set, in one pass.
 
     A defect type's figures are those of a test set of all nominal images and of its own: other types' images
     do not enter, neither as positives nor with their nominal pixels. A category's figures are those of its own
@@ -79,8 +79,7 @@ class AnomalyEvaluation(PixelMetric):
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
     ) -> None:
-        super().__init__(mode, pixel_limit)
-        self.fpr_limit = check_fpr_limit(fpr_limit)
+        super().__init__(mode, pixel_limit, fpr_limit)
         self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         self.add_list("image_scores")
         self.add_list("images", torch.int64, 7)  # a row of `columns` in `update` for each image
@@ -110,8 +109,7 @@ class AnomalyEvaluation(PixelMetric):
         """
         scores, maps = self.check_scores("scores", scores, "B"), self.check_scores("maps", maps, "B H W")
         if len(maps) != len(scores):
-            text = f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both of one batch."
-            raise UserError(text)
+            raise UserError(f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both.")
         labels = self.check_truth("labels", labels, LABELS, scores).long()
         masks = self.check_truth("masks", masks, MASKS, maps)
         categories = torch.zeros_like(labels) if categories is None else categories

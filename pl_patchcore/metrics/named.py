@@ -49,15 +49,10 @@ class TestFigures:
         self.categories: dict[int, str] = {}
 
     def add(self, batch: dict[str, Any], scores: Tensor, maps: Tensor) -> None:
-        """Add the images of a batch.
+        """Add the images of a batch, with their scores ``(B,)`` and maps ``(B, H, W)``.
 
-        Args:
-            batch: ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``.
-            scores: Anomaly scores, ``(B,)``.
-            maps: Anomaly maps, ``(B, H, W)``.
-
-        Raises:
-            UserError: If there is no label, or one of `AnomalyEvaluation.update`.
+        It holds ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``; a
+        `UserError` if there is no label, or one of `AnomalyEvaluation.update`.
         """
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
@@ -75,11 +70,9 @@ class TestFigures:
         self.evaluation.update(scores, maps, labels, masks, groups, categories)
 
     def compute(self, processes: Processes) -> tuple[Rows, Rows]:
-        """Figures of all processes, which must all call this.
+        """Figures of all processes, which must all call this: rows of plain numbers, as `AnomalyEvaluation.compute`.
 
-        Returns:
-            A row of plain numbers for ``all`` images and for each defect type, and one for each category (none where
-            batches do not name them); the keys of a row are those of `AnomalyEvaluation.compute`.
+        By ``all`` and each defect type, and by each category (none where batches do not name them).
         """
         self.evaluation.distributed_available_fn = lambda: processes.count > 1
         overall = self.evaluation.compute()

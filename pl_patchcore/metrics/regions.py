@@ -1,9 +1,7 @@
 """Masks -> the region each anomalous pixel belongs to.
 
 A region is a connected component of mask == 1 in one image; pixels that touch at a corner are connected (8
-neighbours, as in MVTec's evaluation code). SciPy labels them, on the CPU, once for each distinct mask: answers for
-the last masks are kept, so that a mask seen again (by another metric, in another epoch) costs a look-up. Next:
-`streaming.py`.
+neighbours, as in MVTec's evaluation code). SciPy labels them, on the CPU, once for each of the last distinct masks.
 """
 
 from __future__ import annotations

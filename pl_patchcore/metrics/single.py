@@ -1,8 +1,7 @@
 """Scores or maps, and the ground truth -> one figure each: AUROC, PRO, average precision, best F1.
 
 The arithmetic is in `curve.py`, the states are in `state.py`; next: `evaluation.py`, which has all figures in one
-pass. Pixel metrics leave out pixels whose mask is 255 (unknown), and in streaming mode have an ``error_bound`` after
-``compute``. Scores that are NaN or infinite raise.
+pass. Figures are NaN without nominal or without anomalous scores. Pixels whose mask is 255 (unknown) do not count.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ import torch
 
 from pl_patchcore.metrics.curve import Curve, Figure, average_precision, best_f1
 from pl_patchcore.metrics.regions import pixel_areas
-from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric, check_fpr_limit
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric
 from pl_patchcore.numerics import one_thread
 
 
 class ImageAUROC(PixelMetric):
-    """AUROC of the images' anomaly scores, always exact; NaN without nominal or without anomalous images.
-
-    Equal scores count as half, so that constant scores give 0.5.
+    """AUROC of the images' anomaly scores, always exact; equal scores count as half.
 
     Example:
         >>> metric = ImageAUROC()
@@ -38,9 +35,7 @@ class ImageAUROC(PixelMetric):
 
 
 class PixelAUROC(PixelMetric):
-    """AUROC of the pixels of all images; NaN without nominal or without anomalous pixels.
-
-    Equal scores count as half. Modes and limits: see `PixelMetric`.
+    """AUROC of the pixels of all images; equal scores count as half. Modes and limits: see `PixelMetric`.
 
     Example:
         >>> metric = PixelAUROC()
@@ -58,7 +53,7 @@ class PixelAUROC(PixelMetric):
 
 
 class PRO(PixelAUROC):
-    """Per-region overlap of all images (also known as AUPRO); NaN without nominal pixels or without regions.
+    """Per-region overlap of all images (also known as AUPRO).
 
     The mean over all regions of the share of the region covered, against the false-positive rate (the share covered
     of **all** nominal pixels of **all** images given, nominal images among them), integrated to a rate of 0.3 with
@@ -67,8 +62,7 @@ class PRO(PixelAUROC):
     of their region. Published tables differ: the official PatchCore numbers take anomalous images only, and such
     figures cannot be compared with these.
 
-    For anyone with anomaly maps and masks: scores may have any range, larger meaning more anomalous. An anomalous
-    image whose mask is empty adds nominal pixels and no region; constant scores give ``fpr_limit / 2``.
+    An anomalous image whose mask is empty adds nominal pixels and no region; constant scores give ``fpr_limit / 2``.
 
     Args:
         fpr_limit: False-positive rate at which the integral ends, in (0, 1]; 0.05 and 0.01 are in use too.
@@ -89,15 +83,13 @@ class PRO(PixelAUROC):
     weighted = True
 
     def __init__(self, fpr_limit: float = 0.3, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
-        super().__init__(mode, pixel_limit)
-        self.fpr_limit = check_fpr_limit(fpr_limit)
+        super().__init__(mode, pixel_limit, fpr_limit)
 
 
 class AveragePrecision(PixelMetric):
     """Average precision: mean precision at the thresholds that just cover each anomalous pixel or image.
 
-    The step-wise sum of scikit-learn's ``average_precision_score``. NaN without nominal or without anomalous ones;
-    constant scores give the share of anomalous ones. Limits and modes count scores: see `PixelMetric`.
+    The step-wise sum of scikit-learn's ``average_precision_score``. Limits and modes count scores: see `PixelMetric`.
 
     Example:
         >>> metric = AveragePrecision()
@@ -120,9 +112,8 @@ class AveragePrecision(PixelMetric):
 class BestF1(AveragePrecision):
     """Largest F1 over all thresholds: an oracle, since it takes the threshold from the ground truth.
 
-    A score is called anomalous from the threshold on (score >= threshold). NaN without nominal or without anomalous
-    ones. In streaming mode F1 and threshold belong together, and no threshold's F1 is larger by more than
-    ``error_bound``.
+    A score is called anomalous from the threshold on (score >= threshold). In streaming mode F1 and threshold belong
+    together, and no threshold's F1 is larger by more than ``error_bound``.
 
     Example:
         >>> metric = BestF1()

@@ -35,13 +35,6 @@ PIXELS = ("segments", "nominal", "anomalous", "areas")  # states that hold pixel
 BINS = tuple(f"bin_{name}" for name in Histogram._fields)  # states of a histogram; the fields are public
 
 
-def check_fpr_limit(fpr_limit: float) -> float:
-    """Return ``fpr_limit`` if it is in (0, 1], else raise a `UserError`."""
-    if not 0 < fpr_limit <= 1:
-        raise UserError(f"fpr_limit must be in (0, 1], got {fpr_limit}; published PRO figures use 0.3.")
-    return fpr_limit
-
-
 class PixelMetric(Metric):
     """Base of the metrics: checks scores, and keeps them exactly or in bins of bounded memory.
 
@@ -54,6 +47,7 @@ class PixelMetric(Metric):
             ``error_bound`` says how far the true value may be. ``auto`` is exact up to ``pixel_limit`` pixels, and
             streaming beyond.
         pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
+        fpr_limit: Share of nominal ones at which the area under the curve ends, in (0, 1].
     """
 
     is_differentiable = False
@@ -63,17 +57,18 @@ class PixelMetric(Metric):
     plot_upper_bound = 1.0
     segments: list[Tensor]
     columns = 1
-    fpr_limit = 1.0  # where the area under the curve ends
     weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
     error_bound: float | None = None  # of the last computed figure; 0 if exact, None before the first
 
-    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT) -> None:
+    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT, fpr_limit: float = 1.0) -> None:
         super().__init__()
         if mode not in ("auto", "exact", "streaming"):
             raise UserError(f"mode must be auto, exact or streaming, got {mode!r}.")
         if pixel_limit < 0:
             raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
-        self.mode, self.pixel_limit = mode, pixel_limit
+        if not 0 < fpr_limit <= 1:
+            raise UserError(f"fpr_limit must be in (0, 1], got {fpr_limit}; published PRO figures use 0.3.")
+        self.mode, self.pixel_limit, self.fpr_limit = mode, pixel_limit, fpr_limit
         self._empty: dict[str, Tensor] = {}
         # as they came: all pixels, or in streaming mode those that wait for the histogram
         self.add_list("segments", torch.int64, self.columns + 2)  # cell, numbers of nominal and anomalous pixels
@@ -136,14 +131,10 @@ class PixelMetric(Metric):
         return truth.to(self.device)
 
     def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
-        """Keep the pixels of a batch.
+        """Keep the pixels of a batch: the scores of nominal and of anomalous ones, run after run, float32.
 
-        Args:
-            segments: Cell, number of nominal and number of anomalous pixels of each run of pixels of one cell,
-                ``(n, columns + 2)``, int64.
-            nominal: Scores of the nominal pixels, run after run, float32.
-            anomalous: Scores of the anomalous pixels, run after run, float32.
-            areas: Area of the region of each anomalous pixel (1 where regions do not matter), int32.
+        A row of ``segments``, int64 ``(n, columns + 2)``, is the cell of a run, and its numbers of nominal and of
+        anomalous pixels; ``areas``, int32, are those of the anomalous pixels' regions (1 where they do not matter).
         """
         for name, values in zip(PIXELS, (segments, nominal, anomalous, areas), strict=True):
             getattr(self, name).append(values.to(self.device))

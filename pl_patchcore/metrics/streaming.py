@@ -3,9 +3,8 @@
 A float32 score has an integer key of the same order. Its upper 16 bits name a bucket (128 of them span a factor
 of two), and every bucket that is met gets ``2^bits`` bins for the lower 16. All buckets share the budget: ``bits``
 is the largest number that keeps all bins within `BINS` (`APART` times that where cells have several numbers), at
-most 16, where a bin is a single float32. It is a function of the set of buckets met, which only grows, and making
-bins coarser adds neighbours up. So the histogram depends on the scores alone: not on their order, their batches or
-the number of processes, bit for bit.
+most 16, where a bin is a single float32. So the histogram depends on the scores alone: not on their order, their
+batches or the number of processes, bit for bit.
 
 Scores within a factor of two get 2^17 bins; the worst input (every float32 bucket met) still gets 2^8 for each factor
 of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. So
@@ -111,18 +110,10 @@ def key_scores(keys: Column) -> Column:
 
 
 def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
-    """Add pixels; the given histogram is used up.
+    """Add pixels, on the histogram's device; the given histogram is used up.
 
-    Args:
-        histogram: What was added before.
-        parts: Pixels to add, on the histogram's device.
-
-    Returns:
-        The histogram of all. Cost: about a millisecond for 65,536 pixels on one core; all bins are rewritten
-        when a bucket is new, so it is best called with millions of pixels.
-
-    Raises:
-        UserError: If there are more than 4 million regions, whose weights int64 could not sum.
+    Cost: about a millisecond for 65,536 pixels on one core; all bins are rewritten when a bucket is new, so it is best
+    called with millions of pixels. More than 4 million regions are a `UserError`: int64 could not sum their weights.
     """
     pieces = [
         Pixels(part.cell, part.scores[start : start + PIECE], part.areas[start : start + PIECE])
@@ -186,15 +177,7 @@ def _buckets(cell: Cell, scores: Tensor) -> Tensor:
 
 
 def merge(histograms: Sequence[Histogram], room: Tensor | None = None) -> Histogram:
-    """Histogram of all pixels in several, with bins as coarse as the budget asks for.
-
-    Args:
-        histograms: At least one, of cells of as many numbers.
-        room: Further buckets, in any order and number.
-
-    Raises:
-        UserError: If there are more than 4 million regions.
-    """
+    """Histogram of all pixels in several, and of further buckets, ``room``; bins as coarse as the budget asks for."""
     _check_weights(*(histogram.weights for histogram in histograms))
     known = [histogram.buckets for histogram in histograms]
     rows = torch.cat(known if room is None else [*known, room])
@@ -224,12 +207,9 @@ def _check_weights(*weights: Tensor) -> None:
 
 
 def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Curve]:
-    """Curves of the pixels of several cells together.
+    """What gives the curve of the cells that a condition holds for: a row for each bin that holds anomalous pixels.
 
-    Returns:
-        Function of a condition on cells. Its curve has one row for each bin that holds anomalous pixels of the cells
-        chosen; ``mixed`` where it holds more than one distinct score, nominal ones counted too; weights in units of
-        2^-40.
+    A row is ``mixed`` where its bin holds more than one distinct score, nominal ones counted too.
     """
     cells, cell = torch.unique(histogram.buckets[:, :-1], dim=0, return_inverse=True)
     names, cell_of, upper = [tuple(name) for name in cells.tolist()], cell.cpu().numpy(), histogram.buckets[:, -1].cpu()
