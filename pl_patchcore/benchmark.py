@@ -60,11 +60,7 @@ class Job:
     settings: dict[str, Any]  # configuration of ``pl-patchcore run``
 
     def figures(self) -> dict[str, Any] | None:
-        """Figures of the finished run, None if it has not finished.
-
-        Raises:
-            UserError: If the folder holds a run with other settings.
-        """
+        """Figures of the finished run, None if it has not finished; a `UserError` if it had other settings."""
         if not (self.folder / "metrics.json").is_file():
             return None
         saved = self.folder / "job.yaml"
@@ -127,13 +123,7 @@ def plan(
 def run_jobs(jobs: Sequence[Job], processes: int = 1, restart: bool = False) -> dict[str, str]:
     """Run the rows that are not finished, each in a process of its own, ``processes`` at once.
 
-    On GPUs each gets the next one in turn; on the CPU they share its cores.
-
-    Returns:
-        What went wrong, by the row's name.
-
-    Raises:
-        UserError: If a row's folder holds a run with other settings.
+    On GPUs each gets the next one in turn; on the CPU they share its cores. Returns what went wrong, by the row's name.
     """
     for job in jobs if restart else ():
         (job.folder / "metrics.json").unlink(missing_ok=True)

@@ -1,8 +1,7 @@
 """A memory bank on the features of any LightningModule's encoder, at the end of its training.
 
-`MemoryBankCallback` takes a copy of the trained encoder, makes it the backbone of a `PatchCore`, and fits that on the
-device, and in the processes, of the user's Trainer. Reads the encoder and nominal images, returns a fitted `PatchCore`,
-also as a checkpoint. Next: `patchcore.py`.
+A copy of the trained encoder becomes the backbone of a `PatchCore`, which is fitted on the device, and in the
+processes, of the user's Trainer. Next: `patchcore.py`.
 """
 
 from __future__ import annotations

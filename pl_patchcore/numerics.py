@@ -29,9 +29,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     The error bounds of selection and search hold for IEEE float32 products only, and for bf16 ones that are summed in
     float32. Torch's settings are the process's: the first block of all threads changes them, the last restores them.
-
-    Args:
-        device: Device the block computes on.
     """
     global _blocks
     cuda = torch.backends.cuda.matmul

@@ -1,9 +1,6 @@
 """Greedy selection with a bound on memory: within chunks, then among the rows that these kept.
 
-Reads projected features ``(N, d)`` some rows at a time, returns row indices ``(M,)`` in order of selection. Next:
-`memory_bank.py`.
-
-**What it guarantees.** Call the radius of a selection the largest distance of any row to the nearest selected one,
+Call the radius of a selection the largest distance of any row to the nearest selected one,
 and OPT the least radius that any M points of the space can give. Greedy selection of M rows out of a set has a radius
 of at most twice the set's OPT (Gonzalez 1985), and OPT of a part is at most OPT of the whole. Now M rows are picked in
 each chunk (radius at most r_c, the largest of the chunks'), then M among these (radius r_u). A row has a pick of its
@@ -49,16 +46,12 @@ def bounded_coreset(
             those that chunks keep twice.
         rows: Rows of the set, N.
         size: Rows to keep, M, ``1 <= size <= rows``.
-        chunk_size: Rows read at once, at least `least_chunk_size`; as many as ``rows`` select exactly.
+        chunk_size: Rows read at once, at least `least_chunk_size`, else a `UserError`.
         progress: Called with the number of rows selected since the last call, in all rounds.
 
     Returns:
         Row indices in order of selection, int64 ``(M,)``, on the device of what ``read`` returns, and a bound of the
-        radius, in the unit of the features: no row is farther from the nearest selected one (up to float32 rounding).
-        If all rows are read at once, this is the radius itself.
-
-    Raises:
-        UserError: As `greedy_selection`, or if ``chunk_size`` is too small.
+        radius, in the unit of the features (up to float32 rounding).
 
     Example:
         >>> points = torch.tensor([[0.0], [1.0], [10.0], [11.0], [20.0], [21.0]])

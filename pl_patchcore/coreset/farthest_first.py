@@ -36,7 +36,7 @@ Progress: TypeAlias = Callable[[int], object]  # called with the number of rows 
 class Selection(NamedTuple):
     """Rows selected, and how well they cover all rows.
 
-    Args:
+    Attributes:
         rows: Row indices in order of selection, ``(M,)``, int64.
         radii: Coverage radii, ``(M + 1,)``, float32: the first m rows leave no row farther than ``radii[m]`` from
             the nearest of them; they never increase, and ``radii[0]`` is infinite. None where the order of
@@ -171,9 +171,9 @@ class FarthestFirst:
             self.write_centred(torch.float32)  # bf16 cannot tell rows apart that are so close to each other
 
     def unseen(self, positions: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Any]]]:
-        """Parts of rows that lack about as many picks: positions, centred rows, slack, and the picks that they lack.
+        """Parts of rows that lack about as many picks: positions, centred rows, slack, and pieces of the picks lacking.
 
-        The picks come in pieces, of a product each: the place of the first one, and the centred picks.
+        A piece, of a product each, is the place of its first pick, and the centred picks.
         """
         pairs = 256 * self.chunk_size  # of a product: 2^20 on the CPU
         seen, order = seen[positions].sort()
@@ -287,10 +287,7 @@ def pick_among(exact: Tensor, gap: Tensor, rest: float, ties: int, most: int) ->
 
 
 def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
-    """Lowest row of each set of equal rows, and ``start``: int64, ascending.
-
-    Thousands of equal rows (a constant background) would tie in every round.
-    """
+    """Lowest row of each set of equal rows, which would tie in every round, and ``start``: int64, ascending."""
     order, copy = copies_in_order(features)
     keep = torch.ones_like(copy)
     keep[order[copy]] = False
@@ -299,11 +296,7 @@ def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
 
 
 def scale_of(largest: float) -> float:
-    """Power of two that brings features of this largest absolute value near 1.
-
-    Raises:
-        UserError: If it is not finite.
-    """
+    """Power of two that brings features of this largest absolute value near 1; a `UserError` if it is not finite."""
     if not math.isfinite(largest):
         raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
     return float(2.0 ** min(-math.frexp(largest)[1], 1000))

@@ -1,7 +1,6 @@
-"""What a fit takes, by arithmetic before it begins: main memory, disk; and a refusal of what cannot fit.
+"""What a fit takes, by arithmetic with the first batch: main memory, disk; and a refusal of what cannot fit.
 
-Reads the size of the data set and of a patch feature, known with the first batch, and what the machine has free.
-Returns where the features go. Next: `store.py`, which reserves the space.
+Says where the features go. Next: `store.py`, which reserves the space.
 """
 
 from __future__ import annotations
@@ -76,10 +75,9 @@ class StorePlan:
         return ""
 
     def chosen(self) -> StorePlan:
-        """This plan with ``auto`` decided: the disk where main memory would take more than half of what is available.
+        """This plan with ``auto`` decided: the disk where RAM would take more than half of what is available.
 
-        Raises:
-            UserError: If it does not fit, with the settings that help.
+        A plan that does not fit is a `UserError`, with the settings that help.
         """
         plan = self
         if self.store.kind == "auto":
@@ -90,10 +88,9 @@ class StorePlan:
         return plan
 
     def __str__(self) -> str:
-        place, projections = f"on disk in {self.folder}" if self.store.kind == "disk" else "in RAM", ""
-        if self.projections:
-            disk = "disk" if self.on_disk > self.features else "RAM"
-            projections = f"their projections {_size(self.projections)} in {disk}, "
+        place = f"on disk in {self.folder}" if self.store.kind == "disk" else "in RAM"
+        disk = "disk" if self.on_disk > self.features else "RAM"
+        projections = f"their projections {_size(self.projections)} in {disk}, " if self.projections else ""
         return (
             f"{self.rows:,} patch features of {self.dimension} numbers ({self.store.dtype}), {_size(self.features)} "
             f"{place}, {projections}memory bank {self.bank:,} rows, {_size(self.bank_bytes)}, at most "

@@ -40,15 +40,12 @@ def select_shared_coreset(
         numbers: Number of each row, int64 ``(n,)``, ascending; all processes' together are 0 to N - 1.
         size: Rows to keep, in all.
         processes: The processes.
-        method: As `select_coreset`.
-        seed: As `select_coreset`.
-        progress: As `select_coreset`.
+        method: As ``seed`` and ``progress``, see `select_coreset`.
+        seed: See there.
+        progress: See there.
 
     Returns:
         Numbers of the rows in order of selection, int64 on the CPU, and radii, the same on every process.
-
-    Raises:
-        UserError: On every process, if any process's features are not finite.
     """
     total, device = sum(processes.objects(len(numbers))), features.device
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))

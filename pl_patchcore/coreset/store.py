@@ -1,12 +1,11 @@
 """The epoch's patch features -> one store of rows ``(N, D)``, in main memory or in a file.
 
 It keeps each patch's feature, of which only the rows picked are read again (for `memory_bank.py`), and its random
-projection, which the selection reads. Features are projected as they come, one product an image, so that neither
-batches nor place change a bit of the result. Space is reserved before work is spent; where the number of images is not
-known, it grows. Rows are read in the order of the data set, whatever order they came in.
+projection, which the selection reads: one product an image, so that neither batches nor place change a bit of it.
+Rows are read in the order of the data set, whatever order they came in.
 
-The file has no name, or the system removes it with the last handle, so that a fit that is killed leaves nothing. It is
-read and written by offset, not memory-mapped: a map was measured to be no faster, and its pages count as the process's.
+The file has no name, so that a fit that is killed leaves nothing. It is read and written by offset: a memory map was
+measured to be no faster, and its pages count as the process's.
 """
 
 from __future__ import annotations
@@ -84,14 +83,10 @@ class FeatureStore:
         return sorted(self._images)
 
     def add(self, patches: Tensor, images: Tensor) -> None:
-        """Append the patches of a batch.
+        """Append the patches of a batch ``(B, h, w, D)``, any floating dtype and device, h and w the same in all calls.
 
-        Args:
-            patches: ``(B, h, w, D)``, any floating dtype and device, h and w the same in all calls.
-            images: Index of each image in the data set, int64 ``(B,)``.
-
-        Raises:
-            UserError: If memory or disk is full, or a number does not fit float16.
+        ``images`` are their indices in the data set, int64 ``(B,)``. A full memory or disk, or a number that does not
+        fit float16, is a `UserError`.
         """
         limit = torch.finfo(torch.float16).max
         if self.dtype == torch.float16 and patches.numel() and (largest := float(patches.abs().max())) > limit:
@@ -106,13 +101,9 @@ class FeatureStore:
                     self._projected.append(image.float() @ self._matrix)
 
     def projected(self, rows: Tensor | None = None) -> Tensor:
-        """Projections (features, where there is no projection) of rows of the data set's order.
+        """Projections (or features, where there is none) of rows of the data set's order: int64 ``(n,)``, None for all.
 
-        Args:
-            rows: int64 ``(n,)``; None for all.
-
-        Returns:
-            float32 ``(n, d)``, on the CPU; of all rows, it may be the store's own memory.
+        Returns float32 ``(n, d)``, on the CPU; of all rows, it may be the store's own memory.
         """
         whole = self._projected.whole if rows is None else None
         if whole is not None and all(a < b for a, b in itertools.pairwise(self._images)):

@@ -48,21 +48,13 @@ def list_images(folder: Path, remedy: str, recursive: bool = False) -> list[Path
 
 
 def list_folders(folder: Path) -> list[str]:
-    """List the names of the folders in a folder, as `list_images` passes some over; none where there is no folder.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
+    """List the names of the folders in a folder, as `list_images` passes some over; none where there is no folder."""
     here = next(os.walk(folder, onerror=_cannot_list), None) if is_folder(folder) else None
     return sorted(name for name in here[1] if not _is_passed_over(name)) if here else []
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder.
-
-    Raises:
-        UserError: If that cannot be known: no right to look, or a name that is too long.
-    """
+    """Whether there is such a folder; a `UserError` without the right to look, or where the name is too long."""
     try:
         return path.is_dir()
     except OSError as error:

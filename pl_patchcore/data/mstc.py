@@ -6,10 +6,9 @@ or 1 for each frame) and ``testing/test_pixel_mask/SS_NNNN.npy`` (frames, H, W).
 say whether its 12 scenes shared a memory bank: here frame k of the mini set is frame 5k of the original, in the order
 of display, and ``scenes`` says which scenes one bank is made of.
 
-Training frames are decoded while they are read; nothing is written. Each process keeps one video open and goes
-on from where it is: frames are best asked for in their order, and going back starts again at frame 0. (Seeking
-ends on the right frame with some codecs only.) So each loader process also decodes what the others return, which
-takes 0.4 ms for a frame of 480x856 pixels; the colours of a frame that is returned take 1 ms.
+Training frames are decoded while they are read. Each process keeps one video open and goes on from where it is;
+going back starts again at frame 0. (Seeking ends on the right frame with some codecs only.) So each loader process also
+decodes what the others return, which takes 0.4 ms for a frame of 480x856 pixels.
 """
 
 from __future__ import annotations

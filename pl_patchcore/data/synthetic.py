@@ -1,9 +1,8 @@
 """Generated data set: photographs of textures -> nominal crops, and crops with drawn defects.
 
-For trying everything where no data set is at hand. The photographs (512x512, grey) come with scikit-image. Training
-crops are taken from the left half, test crops from the right half, and mirrored at random (the halves of the brick wall
-are mirror images). Each image is made when it is read, from the seed, its set and its number alone. The figures tell
-that the pipeline works, and nothing about a method's worth on real defects.
+The photographs (512x512, grey) come with scikit-image. Training crops are taken from the left half, test crops from
+the right half, and mirrored at random (the halves of the brick wall are mirror images). Each image is made when it is
+read, from the seed, its set and its number alone. The figures tell nothing about a method's worth on real defects.
 """
 
 from __future__ import annotations
@@ -80,14 +79,9 @@ DEFECTS: dict[str, Callable[[Array, Rng], tuple[Array, Array]]] = {
 
 @dataclass(frozen=True)
 class SyntheticRecord(Record):
-    """A generated image; ``path`` only names it.
+    """A generated image, made from its seed and its path, which only names it."""
 
-    Args:
-        size: Side of the image, pixels.
-        seed: What the image is made from, together with its path.
-    """
-
-    size: int = 192
+    size: int = 192  # side, pixels
     seed: int = 0
 
     def check(self, transform: Preprocessing | None = None) -> None:
@@ -167,11 +161,7 @@ class SyntheticDataModule(AnomalyDataModule):
         return train, test
 
     def export(self, folder: str | Path) -> Path:
-        """Write the data set, all of it or nothing, into ``folder / texture`` in the layout of MVTec AD; return that.
-
-        Raises:
-            UserError: If it is there already.
-        """
+        """Write the data set, all of it or nothing, into ``folder / texture`` in the layout of MVTec AD."""
         target = Path(folder) / self.texture
         if target.exists():
             raise UserError(f"{target}: exists already; remove it, or export to another folder.")
