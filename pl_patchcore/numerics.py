@@ -84,16 +84,20 @@ def shifted_product(rows: Tensor, others: Tensor, shift: Tensor) -> Tensor:
 
 
 @cache
-def int8_product() -> float:
-    """How many times as fast as a float32 product one of int8 is on this CPU; 0 where its sums saturate (no VNNI)."""
-    if not hasattr(torch, "_int_mm"):  # the only int8 product with int32 sums, hence the underscore
+def product_speed(dtype: torch.dtype) -> float:
+    """How many times as fast as a float32 product one of int8 or bf16 is on this CPU; 0 where its sums are not exact.
+
+    Sums of int8 saturate on processors without VNNI; those of bf16 may be rounded to bf16 on the way.
+    """
+    if dtype == torch.int8 and not hasattr(torch, "_int_mm"):  # the only int8 product with int32 sums
         return 0.0
     seconds = []
-    for dtype, multiply in ((torch.float32, torch.mm), (torch.int8, torch._int_mm)):
-        a, b = torch.full((256, 256), 127, dtype=dtype), torch.full((2048, 256), 127, dtype=dtype).T
+    for kind in (torch.float32, dtype):
+        multiply = torch._int_mm if kind == torch.int8 else torch.mm
+        a, b = torch.full((256, 256), 127, dtype=kind), torch.full((2048, 256), 127, dtype=kind).T
         product = multiply(a, b)
         seconds.append(min(timeit.repeat(partial(multiply, a, b), number=1, repeat=3)))
-    exact = bool((product == 256 * 127**2).all())
+    exact = bool((product == product.new_tensor(256 * 127**2)).all())
     return seconds[0] / seconds[1] if exact else 0.0
 
 

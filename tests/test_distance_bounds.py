@@ -4,6 +4,7 @@ import torch
 from pl_patchcore.coreset import distance_bounds, greedy_selection
 from pl_patchcore.coreset.distance_bounds import DistanceBounds, product_type
 from pl_patchcore.coreset.farthest_first import FarthestFirst
+from pl_patchcore.numerics import product_speed
 
 TYPES = [torch.float32, torch.bfloat16]
 KINDS = {
@@ -58,34 +59,33 @@ def test_bounds_are_close(dtype, loose):
     assert len(row) == len(set(zip(row.tolist(), pick.tolist(), strict=True)))
 
 
-@pytest.mark.parametrize(
-    ("dimension", "seconds", "sums", "expected"),
-    [
-        (13, (4, 1), True, torch.bfloat16),
-        (14, (4, 3.9), True, torch.float32),
-        (15, (4, 1), False, torch.float32),
-    ],
-    ids=["fast", "no faster", "wrong sums"],
-)
-def test_bf16_only_where_it_is_right_and_faster(monkeypatch, dimension, seconds, sums, expected):
-    """Measured once a dimension, and for large work only."""
-    clock, least = [0.0], DistanceBounds.least
+@pytest.mark.parametrize(("speed", "expected"), [(4.0, torch.bfloat16), (1.02, torch.float32), (0.0, torch.float32)])
+def test_bf16_only_where_it_is_faster(monkeypatch, speed, expected):
+    """Measured for large work on the CPU only."""
+    asked = []
+    monkeypatch.setattr(distance_bounds, "product_speed", lambda dtype: asked.append(dtype) or speed)
+    assert product_type(13, 20_000 * 200, torch.device("cpu")) is torch.float32
+    assert product_type(13, 10**9, torch.device("cuda")) is torch.float32
+    assert not asked
+    assert product_type(13, 10**9, torch.device("cpu")) is expected
+    assert asked == [torch.bfloat16]
 
-    def timed(self, left, slack, right):
-        clock[0] += seconds[TYPES.index(self.dtype)]
-        return least(self, left, slack, right) * (1 if sums or self.dtype == torch.float32 else 0.9)
 
-    def repeat(call, **_):
-        before = clock[0]
-        call()
-        return [clock[0] - before]
+@pytest.mark.parametrize("rounded", [False, True])
+def test_bf16_that_is_summed_in_bf16_is_no_product(monkeypatch, rounded):
+    multiply = torch.mm
 
-    monkeypatch.setattr(DistanceBounds, "least", timed)
-    monkeypatch.setattr(distance_bounds.timeit, "repeat", repeat)
-    assert product_type(dimension, 20_000 * 200, torch.device("cpu")) is torch.float32
-    assert product_type(dimension, 10**9, torch.device("cuda")) is torch.float32
-    assert clock == [0.0]
-    assert product_type(dimension, 10**9, torch.device("cpu")) is expected
+    def summed(a, b):
+        if a.dtype == torch.float32:
+            return multiply(a, b)
+        parts = [multiply(a[:, i : i + 16].float(), b[i : i + 16].float()) for i in range(0, 256, 16)]
+        total = torch.zeros_like(parts[0])
+        for part in parts:
+            total = (total + part).bfloat16().float() if rounded else total + part
+        return total.bfloat16()
+
+    monkeypatch.setattr(torch, "mm", summed)
+    assert (product_speed.__wrapped__(torch.bfloat16) == 0) == rounded
 
 
 @pytest.mark.usefixtures("in_bf16")

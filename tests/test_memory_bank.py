@@ -23,8 +23,8 @@ EXACT = ("torch", "int8", "auto")
 @pytest.fixture(autouse=True)
 def fast_int8(monkeypatch):
     """As on a processor whose int8 products are fast, whatever this one is: auto, too, takes the filter."""
-    if numerics.int8_product():
-        monkeypatch.setattr(memory_bank, "int8_product", lambda: 4.0)
+    if numerics.product_speed(torch.int8):
+        monkeypatch.setattr(memory_bank, "product_speed", lambda _: 4.0)
     monkeypatch.setattr(memory_bank, "_SMALL_BANK_NUMBERS", 0)
 
 
@@ -215,7 +215,7 @@ def test_one_query_is_answered_as_in_a_batch():
     ids=["fast", "slow", "inexact", "small", "without directions"],
 )
 def test_auto_is_decided_when_the_bank_is_filled(faster, small, directions, message, monkeypatch, caplog, multiplied):
-    monkeypatch.setattr(memory_bank, "int8_product", lambda: faster)
+    monkeypatch.setattr(memory_bank, "product_speed", lambda _: faster)
     monkeypatch.setattr(memory_bank, "_SMALL_BANK_NUMBERS", small)
     bank, query = deep(3000, 300, 400) if directions else torch.randn(2, 3000, 400).unbind()
     with caplog.at_level(logging.INFO, "pl_patchcore"):
@@ -230,7 +230,7 @@ def test_auto_is_decided_when_the_bank_is_filled(faster, small, directions, mess
 
 def test_int8_product_is_there():
     assert hasattr(torch, "_int_mm"), "torch has moved its int8 product: the filter of exact search is left out"
-    if not numerics.int8_product():
+    if not numerics.product_speed(torch.int8):
         pytest.skip("int8 sums saturate on this processor")
     for rows, columns, dimension in ((1, 24, 8), (5, 128, 64), (200, 1000, 904)):
         b = torch.randint(-127, 128, (columns, dimension), dtype=torch.int8)
@@ -245,7 +245,7 @@ def test_int8_where_its_sums_saturate():
     script = """
 import torch
 from pl_patchcore.memory_bank import MemoryBank
-from pl_patchcore.numerics import int8_product
+from pl_patchcore.numerics import product_speed
 g = torch.Generator().manual_seed(0)
 bank = torch.randn(700, 64, generator=g).sign() + 0.05 * torch.randn(700, 64, generator=g)
 query = bank + 0.3 * torch.randn(700, 64, generator=g)
@@ -254,7 +254,7 @@ for search in ("torch", "int8"):
     memory_bank = MemoryBank(search)
     memory_bank.fill(bank)
     found.append(memory_bank(query, 3))
-print(torch.equal(found[0][1], found[1][1]), torch.equal(found[0][0], found[1][0]), int8_product())
+print(torch.equal(found[0][1], found[1][1]), torch.equal(found[0][0], found[1][0]), product_speed(torch.int8))
 """
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # what oneDNN does on processors that have no more
     command = [sys.executable, "-c", script]

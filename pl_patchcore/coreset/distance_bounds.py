@@ -15,20 +15,17 @@ also holds the error that sums in float32 can make (`product_margin`). In float3
 
 from __future__ import annotations
 
-import functools
-import timeit
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pl_patchcore.numerics import product_margin
+from pl_patchcore.numerics import product_margin, product_speed
 
 TINY = 1e-34  # added to squared distances: more than a sum of flushed denormals can lose
 STEP = 64  # rows; products in bf16 are padded to multiples of it
 _COLUMNS = 64  # columns that `within` looks at together
 _MEASURED_FLOPS = 1 << 33  # floating-point operations from which measuring the faster type pays
-_MEASURED_ROWS = 512  # of the product that is timed
+_LEAST_SPEEDUP = 1.25  # times as fast as float32: a bf16 product that pays
 
 
 class DistanceBounds:
@@ -119,23 +116,6 @@ def _few_lengths(rows: int) -> int:
 
 
 def product_type(dimension: int, pairs: int, device: torch.device) -> torch.dtype:
-    """Type whose products of so many pairs of rows take least time: bf16 where a measurement of a few ms says so."""
-    if device.type != "cpu" or 2 * dimension * pairs < _MEASURED_FLOPS:
-        return torch.float32
-    return _measured_type(dimension, torch.get_num_threads())
-
-
-@functools.cache
-def _measured_type(dimension: int, threads: int) -> torch.dtype:
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(3 * _MEASURED_ROWS, dimension, generator=draw, dtype=torch.float64)
-    a, b = rows.split([_MEASURED_ROWS, 2 * _MEASURED_ROWS])
-    exact = torch.cdist(a, b).square().amin(1)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        bounds = DistanceBounds(dimension, dtype)
-        bound = functools.partial(bounds.least, *bounds.left(a.clone()), bounds.right(b.clone()))
-        found = bound() / exact
-        right_sums = bool(((found >= 1) & (found < 1.1)).all())  # not on a machine that sums in bf16
-        seconds[dtype] = min(timeit.repeat(bound, number=1, repeat=3)) if right_sums else float("inf")
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+    """Type whose products of so many pairs of rows take least time: bf16 where there are many and it is fast here."""
+    many = device.type == "cpu" and 2 * dimension * pairs >= _MEASURED_FLOPS
+    return torch.bfloat16 if many and product_speed(torch.bfloat16) > _LEAST_SPEEDUP else torch.float32

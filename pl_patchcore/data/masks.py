@@ -40,13 +40,8 @@ def settle_masks(records: Sequence[Record], threads: int, transform: Preprocessi
 
     def look(path: Path) -> tuple[bool, int, int, set[int]]:  # more than 8 bits, lowest and highest level, classes
         levels = read_mask(path, transform.max_pixels)
-        high = int(levels.max())
-        return (
-            levels.dtype != np.uint8,
-            int(levels.min()),
-            high,
-            set(np.unique(levels).tolist()) if high <= 127 else set(),
-        )
+        low, high = int(levels.min()), int(levels.max())
+        return levels.dtype != np.uint8, low, high, set(np.unique(levels).tolist()) if high <= 127 else set()
 
     with ThreadPoolExecutor(threads) as pool:
         looks = list(pool.map(look, [path for _, path in files]))
