@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TILE = 1024  # columns of a product by `torch.addmm` on the CPU, which takes longer each with more
-
 # torch tells of no public way to oneDNN's product with a shift; `torch.addmm` takes a tenth longer, twice on few rows.
 has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -71,16 +69,10 @@ def one_thread() -> Iterator[None]:
 
 def shifted_product(rows: Tensor, others: Tensor, shift: Tensor) -> Tensor:
     """``rows @ others.T + shift`` in float32, ``(Q, M)``, of rows ``(Q, D)`` and ``(M, D)`` and numbers ``(M,)``."""
-    if rows.device.type != "cpu":
-        return torch.addmm(shift, rows, others.T)
-    if has_onednn:
+    if rows.device.type == "cpu" and has_onednn:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, others, shift, "none", [], "")
         return result
-    result = torch.empty(len(rows), len(others), dtype=torch.float32)
-    parts = (each.split(_TILE, -1) for each in (result, shift, others.T))
-    for place, some, columns in zip(*parts, strict=True):
-        torch.addmm(some, rows, columns, out=place)
-    return result
+    return torch.addmm(shift, rows, others.T)
 
 
 @cache
