@@ -6,7 +6,7 @@ The gap of a row is its squared distance to the nearest picked row; the next pic
 Each row has an upper bound of its gap, which may be stale: gaps only shrink, so it is never too low. A round brings the
 rows with the largest bounds up to date (the pool), by one matrix product (`distance_bounds.py`). It computes the exact
 gaps of those that can still win, by float64 differences, and picks among them as long as the largest gap beats all
-other rows. `shared.py` does the same with rows that several processes hold.
+other rows.
 """
 
 from __future__ import annotations

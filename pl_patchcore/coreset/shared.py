@@ -5,7 +5,7 @@ round the processes exchange the few rows that can win it: they tell process 0 t
 the largest gap that each has left outside them; process 0 picks among the candidates, some hundred times, and answers
 with the picks and the candidates' new gaps. That is two collectives a round and about a hundred rounds, and no process
 holds more than its shard, the candidates and the picks. Process 0 alone decides, so that machines whose arithmetic
-differs in a last bit still agree. All travels as float64, which holds each number exactly. Next: `memory_bank.py`.
+differs in a last bit still agree. All travels as float64, which holds each number exactly.
 """
 
 from __future__ import annotations

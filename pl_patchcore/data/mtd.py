@@ -3,8 +3,7 @@
 Layout, as its authors publish it: ``MT_Free/Imgs/*.jpg`` (nominal) and ``MT_Blowhole``, ``MT_Break``, ``MT_Crack``,
 ``MT_Fray``, ``MT_Uneven`` (anomalous), a mask ``.png`` of the same stem beside each image. Protocol of the PatchCore
 paper: 20 % of the nominal tiles and all anomalous ones are the test set, the other nominal tiles train. (The paper
-counts 925 nominal tiles; the published set holds 952.) Four anomalous tiles have an empty mask; they count in image
-figures only.
+counts 925 nominal tiles; the published set holds 952.)
 """
 
 from __future__ import annotations

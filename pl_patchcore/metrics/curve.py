@@ -42,8 +42,7 @@ class Curve(NamedTuple):
         scores: Thresholds ``(R,)``; of a bin the smallest score in it.
         anomalous: Number of anomalous pixels (or images) at each, ``(R,)``, int64.
         weights: Their weight together, ``(R,)``: float64, or of bins int64 in units of a fixed point.
-        above: Number of nominal ones above, ``(R,)``, int64.
-        at_least: Number of nominal ones above or equal, ``(R,)``, int64.
+        above: Number of nominal ones above, ``(R,)``, int64; ``at_least`` those above or equal.
         mixed: Whether the row is a bin with several distinct values, ``(R,)``, bool.
     """
 

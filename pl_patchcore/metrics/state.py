@@ -1,7 +1,7 @@
 """Scores and ground truth -> checked states of the metrics, exact or streaming.
 
-Raw scores are finite numbers of any range, never clamped, normalised or passed through a sigmoid (as torchmetrics'
-own AUROC does with scores outside [0, 1], which turns large ones into ties). Next: `single.py`, `evaluation.py`.
+Raw scores are never passed through a sigmoid (as torchmetrics' own AUROC does with scores outside [0, 1], which turns
+large ones into ties). Next: `single.py`, `evaluation.py`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ BINS = tuple(f"bin_{name}" for name in Histogram._fields)  # states of a histogr
 class PixelMetric(Metric):
     """Base of the metrics: checks scores, and keeps them exactly or in bins of bounded memory.
 
-    Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images, so that figures of any
-    union of cells can be had from one pass. States are lists of tensors, joined over batches and processes, and of one
-    empty tensor at the start: processes that saw no image hand in the same kinds of tensors as all.
+    Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images. States are lists of
+    tensors, of one empty one at the start: processes that saw no image hand in the same kinds of tensors as all.
 
     Args:
         mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``

@@ -7,10 +7,8 @@ most 16, where a bin is a single float32. So the histogram depends on the scores
 batches or the number of processes, bit for bit.
 
 Scores within a factor of two get 2^17 bins; the worst input (every float32 bucket met) still gets 2^8 for each factor
-of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. So
-few bins stay in the processor's cache, which is half of the speed. A bin remembers whether it met more than one score:
-one that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64
-as multiples of 2^-40.
+of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. A
+bin that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64.
 
 Bins are filled on the scores' device, and read on the CPU. Next: `state.py`.
 """
@@ -48,8 +46,7 @@ class Pixels(NamedTuple):
 class Histogram(NamedTuple):
     """Bins of all cells, ``U`` buckets of ``2^bits`` bins, one after another; the rest of all ``N`` is 0.
 
-    Columns have one size from the first score to the last: blocks of changing size would leave holes in the
-    allocator's memory, several times the histogram in the end.
+    Columns keep one size: blocks of changing size would leave holes in the allocator's memory.
 
     Attributes:
         buckets: Cell and upper 16 bits of the key (its sign flipped), ``(U, C + 1)``, int64, rows ascending.
