@@ -26,9 +26,7 @@ from pl_patchcore.metrics import (
     ImageAUROC,
     PixelAUROC,
     TestFigures,
-    auroc,
     pixel_areas,
-    pro,
     regions,
 )
 
@@ -217,8 +215,10 @@ def test_without_positives_or_negatives_is_nan() -> None:
     nominal = figures(tuple(column[labels == 0] for column in columns))["evaluation"]
     assert all(nominal[name].isnan() for name in ("pixel_auroc", "pro"))
     assert (nominal["nominal"], nominal["anomalous"], nominal["by_group"]) == (4, 0, {})
-    assert math.isnan(auroc(torch.empty(0), torch.empty(0)))
-    assert math.isnan(pro(torch.ones(3), torch.empty(0), torch.empty(0, dtype=torch.int64)))
+    for scores in (torch.empty(0), torch.ones(3)):
+        metric = ImageAUROC()
+        metric.update(scores, torch.zeros(len(scores), dtype=torch.int64))
+        assert metric.compute().isnan()
 
 
 @pytest.mark.parametrize("mode", ["exact", "streaming"])
@@ -342,10 +342,12 @@ def test_constant_scores() -> None:
 
 
 def test_counts_beyond_float32() -> None:
-    nominal = torch.zeros(2**24 + 3)
-    nominal[0] = 2.0
-    assert auroc(nominal, torch.ones(1)) == 1 - 1 / (2**24 + 3)
-    assert nominal[0] == 2.0  # sorted in a copy
+    scores = torch.zeros(2**24 + 4)
+    scores[0], scores[-1] = 2.0, 1.0
+    labels = torch.zeros(len(scores), dtype=torch.int64)
+    labels[-1] = 1
+    assert feed(ImageAUROC(), scores, labels, batch=len(scores)) == 1 - 1 / (2**24 + 3)
+    assert scores[0] == 2.0  # sorted in a copy
 
 
 ONES = torch.ones(12, 9, 10)

@@ -4,7 +4,6 @@ For any anomaly scores ``(B,)``, maps ``(B, H, W)`` and masks, whatever made the
 Classes are `torchmetrics.Metric`: ``update`` per batch, ``compute`` at the end, right on several processes.
 """
 
-from pl_patchcore.metrics.curve import auroc, pro
 from pl_patchcore.metrics.evaluation import AnomalyEvaluation
 from pl_patchcore.metrics.named import TestFigures
 from pl_patchcore.metrics.regions import pixel_areas
@@ -20,7 +19,5 @@ __all__ = [
     "Mode",
     "PixelAUROC",
     "TestFigures",
-    "auroc",
     "pixel_areas",
-    "pro",
 ]

@@ -140,32 +140,6 @@ def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Fig
     return Figure((best + worst) / 2, (best - worst) / 2 + unit + ROUNDING)
 
 
-def auroc(nominal: Tensor, anomalous: Tensor) -> float:
-    """Area under the ROC curve of nominal scores ``(n,)`` and anomalous ones ``(P,)``, ties counted as half.
-
-    Both are floating point, of one dtype; NaN where either is empty. Cost: sorting both.
-
-    Example:
-        >>> auroc(torch.tensor([40.0, 42.0]), torch.tensor([42.0, 70.0]))
-        0.875
-    """
-    return area(exact_curve([sort_scores([nominal])], anomalous)).value
-
-
-def pro(nominal: Tensor, anomalous: Tensor, areas: Tensor, fpr_limit: float = 0.3) -> float:
-    """Per-region overlap up to a false-positive rate in (0, 1] (defined at `single.PRO`).
-
-    Of the scores of all nominal pixels ``(n,)``, floating point, of the anomalous ones ``(P,)``, and of the area in
-    pixels of the region that each of these belongs to ``(P,)`` (`regions.pixel_areas`).
-
-    Example:
-        >>> nominal, anomalous = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 5.0, 0.0])
-        >>> pro(nominal, anomalous, areas=torch.tensor([2, 2, 1]))  # one region found, one missed
-        0.5
-    """
-    return area(exact_curve([sort_scores([nominal])], anomalous, areas), fpr_limit, weighted=True).value
-
-
 def average_precision(curve: Curve) -> Figure:
     """Mean, over all anomalous pixels (or images), of the precision at the threshold that just covers each.
 
