@@ -83,11 +83,10 @@ def test_matches_reference_on_many_rows(chunk_size, monkeypatch):
 def test_matches_reference_on_anything(features, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     size = data.draw(st.integers(1, len(features)))
-    start = data.draw(st.integers(0, len(features) - 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pl_patchcore.coreset.farthest_first.product_type", lambda *_: dtype)
-        picks = greedy_coreset(torch.from_numpy(features), size, start=start)
-    assert picks.tolist() == reference.greedy(features, size, start)
+        picks = greedy_coreset(torch.from_numpy(features), size)
+    assert picks.tolist() == reference.greedy(features, size)
 
 
 def test_float64_features():
@@ -175,20 +174,19 @@ def test_random_projection():
 
 
 @pytest.mark.parametrize(
-    ("features", "size", "start", "message"),
+    ("features", "size", "message"),
     [
-        (torch.zeros(3), 1, 0, r"must be \(N, d\)"),
-        (torch.zeros(0, 3), 1, 0, r"must be \(N, d\)"),
-        (torch.zeros(4, 2), 5, 0, "from 1 to the number of rows, 4, got 5"),
-        (torch.zeros(4, 2), 0, 0, "got 0"),
-        (torch.zeros(4, 2), 1, 4, "start must be a row"),
-        (torch.tensor([[0.0], [torch.nan]]), 1, 0, "NaN or infinity"),
-        (torch.tensor([[0.0], [torch.inf]]), 1, 0, "NaN or infinity"),
+        (torch.zeros(3), 1, r"must be \(N, d\)"),
+        (torch.zeros(0, 3), 1, r"must be \(N, d\)"),
+        (torch.zeros(4, 2), 5, "from 1 to the number of rows, 4, got 5"),
+        (torch.zeros(4, 2), 0, "got 0"),
+        (torch.tensor([[0.0], [torch.nan]]), 1, "NaN or infinity"),
+        (torch.tensor([[0.0], [torch.inf]]), 1, "NaN or infinity"),
     ],
 )
-def test_bad_input(features, size, start, message):
+def test_bad_input(features, size, message):
     with pytest.raises(UserError, match=message):
-        greedy_coreset(features, size, start=start)
+        greedy_coreset(features, size)
 
 
 def test_unknown_method():

@@ -122,29 +122,28 @@ def mean_gaps(features: Tensor, anchors: Tensor) -> Tensor:
     return torch.stack(distances).mean(0).square()
 
 
-def greedy_coreset(features: Tensor, size: int, *, start: int = 0, progress: Progress | None = None) -> Tensor:
+def greedy_coreset(features: Tensor, size: int, *, progress: Progress | None = None) -> Tensor:
     """Select rows that cover ``features``, farthest point first: the rows of `greedy_selection`.
 
     Example:
         >>> greedy_coreset(torch.tensor([[0.0], [1.0], [2.0], [10.0]]), 3).tolist()
         [0, 3, 2]
     """
-    return greedy_selection(features, size, start=start, progress=progress).rows
+    return greedy_selection(features, size, progress=progress).rows
 
 
 def greedy_selection(
-    features: Tensor, size: int, *, start: int = 0, gaps: Tensor | None = None, progress: Progress | None = None
+    features: Tensor, size: int, *, gaps: Tensor | None = None, progress: Progress | None = None
 ) -> Selection:
     """Select rows that cover ``features``, farthest point first, and tell how well they do.
 
-    Each pick is the row with the largest distance to the rows already picked; ties go to the lowest row, and no
-    row is picked twice. The coverage radius of the first m rows is at most twice that of the best m rows there
-    are (Gonzalez 1985).
+    Row 0 comes first, then the row with the largest distance to the rows already picked, and so on; ties go to the
+    lowest row, and no row is picked twice. The coverage radius of the first m rows is at most twice that of the best m
+    rows there are (Gonzalez 1985).
 
     Args:
         features: (Projected) patch features, ``(N, d)``, float32 or float64, any finite scale.
         size: Rows to keep, ``1 <= size <= N``.
-        start: Row picked first.
         gaps: Squared distances ``(N,)`` to begin with in place of a first row; there are no radii then.
         progress: Called with the number of rows selected since the last call.
 
@@ -152,7 +151,7 @@ def greedy_selection(
         ``size`` rows in order of selection, on the input's device, and their radii, on the CPU.
 
     Raises:
-        UserError: If ``features`` is not 2-D or not finite, or ``size`` or ``start`` is out of range.
+        UserError: If ``features`` is not 2-D or not finite, or ``size`` is out of range.
 
     Example:
         >>> rows, radii = greedy_selection(torch.tensor([[0.0], [1.0], [2.0], [10.0]]), 3)
@@ -163,12 +162,10 @@ def greedy_selection(
         raise UserError(f"features must be (N, d) with N >= 1, got shape {tuple(features.shape)}.")
     if not 1 <= size <= len(features):
         raise UserError(f"size must be from 1 to the number of rows, {len(features)}, got {size}.")
-    if not 0 <= start < len(features):
-        raise UserError(f"start must be a row from 0 to {len(features) - 1}, got {start}.")
     with full_precision(features.device):
         scale = scale_of(float(torch.stack(torch.aminmax(features)).abs().max()))
-        rows = distinct_rows(features, start)
+        rows = distinct_rows(features)
         search = FarthestFirst(features, rows, scale, min(size + 1, len(rows)))  # one more, for the last radius
-        search.begin(start, gaps)
+        search.begin(gaps)
         search.run(size, progress)
     return search.selection(size, len(features))

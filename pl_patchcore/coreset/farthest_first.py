@@ -99,12 +99,12 @@ class FarthestFirst:
             part = torch.arange(i, min(i + self.chunk_size, self.count), device=device)
             self.pick_centred[part] = self.bounds.right(self.exact_picks(part).sub_(self.mean))
 
-    def begin(self, start: int, gaps: Tensor | None) -> None:
-        """Pick the row of number ``start``, or take squared distances ``(N,)`` as the gaps to begin with."""
+    def begin(self, gaps: Tensor | None) -> None:
+        """Pick row 0, or take squared distances ``(N,)`` as the gaps to begin with."""
         if gaps is None:
-            first = self.picks.new_tensor([start])
+            first = self.picks.new_zeros(1)
             self.add(first, self.exact_of(first), [math.inf])
-            own = self.numbers == start
+            own = self.numbers == 0
             self.gap[own] = self.bound[own] = PICKED
             self.refresh(torch.arange(len(self.rows), device=self.rows.device))
         else:
@@ -286,12 +286,11 @@ def pick_among(exact: Tensor, gap: Tensor, rest: float, ties: int, most: int) ->
     return torch.tensor(picks, dtype=torch.int64, device=device), pick_gaps, torch.from_numpy(gaps).to(device)
 
 
-def distinct_rows(features: Tensor, start: int = 0) -> Tensor:
-    """Lowest row of each set of equal rows, which would tie in every round, and ``start``: int64, ascending."""
+def distinct_rows(features: Tensor) -> Tensor:
+    """Lowest row of each set of equal rows, which would tie in every round: int64, ascending."""
     order, copy = copies_in_order(features)
     keep = torch.ones_like(copy)
     keep[order[copy]] = False
-    keep[start : start + 1] = True
     return keep.nonzero().flatten()
 
 

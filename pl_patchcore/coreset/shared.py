@@ -58,7 +58,7 @@ def select_shared_coreset(
         if method == "approximate":
             gaps = mean_gaps(features, rows_of_all(features.__getitem__, numbers, order[:10], processes))
         search = _SharedFarthestFirst(features, scale, size + 1, numbers.to(device), processes)
-        search.begin(0, gaps)
+        search.begin(gaps)
         search.run(size, progress)
     picks, radii = search.selection(size, total)
     return Selection(picks.cpu(), radii)
