@@ -1,10 +1,10 @@
 """Greedy selection with a bound on memory: within chunks, then among the rows that these kept.
 
-Call the radius of a selection the largest distance of any row to the nearest selected one,
-and OPT the least radius that any M points of the space can give. Greedy selection of M rows out of a set has a radius
-of at most twice the set's OPT (Gonzalez 1985), and OPT of a part is at most OPT of the whole. Now M rows are picked in
-each chunk (radius at most r_c, the largest of the chunks'), then M among these (radius r_u). A row has a pick of its
-chunk within r_c, and that one a final pick within r_u:
+Call the radius of a selection the largest distance of any row to the nearest selected one, and OPT the least radius
+that any M points of the space can give. Greedy selection of M rows out of a set has a radius of at most twice the set's
+OPT (Gonzalez 1985), and OPT of a part is at most OPT of the whole. Now M rows are picked in each chunk (radius at most
+r_c, the largest of the chunks'), then M among these (radius r_u). A row has a pick of its chunk within r_c, and that
+one a final pick within r_u:
 
     radius <= r_c + r_u <= 2 OPT + 2 OPT = 4 OPT
 
