@@ -35,6 +35,7 @@ UNKNOWN = 255  # mask value of pixels that no pixel figure counts
 _ORIENTATION = 274  # EXIF tag
 # no EPS among them, for which Pillow would start another program
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+_NORMALISED = 3  # no level of an image normalised as usual lies above that
 _GREY_ONLY = "model.images.bits is for grey images; save this one with 8 bits a channel."
 _pillows_limit = threading.Lock()  # that limit belongs to the whole process
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor  # what `as_rgb` reads
@@ -294,9 +295,10 @@ def _of_floats(pixels: np.ndarray, name: str) -> np.ndarray:
         return levels.astype(np.uint8)
     remedy = (
         "look for NaN and infinity" if not np.isfinite((lowest, highest)).all()
-        else "give uint8, or divide by 255" if lowest >= 0 and highest <= 255
-        else "give uint16, or divide by the highest level there can be" if lowest >= 0
-        else "if it is normalised, give the image before that, or call the model itself: model(images)"
+        else "give the image before its normalisation, or call the model itself: model(images)"
+        if lowest < 0 or highest <= _NORMALISED
+        else "give uint8, or divide by 255" if highest <= 255
+        else "give uint16, or divide by the highest level there can be"
     )  # fmt: skip
     raise UserError(f"{name} in {lowest:.4g}..{highest:.4g}: floating-point images are in 0..1; {remedy}.")
 
@@ -403,9 +405,7 @@ def _check_range(name: str, image: Image.Image, bits: int | None) -> int | None:
             return bits
     if image.mode in ("I", "F"):
         kind, option = ("whole", " or set model.images.bits") if image.mode == "I" else ("floating-point", "")
-        raise UserError(
-            f"{name}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}."
-        )
+        raise UserError(f"{name}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}.")
     if bits not in (None, 16) and _is_deep(image):
         raise UserError(f"{name}: {_GREY_ONLY}")
     return bits

@@ -22,9 +22,9 @@ def label_regions(mask: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
     Returns:
         Numbers int32 ``(h, w)``, 0 outside of regions; rows and columns of the frame.
     """
-    (frame,) = ndimage.find_objects(mask.astype(np.uint8))
-    labels, _ = ndimage.label(mask[frame], structure=np.ones((3, 3)))  # 8 neighbours
-    return labels, frame
+    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
+    labels, _ = ndimage.label(mask[rows, columns], structure=np.ones((3, 3)))  # 8 neighbours
+    return labels, (rows, columns)
 
 
 @lru_cache(maxsize=256)  # 65 KB for a mask of 256x256 that is a quarter anomalous
