@@ -127,8 +127,14 @@ class Inspection:
     @cached_property
     def anomaly_map(self) -> np.ndarray:
         """Anomaly map on the original image's pixels, float32 ``(H, W)``; NaN where the crop has left them out."""
-        box = self._crop_box or (0.0, 0.0, *self.size)
-        found: np.ndarray = to_original(torch.from_numpy(self._heat), self.size, box).numpy()
+        return self.map_of_size(*self.size)
+
+    def map_of_size(self, height: int, width: int) -> np.ndarray:
+        """Anomaly map on the original image brought to another size, for small pictures: as ``anomaly_map``."""
+        down, across = height / self.size[0], width / self.size[1]
+        top, left, bottom, right = self._crop_box or (0.0, 0.0, *self.size)
+        box = (top * down, left * across, bottom * down, right * across)
+        found: np.ndarray = to_original(torch.from_numpy(self._heat), (height, width), box).numpy()
         return found
 
     @cached_property
@@ -176,20 +182,17 @@ class Inspection:
         Raises:
             UserError: As `original`.
         """
-        image = self.original
-        scale = min(1.0, (longest_side or max(image.size)) / max(image.size))
-        if scale < 1:
-            width, height = (max(1, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
-        picture, height = _with_strip(image, self.sentence, COLOURS[self.anomalous])
+        image = smaller(self.original, longest_side)
+        scale = max(image.size) / max(self.size)
+        picture = with_strip(image, self.sentence, COLOURS[self.anomalous])
         pen, width = ImageDraw.Draw(picture), max(1, round(max(image.size) / 400))
         lines = [polygon for region in self.regions for polygon in (region.outline, *region.holes)]
         if not lines and self.anomalous is not False:
-            lines = [_ring(self.peak, max(2.0, 0.03 * max(self.size)))]
+            lines = [_ring(self.peak, max(2.0, 0.03 * max(self.size)))]  # drawn as an outline is
         for thickness, colour in ((width + 2, (0, 0, 0)), (width, OUTLINE)):
             for line in lines:
                 # pixels' edges to PIL's places, which are pixels' centres; not into the strip
-                points = [(x * scale - 0.5, min(y * scale - 0.5, height - 1)) for x, y in (*line, line[0])]
+                points = [(x * scale - 0.5, min(y * scale - 0.5, image.height - 1)) for x, y in (*line, line[0])]
                 pen.line(points, colour, thickness, joint="curve")
         return picture
 
@@ -308,17 +311,30 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-def _with_strip(image: Image.Image, text: str, colour: tuple[int, int, int]) -> tuple[Image.Image, int]:
-    """An image with a line of text below it, as large as fits; and the image's own height."""
+def smaller(image: Image.Image, longest_side: int | None) -> Image.Image:
+    """An image with at most so many pixels on its longest side; None: as it is.
+
+    Example:
+        >>> smaller(Image.new("RGB", (300, 100)), 30).size
+        (30, 10)
+    """
+    if longest_side is None or max(image.size) <= longest_side:
+        return image
+    scale = longest_side / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def with_strip(image: Image.Image, text: str, colour: tuple[int, int, int] = COLOURS[None]) -> Image.Image:
+    """An image with a line of text in a strip below it, as large as fits; images of one size get equal strips."""
     size = max(10, round(max(image.size) / 30))
-    font = ImageFont.load_default(size)
+    strip, font = round(1.5 * size), ImageFont.load_default(size)
     if (length := font.getlength(f" {text} ")) > image.width:
         font = ImageFont.load_default(max(6.0, size * image.width / length))
-    strip = round(1.5 * size)
-    picture = Image.new("RGB", (image.width, image.height + strip), (0, 0, 0))
+    picture = Image.new("RGB", (image.width, image.height + strip))
     picture.paste(image)
     ImageDraw.Draw(picture).text((3, image.height + strip / 2), text, colour, font, anchor="lm")
-    return picture, image.height
+    return picture
 
 
 def _ring(centre: tuple[int, int], radius: float) -> Polygon:
