@@ -48,7 +48,7 @@ def overlay(image: Image.Image, heat: np.ndarray, low: float, high: float) -> Im
 
 def _thickness(share: np.ndarray) -> np.ndarray:
     """How much of the image the colours hide, by the place on the scale."""
-    return 0.55 * share
+    return 0.7 * share**2
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Gallery:
         for old in folder.glob("*.png"):
             if re.fullmatch(rf"({'|'.join([*GROUPS, *ERRORS.values()])})_\d+", old.stem):  # others are the user's own
                 old.unlink()
-        for name, place, item in self._named(image_threshold):
+        for name, place, item in self.named(image_threshold):
             figure = _panels(item, name, low, max(high, low + 1e-12), pixel_threshold)
             with whole_file(folder / f"{name}_{place}.png") as partial:
                 figure.savefig(partial, dpi=100)
@@ -128,7 +128,7 @@ class Gallery:
             self._histogram(image_threshold).savefig(partial, dpi=100)
         return len(shown) + 1
 
-    def _named(self, threshold: float | None) -> Iterator[tuple[str, int, Shown]]:
+    def named(self, threshold: float | None) -> Iterator[tuple[str, int, Shown]]:
         """Each image with the name of its picture, and its number among those of that name."""
         numbers: Counter[str] = Counter()
         for group, items in self.groups.items():
