@@ -40,7 +40,8 @@ def disc() -> np.ndarray:
     y, x = np.mgrid[:SIDE, :SIDE]
     places = ((110, 110, SIDE / 20), (30, 180, 3), (190, 40, 3))
     heats = [2 / (1 + np.exp(np.hypot(y - a, x - b) - r)) for a, b, r in places]
-    return np.stack(heats).max(0).astype(np.float32)
+    found: np.ndarray = np.stack(heats).max(0).astype(np.float32)
+    return found
 
 
 @torch.inference_mode()
