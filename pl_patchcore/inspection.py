@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, check_file, shown
-from pl_patchcore.regions import Polygon, Region, find_regions
+from pl_patchcore.regions import Region, find_regions
 
 BATCH = 8 * 256 * 256  # pixels that are scored at once
 COLOURS = {True: (255, 40, 40), False: (40, 200, 60), None: (160, 160, 160)}  # of the verdict, RGB
@@ -159,8 +159,7 @@ class Inspection:
     @property
     def peak(self) -> tuple[int, int]:
         """Pixel of the map's highest value, ``(x, y)``."""
-        y, x = np.unravel_index(int(np.nanargmax(self.anomaly_map)), self.size)
-        return int(x), int(y)
+        return _highest(self.anomaly_map)
 
     @property
     def original(self) -> Image.Image:
@@ -185,14 +184,15 @@ class Inspection:
         image = smaller(self.original, longest_side)
         scale = max(image.size) / max(self.size)
         picture = with_strip(image, self.sentence, COLOURS[self.anomalous])
+        polygons = [polygon for region in self.regions for polygon in (region.outline, *region.holes)]
+        lines = [[(x * scale, y * scale) for x, y in (*polygon, polygon[0])] for polygon in polygons]
+        if not lines and self.anomalous is not False:  # the map of the picture's size, as that of a large image is slow
+            lines = [_ring(_highest(self.map_of_size(image.height, image.width)), max(2.0, 0.03 * max(image.size)))]
         pen, width = ImageDraw.Draw(picture), max(1, round(max(image.size) / 400))
-        lines = [polygon for region in self.regions for polygon in (region.outline, *region.holes)]
-        if not lines and self.anomalous is not False:
-            lines = [_ring(self.peak, max(2.0, 0.03 * max(self.size)))]  # drawn as an outline is
         for thickness, colour in ((width + 2, (0, 0, 0)), (width, OUTLINE)):
             for line in lines:
                 # pixels' edges to PIL's places, which are pixels' centres; not into the strip
-                points = [(x * scale - 0.5, min(y * scale - 0.5, image.height - 1)) for x, y in (*line, line[0])]
+                points = [(x - 0.5, min(y - 0.5, image.height - 1)) for x, y in line]
                 pen.line(points, colour, thickness, joint="curve")
         return picture
 
@@ -337,7 +337,14 @@ def with_strip(image: Image.Image, text: str, colour: tuple[int, int, int] = COL
     return picture
 
 
-def _ring(centre: tuple[int, int], radius: float) -> Polygon:
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+def _highest(heat: np.ndarray) -> tuple[int, int]:
+    """Pixel of the highest value, ``(x, y)``."""
+    y, x = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
+    return int(x), int(y)
+
+
+def _ring(centre: tuple[int, int], radius: float) -> list[tuple[float, float]]:
+    """A circle around a pixel."""
+    angles = np.linspace(0, 2 * np.pi, 25)
     x, y = centre[0] + 0.5 + radius * np.cos(angles), centre[1] + 0.5 + radius * np.sin(angles)
-    return list(zip(x.round().astype(int).tolist(), y.round().astype(int).tolist(), strict=True))
+    return list(zip(x.tolist(), y.tolist(), strict=True))
