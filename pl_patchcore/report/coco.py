@@ -13,6 +13,7 @@ from pl_patchcore.files import whole_file
 from pl_patchcore.inspection import Inspection
 from pl_patchcore.regions import Region
 
+DIGITS = 6  # significant ones of a score in a file; what follows depends on the batch
 CATEGORY = {"id": 1, "name": "defect", "supercategory": "anomaly"}
 
 
@@ -25,7 +26,7 @@ def coco_image(inspection: Inspection, number: int, path: str) -> tuple[dict[str
         path: Where the image is.
     """
     height, width = inspection.size
-    scores = {"score": inspection.score, "anomalous": inspection.anomalous}
+    scores = {"score": rounded(inspection.score), "anomalous": inspection.anomalous}
     image = {"id": number, "file_name": path, "height": height, "width": width} | scores
     return image, [_annotation(region, number, inspection.size) for region in inspection.regions]
 
@@ -38,6 +39,16 @@ def write_coco(path: Path, images: Sequence[dict[str, Any]], annotations: Sequen
         partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def rounded(value: float) -> float:
+    """A number to 6 significant digits.
+
+    Example:
+        >>> rounded(1.5193347930908203)
+        1.51933
+    """
+    return float(f"{value:.{DIGITS}g}")
+
+
 def _annotation(region: Region, number: int, size: tuple[int, int]) -> dict[str, Any]:
     left, top, right, bottom = region.box
     return {
@@ -47,7 +58,7 @@ def _annotation(region: Region, number: int, size: tuple[int, int]) -> dict[str,
         "area": region.area,
         "segmentation": {"size": list(size), "counts": run_lengths(region, size)},
         "iscrowd": 0,
-        "score": region.score,
+        "score": rounded(region.score),
     }
 
 

@@ -24,14 +24,13 @@ from pl_patchcore.data.batch import as_batch
 from pl_patchcore.files import hold, output_folder, plain_console, whole_file
 from pl_patchcore.inspection import Inspection, Settings, smaller, with_strip
 from pl_patchcore.preprocessing import Preprocessing
-from pl_patchcore.report.coco import coco_image, write_coco
+from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
 from pl_patchcore.report.pictures import colour_scale, overlay
 
 VERDICT = ("verdict", "anomalous", "threshold", "normalized", "p_value")  # columns of a model with a threshold
 REGIONS = ("regions", "left", "top", "right", "bottom", "area")  # and of one with a threshold of pixels
 NAME_LENGTH = 48  # characters of an image's name in its map's, of at most 4 bytes each; file systems take 255 bytes
 LONGEST_SIDE = 1600  # pixels of a picture's image; larger ones are brought to that
-DIGITS = 6  # significant ones of a number in the table
 
 
 @dataclass(frozen=True)
