@@ -3,7 +3,7 @@
 The way of an image, one file a stage::
 
     data/               folders of a data set    -> samples, batches
-    preprocessing.py    image file               -> image (3, H, W), mask (H, W)
+    preprocessing.py    image of any kind        -> image (3, H, W), mask (H, W)
     backbone.py         name or module           -> a network that gives layers (B, C, h, w)
     patch_features.py   images (B, 3, H, W)      -> patch features (B, h, w, D)
     coreset/            patch features (N, D)    -> the rows kept (M, D): the store, the greedy loop, over processes
@@ -12,6 +12,7 @@ The way of an image, one file a stage::
     model.py            joins these: PatchCoreModel, a plain module; ensemble.py several of it
     fitting.py          training images          -> a model with a memory bank
     calibration.py      scores of nominal images -> thresholds
+    inspection.py       images of any kind       -> verdicts, and by regions.py where, on the original image
     patchcore.py        the model in Lightning: fit, test, predict; checkpoint.py what is saved, foreign.py what is
                         looked at in a file from elsewhere, options.py its options, configs.py the YAML that comes with
                         it, build.py the model of its arguments
@@ -34,17 +35,20 @@ if TYPE_CHECKING:
     from pl_patchcore.data import MVTecDataModule as MVTecDataModule
     from pl_patchcore.data import SyntheticDataModule as SyntheticDataModule
     from pl_patchcore.errors import UserError as UserError
+    from pl_patchcore.inspection import Inspection as Inspection
     from pl_patchcore.memory_bank import MemoryBank as MemoryBank
     from pl_patchcore.memory_bank_callback import MemoryBankCallback as MemoryBankCallback
     from pl_patchcore.model import PatchCoreModel as PatchCoreModel
     from pl_patchcore.patch_features import PatchFeatures as PatchFeatures
     from pl_patchcore.patchcore import PatchCore as PatchCore
     from pl_patchcore.preprocessing import Preprocessing as Preprocessing
+    from pl_patchcore.regions import Region as Region
 
 __version__ = "0.2.0"
 _MODULES = {  # name: module it is from
     "AnomalyDataModule": "data",
     "FolderDataModule": "data",
+    "Inspection": "inspection",
     "MSTCDataModule": "data",
     "MTDDataModule": "data",
     "MVTecDataModule": "data",
@@ -54,6 +58,7 @@ _MODULES = {  # name: module it is from
     "PatchCoreModel": "model",
     "PatchFeatures": "patch_features",
     "Preprocessing": "preprocessing",
+    "Region": "regions",
     "SyntheticDataModule": "data",
     "UserError": "errors",
 }

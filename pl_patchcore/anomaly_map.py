@@ -8,7 +8,7 @@ through SciPy.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from kornia.filters import gaussian_blur2d
@@ -128,9 +128,27 @@ def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: t
         tensor(0.5000)
     """
     top, left, bottom, right = crop_box
-    device = anomaly_map.device
-    y = (torch.arange(original_size[0], device=device) + 0.5 - top) / (bottom - top) * 2 - 1  # -1 to 1 in the box
-    x = (torch.arange(original_size[1], device=device) + 0.5 - left) / (right - left) * 2 - 1
-    grid = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)  # (h, w, 2)
-    full = F.grid_sample(anomaly_map.float()[None, None], grid[None], padding_mode="border", align_corners=False)
-    return full[0, 0].masked_fill(grid.abs().amax(-1) > 1, torch.nan)
+    rows = _places(original_size[0], anomaly_map.shape[0], top, bottom, anomaly_map.device)
+    columns = _places(original_size[1], anomaly_map.shape[1], left, right, anomaly_map.device)
+    heat = anomaly_map.float()
+    wide = torch.lerp(heat[:, columns.first], heat[:, columns.second], columns.weight)  # (H, W0)
+    full = torch.lerp(wide[rows.first], wide[rows.second], rows.weight[:, None])  # (H0, W0)
+    full[rows.outside] = torch.nan
+    full[:, columns.outside] = torch.nan
+    return full
+
+
+class _Places(NamedTuple):
+    """Where the pixels of the original lie between those of the map, along one axis, ``(n,)`` each."""
+
+    first: Tensor
+    second: Tensor
+    weight: Tensor  # of the second
+    outside: Tensor  # of the crop
+
+
+def _places(pixels: int, cells: int, low: float, high: float, device: torch.device) -> _Places:
+    at = (torch.arange(pixels, device=device, dtype=torch.float64) + 0.5 - low) * (cells / (high - low))
+    place = (at - 0.5).clamp(0, cells - 1)  # the map's edge is continued to the crop's
+    first = place.floor().long()
+    return _Places(first, (first + 1).clamp(max=cells - 1), (place - first).float(), (at < 0) | (at > cells))

@@ -81,6 +81,10 @@ class PatchCoreModel(nn.Module):
             UserError: If the memory bank is empty, or was made from images of another size.
         """
         size = images.shape[-2:]
+        if images.ndim != 4:
+            raise UserError(
+                f"images must be (B, 3, H, W), got {tuple(images.shape)}; images[None] makes a batch of one."
+            )
         if not torch.compiler.is_compiling():  # a recorded graph cannot ask
             fixed = self.input_size.tolist()
             if any(fixed) and fixed != list(size):

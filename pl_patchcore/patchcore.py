@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import lightning as L
 import torch
@@ -42,6 +42,7 @@ from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
 from pl_patchcore.fitting import Fitting
 from pl_patchcore.foreign import Source
+from pl_patchcore.inspection import Inspection, Settings, inspect
 from pl_patchcore.lightning_parts import (
     Anchor,
     ReleaseOnException,
@@ -65,7 +66,7 @@ from pl_patchcore.options import (
     options_of,
 )
 from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.preprocessing import Preprocessing
+from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -241,6 +242,58 @@ class PatchCore(L.LightningModule):
         """Score images: see `PatchCoreModel.forward`."""
         return self.model(images)  # type: ignore[no-any-return]
 
+    def judge(self, images: Tensor) -> dict[str, Tensor]:
+        """Score images ``(B, 3, H, W)``, normalised, on the model's device.
+
+        Returns:
+            ``score (B,)`` and ``anomaly_map (B, H, W)``; of a model with thresholds also ``anomalous (B,)``, bool,
+            whether the score is above the threshold, and ``normalized (B,)``, the score in units of the threshold; of a
+            calibrated one ``p_value (B,)``, see `calibration.p_values`.
+        """
+        scores, maps = self(images)
+        result = {"score": scores, "anomaly_map": maps}
+        if (threshold := self.image_threshold) is not None:
+            result["anomalous"] = scores > threshold
+            result["normalized"] = scores / threshold
+        if len(self.model.calibration.scores):
+            result["p_value"] = self.model.calibration.p_values(scores)
+        return result
+
+    @overload
+    def inspect(  # type: ignore[overload-overlap]  # text is a sequence of texts, too
+        self, images: ImageLike, color: Color = "rgb", least_area: int = 1
+    ) -> Inspection: ...
+
+    @overload
+    def inspect(self, images: Sequence[ImageLike], color: Color = "rgb", least_area: int = 1) -> list[Inspection]: ...
+
+    def inspect(
+        self, images: ImageLike | Sequence[ImageLike], color: Color = "rgb", least_area: int = 1
+    ) -> Inspection | list[Inspection]:
+        """Inspect images: score, verdict, and where in the image.
+
+        Takes what a camera, a file or OpenCV gives, and does the preprocessing. The scores are those of `forward`; a
+        list is scored in batches. Several threads may call it at once.
+
+        Args:
+            images: One image, or a sequence of images of any sizes: a path, a PIL image, an array ``(H, W)``,
+                ``(H, W, 3)`` or ``(H, W, 4)``, uint8, uint16 or floating-point in [0, 1], or a tensor ``(3, H, W)``,
+                uint8 or floating-point in [0, 1]; see `preprocessing.as_rgb`. Not normalised.
+            color: Order of the channels of arrays and tensors: ``rgb``, or ``bgr`` as OpenCV has it.
+            least_area: Pixels of the original image below which a region is left out.
+
+        Returns:
+            An `Inspection`, or a list of them for a sequence.
+
+        Raises:
+            UserError: If the model is not fitted, or an image is of no kind that is read.
+        """
+        self._check_fitted()
+        settings = Settings(self.image_threshold, self.pixel_threshold, least_area)
+        device = self.memory_bank.features.device  # follows every way a module can be moved
+        found = inspect(images, self.transform, lambda batch: self.judge(batch.to(device)), settings, color)
+        return found if isinstance(images, Sequence) and not isinstance(images, str) else found[0]
+
     @property
     def image_threshold(self) -> float | None:
         """Anomaly score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`); None if uncalibrated."""
@@ -298,17 +351,10 @@ class PatchCore(L.LightningModule):
         """Score a batch.
 
         Returns:
-            ``score (B,)`` and ``anomaly_map (B, H, W)``; of a calibrated model also ``anomalous (B,)``, bool,
-            whether the score is above the threshold, ``normalized (B,)``, the score in units of the threshold, and
-            ``p_value (B,)``, see `calibration.p_values`; of the batch, ``path``, ``index`` and geometry.
+            As `judge`; of the batch, ``path``, ``index`` and geometry.
         """
         batch = self._own(batch, batch_idx, dataloader_idx)
-        scores, maps = self(batch["image"])
-        result = {"score": scores, "anomaly_map": maps}
-        if (threshold := self.image_threshold) is not None:
-            result["anomalous"] = scores > threshold
-            result["normalized"] = scores / threshold
-            result["p_value"] = self.model.calibration.p_values(scores)
+        result: dict[str, Any] = self.judge(batch["image"])
         return result | {k: batch[k] for k in ("path", "index", "original_size", "crop_box") if k in batch}
 
     def on_test_epoch_start(self) -> None:

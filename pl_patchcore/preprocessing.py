@@ -1,6 +1,7 @@
-"""Image file -> input of the backbone, one image at a time.
+"""Image of any kind -> input of the backbone, one image at a time.
 
-Reads an image file, resizes, crops and normalises it, and remembers which part of the original the crop covers.
+Reads an image file, a PIL image, an array or a tensor, resizes, crops and normalises it, and remembers which part of
+the original the crop covers.
 Each image is handled alone, so that a score never depends on its neighbours in the batch. Next: `data/base.py`,
 which makes samples and batches of it.
 
@@ -34,7 +35,11 @@ UNKNOWN = 255  # mask value of pixels that no pixel figure counts
 _ORIENTATION = 274  # EXIF tag
 # no EPS among them, for which Pillow would start another program
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+_NORMALISED = 3  # no level of an image normalised as usual lies above that
+_GREY_ONLY = "model.images.bits is for grey images; save this one with 8 bits a channel."
 _pillows_limit = threading.Lock()  # that limit belongs to the whole process
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor  # what `as_rgb` reads
+Color = Literal["rgb", "bgr"]  # order of the channels
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,21 @@ class Preprocessing:
             result["mask"] = torch.from_numpy(np.array(nearest.crop(crop)))
         return result
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Turn an RGB image into a float32 tensor ``(3, H, W)``, normalised."""
-        return self.apply(image)["image"]
+    def read(self, image: ImageLike, color: Color = "rgb") -> Image.Image:
+        """Read an image of any kind as 8-bit RGB, upright: see `as_rgb`."""
+        return as_rgb(image, color, self.bits, self.max_pixels)
+
+    def __call__(self, image: ImageLike, color: Color = "rgb") -> Tensor:
+        """Turn an image of any kind into a float32 tensor ``(3, H, W)``, normalised.
+
+        Args:
+            image: See `as_rgb`.
+            color: Order of the channels of an array or a tensor.
+
+        Raises:
+            UserError: As `as_rgb` and `apply`.
+        """
+        return self.apply(self.read(image, color))["image"]
 
     def denormalise(self, image: Tensor) -> Tensor:
         """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures."""
@@ -181,18 +198,109 @@ def read_image(path: Path, bits: int | None = None, max_pixels: int | None = Non
             pixels have no defined range.
     """
     with _opened(path, max_pixels) as file:
-        bits = _check_range(path, file, bits)
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):
-            grey, high = np.asarray(image), 2 ** (bits or 16) - 1
-            if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
-                found = f"level {lowest if lowest < 0 else highest}"
-                raise UserError(
-                    f"{shown(path)}: holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew."
-                )
-            grey = grey.astype(np.float32) / (high / 255)
-            image = Image.fromarray(grey.round().astype(np.uint8))
-        return image.convert("RGB")
+        return _to_rgb(file, shown(path), bits)
+
+
+def as_rgb(
+    image: ImageLike, color: Color = "rgb", bits: int | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Read an image of any kind as 8-bit RGB, upright, as `read_image` reads the file with the same pixels.
+
+    Args:
+        image: Path of a file; a PIL image; an array ``(H, W)``, ``(H, W, 3)`` or ``(H, W, 4)``, uint8, uint16, or
+            floating-point in [0, 1]; or a tensor ``(3, H, W)``, uint8, or floating-point in [0, 1], which is an image
+            before normalisation. A fourth channel is alpha, and dropped. Floating-point numbers are rounded to 8 bits.
+        color: Order of the channels of an array or a tensor; ``bgr`` is OpenCV's. A file and a PIL image know theirs.
+        bits: As `read_image`; also of arrays ``(H, W)`` of uint16.
+        max_pixels: As `read_image`; None sets no limit for what is in memory already.
+
+    Raises:
+        UserError: If it is none of these, its range is another, or as `read_image`.
+
+    Example:
+        >>> as_rgb(np.array([[[255, 0, 0]]], np.uint8), color="bgr").getpixel((0, 0))
+        (0, 0, 255)
+    """
+    if color not in ("rgb", "bgr"):
+        raise UserError(f"color must be 'rgb' or 'bgr', got {color!r}.")
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image), bits, max_pixels)
+    if isinstance(image, Image.Image):
+        name = f"a PIL image of mode {image.mode}"
+        with _in_plain_words(name):
+            _check_pixels(image, max_pixels, name)
+            return _to_rgb(image, name, bits)
+    if isinstance(image, Tensor):
+        name, pixels = f"a tensor of {tuple(image.shape)} {str(image.dtype).removeprefix('torch.')}", _of_tensor(image)
+    elif isinstance(image, np.ndarray):
+        name, pixels = f"an array of {image.shape} {image.dtype}", image
+    else:
+        raise UserError(
+            "an image must be a path, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4), or a tensor (3, H, W), "
+            f"got a {type(image).__name__}."
+        )
+    return _to_rgb(_of_array(pixels, name, color, bits, max_pixels), name, bits)
+
+
+def _to_rgb(image: Image.Image, name: str, bits: int | None) -> Image.Image:
+    """Upright 8-bit RGB of an opened image; ``name`` is for messages."""
+    bits = _check_range(name, image, bits)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey, high = np.asarray(image), 2 ** (bits or 16) - 1
+        if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
+            found = f"level {lowest if lowest < 0 else highest}"
+            raise UserError(f"{name}: holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew.")
+        grey = grey.astype(np.float32) / (high / 255)
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _of_tensor(image: Tensor) -> np.ndarray:
+    """A tensor ``(3, H, W)`` as an array ``(H, W, 3)``."""
+    if image.ndim != 3 or image.shape[0] != 3:
+        remedy = "give list(images) of a batch" if image.ndim == 4 else "repeat grey, and put the channels first"
+        raise UserError(f"a tensor of {tuple(image.shape)}: an image must be (3, H, W); {remedy}.")
+    image = image.detach().permute(1, 2, 0).cpu()
+    return (image.float() if image.is_floating_point() else image).numpy()
+
+
+def _of_array(pixels: np.ndarray, name: str, color: Color, bits: int | None, max_pixels: int | None) -> Image.Image:
+    """An array as the image that a file with these pixels gives."""
+    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (3, 4)):
+        remedy = "give list(images) of a batch" if pixels.ndim == 4 else "put the channels last"
+        raise UserError(f"{name}: an image must be (H, W), (H, W, 3) or (H, W, 4); {remedy}.")
+    if not pixels.size:
+        raise UserError(f"{name}: holds no pixel; give an image that has some.")
+    if pixels.dtype.kind == "f":
+        pixels = _of_floats(pixels, name)
+    if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
+        raise UserError(f"{name}: an image must be uint8, uint16, or floating-point in [0, 1]; give one of these.")
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] if color == "rgb" else pixels[..., 2::-1]
+        if pixels.dtype.itemsize == 2:
+            if bits not in (None, 16):
+                raise UserError(f"{name}: {_GREY_ONLY}")
+            pixels = pixels >> 8  # as Pillow reads files of 16 bits a channel
+    image = Image.fromarray(pixels.astype(np.uint16 if pixels.ndim == 2 and pixels.dtype.itemsize == 2 else np.uint8))
+    _check_pixels(image, max_pixels, name)
+    return image
+
+
+def _of_floats(pixels: np.ndarray, name: str) -> np.ndarray:
+    """Levels uint8 of floating-point numbers in [0, 1]."""
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    levels = np.rint(pixels.astype(np.float32) * 255)
+    if levels.min() >= 0 and levels.max() <= 255:
+        return levels.astype(np.uint8)
+    remedy = (
+        "look for NaN and infinity" if not np.isfinite((lowest, highest)).all()
+        else "give the image before its normalisation, or call the model itself: model(images)"
+        if lowest < 0 or highest <= _NORMALISED
+        else "give uint8, or divide by 255" if highest <= 255
+        else "give uint16, or divide by the highest level there can be"
+    )  # fmt: skip
+    raise UserError(f"{name} in {lowest:.4g}..{highest:.4g}: floating-point images are in 0..1; {remedy}.")
 
 
 def read_mask(path: Path, max_pixels: int | None = None) -> np.ndarray:
@@ -233,7 +341,7 @@ def check_image(path: Path, bits: int | None = None, max_pixels: int | None = No
     """
     with _opened(path, max_pixels) as image:
         if not mask:
-            _check_range(path, image, bits)
+            _check_range(shown(path), image, bits)
         width, height = image.size
         tags = getattr(image, "tag_v2", {})
         if image.format == "TIFF":  # some versions of Pillow give the upright size, some the stored one
@@ -286,8 +394,8 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F")) or any("16" in str(tile) for tile in getattr(image, "tile", []))
 
 
-def _check_range(path: Path, image: Image.Image, bits: int | None) -> int | None:
-    """Refuse pixels without a defined range; return the bits that the file, or else the option, says."""
+def _check_range(name: str, image: Image.Image, bits: int | None) -> int | None:
+    """Refuse pixels without a defined range; return the bits that the image, or else the option, says."""
     if image.mode.startswith("I;"):
         return 12 if getattr(image, "tag_v2", {}).get(258) == (12,) else bits  # 258: bits of a sample
     if image.mode == "I":
@@ -297,36 +405,46 @@ def _check_range(path: Path, image: Image.Image, bits: int | None) -> int | None
             return bits
     if image.mode in ("I", "F"):
         kind, option = ("whole", " or set model.images.bits") if image.mode == "I" else ("floating-point", "")
-        raise UserError(
-            f"{shown(path)}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}."
-        )
+        raise UserError(f"{name}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}.")
     if bits not in (None, 16) and _is_deep(image):
-        raise UserError(f"{shown(path)}: model.images.bits is for grey images; save this one with 8 bits a channel.")
+        raise UserError(f"{name}: {_GREY_ONLY}")
     return bits
+
+
+def _check_pixels(image: Image.Image, max_pixels: int | None, name: str) -> None:
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        size = f"{image.width}x{image.height} pixels"
+        raise UserError(f"{name}: has {size}; raise model.images.max_pixels to allow so large an image.")
 
 
 @contextmanager
 def _opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
     """Open an image file; whatever Pillow raises for it, then or while it is decoded, is a `UserError`."""
     check_file(path)
+    with (
+        _in_plain_words(shown(path)),
+        _own_limit() if max_pixels is not None else nullcontext(),
+        path.open("rb") as file,  # given the path, Pillow maps some files, and garbles TIFFs with a quarter turn
+        Image.open(file, formats=_FORMATS) as image,
+    ):
+        _check_pixels(image, max_pixels, shown(path))
+        yield image
+
+
+@contextmanager
+def _in_plain_words(name: str) -> Iterator[None]:
+    """Raise what Pillow raises for an image as a `UserError`; ``name`` is the image's."""
     try:
-        with (
-            _own_limit() if max_pixels is not None else nullcontext(),
-            path.open("rb") as file,  # given the path, Pillow maps some files, and garbles TIFFs with a quarter turn
-            Image.open(file, formats=_FORMATS) as image,
-        ):
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError(f"has {image.width}x{image.height} pixels")
-            yield image
+        yield
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise UserError(f"{shown(path)}: {error}; raise model.images.max_pixels to allow so large an image.") from error
+        raise UserError(f"{name}: {error}; raise model.images.max_pixels to allow so large an image.") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         reason = " ".join(reason.split())
         raise UserError(
-            f"{shown(path)}: cannot be read ({reason}); replace the file or take it out of the data set."
+            f"{name}: cannot be read ({reason}); replace the file or take it out of the data set."
         ) from error
 
 

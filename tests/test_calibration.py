@@ -197,11 +197,15 @@ def test_predictions_and_report_use_them(fitted, trainer, tmp_path):
     runner.predict(model, data_of())
     with (tmp_path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["path", "score", "anomalous", "normalized", "p_value"]
+    verdict = ["verdict", "anomalous", "threshold", "normalized", "p_value"]
+    regions = ["regions", "left", "top", "right", "bottom", "area"]
+    assert list(rows[0]) == ["path", "score", *verdict, *regions, "picture"]
     for row in rows:
         score = float(row["score"])
         assert row["anomalous"] == str(int(score > model.image_threshold))
-        assert float(row["normalized"]) == pytest.approx(score / model.image_threshold)
+        assert row["verdict"] == ("defect" if score > model.image_threshold else "ok")
+        assert float(row["threshold"]) == pytest.approx(model.image_threshold, rel=1e-5)
+        assert float(row["normalized"]) == pytest.approx(score / model.image_threshold, rel=1e-5)
         at_least = (model.model.calibration.scores >= score).sum().item()
         assert float(row["p_value"]) == pytest.approx((1 + at_least) / 4)
     assert {row["anomalous"] for row in rows} == {"0", "1"}

@@ -146,7 +146,14 @@ def test_equals_one_process(tmp_path):
                 assert row[0] == other[0]
                 assert row[-1] == other[-1]  # the map's name
                 assert float(row[1]) == pytest.approx(float(other[1]), rel=1e-5)
-                assert (tmp_path / str(count) / name / other[-1]).is_file()
+                assert row[-2] == other[-2]  # the picture's
+                assert all((tmp_path / str(count) / name / file).is_file() for file in other[-2:])
+            if "verdict" in table[0]:
+                one, several = (
+                    json.loads((tmp_path / n / name / "defects.json").read_text()) for n in ("1", str(count))
+                )
+                assert [image["file_name"] for image in several["images"]] == [row[0] for row in table[1:]]
+                assert [a["image_id"] for a in several["annotations"]] == [a["image_id"] for a in one["annotations"]]
             assert others["names"] == figures["names"]
             for key, row in figures["all"].items():
                 assert others["all"][key] == pytest.approx(row, abs=1e-6, nan_ok=True), (name, count, key)

@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.files import check_output, whole_file
+from pl_patchcore.regions import find_regions
 from pl_patchcore.report import PredictionWriter, TestReport
-from pl_patchcore.report.pictures import Gallery, Shown
+from pl_patchcore.report.coco import run_lengths
+from pl_patchcore.report.pictures import Gallery, Shown, colour_scale, overlay
 
 
 @pytest.fixture
@@ -33,6 +35,8 @@ def test_report(fitted, trainer, tmp_path, capsys):
     mine = ("mine.png", "missed_by_hand.png")
     for name in mine:
         (tmp_path / "pictures" / name).write_bytes(b"the user's own")
+    for name in ("missed_7.png", "false_alarm_1.png"):  # of an earlier run
+        (tmp_path / "pictures" / name).touch()
     trainer(callbacks=[TestReport(pictures=2)]).test(model, data, verbose=False)
     trainer(callbacks=[TestReport(pictures=1)]).test(model, data, verbose=False)
     for name in mine:
@@ -53,7 +57,7 @@ def test_report(fitted, trainer, tmp_path, capsys):
     assert metrics["memory_bank"] == [50, 8]
     assert 0 < metrics["seconds_per_image"] < 10
     pictures = sorted(p.name for p in (tmp_path / "pictures").iterdir())
-    groups = ("false_alarm", "least_anomalous", "missed", "most_anomalous")
+    groups = ("highest_nominal", "least_anomalous", "lowest_anomalous", "most_anomalous")
     assert pictures == [*(f"{group}_1.png" for group in groups), "scores.png"]
     for name in pictures:
         with Image.open(tmp_path / "pictures" / name) as picture:
@@ -94,10 +98,42 @@ def test_gallery_keeps_the_right_images():
     nominal, anomalous = sorted(scores[::2]), sorted(scores[1::2])
     assert kept == {
         "most_anomalous": anomalous[-2:],
-        "missed": anomalous[:2],
+        "lowest_anomalous": anomalous[:2],
         "least_anomalous": nominal[:2],
-        "false_alarm": nominal[-2:],
+        "highest_nominal": nominal[-2:],
     }
+
+
+@pytest.mark.parametrize(
+    ("threshold", "wrong"),
+    [
+        (None, {}),
+        (5.5, {"missed": 1, "false_alarm": 2}),
+        (0.5, {"false_alarm": 2}),
+        (9.5, {"missed": 2}),
+        (5.0, {"missed": 1, "false_alarm": 2}),  # a score on the threshold is none above it
+    ],
+)
+def test_pictures_are_called_errors_only_where_they_are(threshold, wrong):
+    gallery = Gallery(2)
+    for i, (score, label) in enumerate([(1, 0), (2, 0), (7, 0), (8, 0), (5, 1), (6, 1), (9, 1)]):
+        gallery.add(Shown(float(score), i, str(i), torch.zeros(3, 4, 4), torch.full((4, 4), score), None), label)
+    names = [name for name, _, _ in gallery.named(threshold)]
+    assert len(names) == 8
+    assert len({(name, place) for name, place, _ in gallery.named(threshold)}) == 8
+    assert {name: names.count(name) for name in ("missed", "false_alarm") if name in names} == wrong
+    assert names.count("lowest_anomalous") == 2 - wrong.get("missed", 0)
+    assert names.count("highest_nominal") == 2 - wrong.get("false_alarm", 0)
+
+
+def test_a_colour_means_the_same_in_every_picture():
+    low, high = colour_scale(3.0)
+    image = Image.new("RGB", (3, 1), (100, 100, 100))
+    first = np.asarray(overlay(image, np.array([[0.0, 3.0, np.nan]]), low, high))[0].tolist()
+    second = np.asarray(overlay(image, np.array([[3.0, 50.0, 6.0]]), low, high))[0].tolist()
+    assert first[0] == first[2] == [100, 100, 100]  # nothing there
+    assert first[1] == second[0]
+    assert second[1] == second[2] != second[0]
 
 
 @pytest.mark.parametrize("name", ["[/old]", r"[old]a:warning:b$\foo$" + "c" * 40])
@@ -170,6 +206,86 @@ def test_predictions_without_paths(fitted, trainer, tmp_path):
     trainer(callbacks=[PredictionWriter()]).predict(fitted[0], DataLoader(torch.rand(3, 3, 48, 48), batch_size=2))
     with (tmp_path / "predictions.csv").open(newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
+@pytest.fixture
+def calibrated(fitted):
+    model, data = fitted
+    model.model.calibration.fill(torch.linspace(0.05, 0.15, 9), torch.linspace(0.05, 0.13, 9))
+    model.false_alarm_rate = 0.2
+    return model, data
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # pycocotools' own
+def test_predictions_show(calibrated, trainer, tmp_path, capsys):
+    """Table, pictures, defects.json and summary agree with what `inspect` finds in the same images."""
+    from pycocotools.coco import COCO
+
+    model, data = calibrated
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "000099-old.jpg").touch()
+    (tmp_path / "pictures" / "mine.jpg").touch()
+    trainer(callbacks=[PredictionWriter(least_area=20)]).predict(model, data)
+    found = model.inspect([record.image() for record in data.predict_records], least_area=20)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, one in zip(rows, found, strict=True):
+        assert float(row["score"]) == pytest.approx(one.score, rel=1e-5)
+        assert (row["verdict"], row["regions"]) == (one.verdict, str(len(one.regions)))
+        largest = [str(number) for region in one.regions[:1] for number in (*region.box, region.area)]
+        assert [row[name] for name in ("left", "top", "right", "bottom", "area")] == (largest or [""] * 5)
+        assert all(len(row[name].replace(".", "").lstrip("0")) <= 6 for name in ("score", "threshold", "normalized"))
+        with Image.open(tmp_path / row["picture"]) as picture:
+            assert picture.size[0] == 2 * one.size[1]
+            assert picture.size[1] > one.size[0]
+    names = {Path(row["picture"]).name for row in rows}
+    assert len(names) == len(rows)
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == names | {"mine.jpg"}
+    defects = sum(one.anomalous for one in found)
+    assert 0 < defects < len(found)
+    said = capsys.readouterr().out
+    assert f"{defects} of {len(found)} defect (threshold {model.image_threshold:.4g})" in said
+    coco = COCO(str(tmp_path / "defects.json"))
+    assert [coco.imgs[number]["file_name"] for number in coco.getImgIds()] == [row["path"] for row in rows]
+    assert any(one.regions for one in found)
+    for number, one in enumerate(found):
+        entries = coco.loadAnns(coco.getAnnIds(imgIds=[number]))
+        assert len(entries) == len(one.regions)
+        for entry, region in zip(entries, one.regions, strict=True):
+            left, top, right, bottom = region.box
+            mask = np.zeros(one.size, bool)
+            mask[top:bottom, left:right] = region.mask
+            assert np.array_equal(coco.annToMask(entry), mask)
+            assert entry["bbox"] == [left, top, right - left, bottom - top]
+            assert entry["area"] == region.area
+            assert entry["score"] == pytest.approx(region.score, rel=1e-5)
+    model.model.calibration.clear()
+    trainer(callbacks=[PredictionWriter(pictures=False)]).predict(model, data)
+    assert not (tmp_path / "defects.json").exists()  # without a threshold nobody knows of defects
+    assert (tmp_path / "predictions.csv").read_text().splitlines()[0] == "path,score"
+    assert "defect" not in capsys.readouterr().out
+
+
+def test_pictures_of_any_loader(calibrated, trainer, tmp_path):
+    """What a foreign loader gives is drawn from the model's input, where the input lies in the original."""
+    model, _ = calibrated
+    model.model.calibration.clear()
+    image = {"image": torch.zeros(3, 48, 48), "path": "a/b.png"}
+    place = {"original_size": torch.tensor([60, 80]), "crop_box": torch.tensor([15.0, 20.0, 45.0, 60.0])}
+    trainer(callbacks=[PredictionWriter()]).predict(model, DataLoader([image | place]))
+    with Image.open(tmp_path / "pictures" / "000000-b.jpg") as picture:
+        pixels = np.asarray(picture)[:60].astype(int)
+    assert pixels.shape == (60, 80, 3)
+    colour = [round(255 * mean) for mean in model.transform.mean]
+    assert np.abs(np.median(pixels[15:45, 20:60], (0, 1)) - colour).max() < 4
+    assert np.abs(np.median(pixels[:12, :15], (0, 1)) - 127).max() < 4
+    with pytest.raises(UserError, match="least_area must be"):
+        PredictionWriter(least_area=0)
+
+
+def test_runs_of_a_region_in_a_column(tmp_path):
+    region = find_regions(np.ones((4, 3)), np.array([[0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]], bool))[0]
+    assert run_lengths(region, (4, 3)) == [8, 2, 2]
 
 
 class Fail(Callback):

@@ -1,18 +1,23 @@
 """Anomaly maps as pictures: image, mask, map and overlay side by side.
 
-Only the images a report shows are kept while the test runs, in four short lists.
+Only the images a report shows are kept while the test runs, in four short lists. Of a model with thresholds the colours
+go from 0 to twice the pixel threshold, so that a colour means the same in every picture.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from pl_patchcore.files import whole_file
@@ -20,10 +25,30 @@ from pl_patchcore.preprocessing import UNKNOWN
 
 GROUPS = {  # group: (label, sign of the score)
     "most_anomalous": (1, 1),
-    "missed": (1, -1),
+    "lowest_anomalous": (1, -1),
     "least_anomalous": (0, -1),
-    "false_alarm": (0, 1),
+    "highest_nominal": (0, 1),
 }
+ERRORS = {"lowest_anomalous": "missed", "highest_nominal": "false_alarm"}  # names of those on the wrong side
+COLOURS = "inferno"  # from black to yellow, as bright as the value is high
+
+
+def colour_scale(pixel_threshold: float) -> tuple[float, float]:
+    """Values of the first and the last colour: the threshold is the middle one."""
+    return 0.0, 2 * pixel_threshold
+
+
+def overlay(image: Image.Image, heat: np.ndarray, low: float, high: float) -> Image.Image:
+    """Lay the colours of an anomaly map ``(H, W)`` over an image of its size, the thicker the higher the value."""
+    share = np.clip((np.nan_to_num(heat, nan=low) - low) / max(high - low, 1e-12), 0, 1)  # (H, W)
+    colours = matplotlib.colormaps[COLOURS](share)[..., :3] * 255
+    weight = _thickness(share)[..., None]
+    return Image.fromarray((np.asarray(image) * (1 - weight) + colours * weight).round().astype(np.uint8))
+
+
+def _thickness(share: np.ndarray) -> np.ndarray:
+    """How much of the image the colours hide, by the place on the scale."""
+    return 0.7 * share**2
 
 
 @dataclass
@@ -39,10 +64,11 @@ class Shown:
 
 
 class Gallery:
-    """The most and least anomalous images and the errors, a few of each.
+    """The most and least anomalous images, a few of each.
 
-    ``most_anomalous`` and ``missed`` are the anomalous images with the highest and lowest scores,
-    ``false_alarm`` and ``least_anomalous`` the nominal ones.
+    ``most_anomalous`` and ``lowest_anomalous`` are the anomalous images with the highest and lowest scores,
+    ``highest_nominal`` and ``least_anomalous`` the nominal ones. Where a threshold says that such an image is an error,
+    its picture is called ``missed`` or ``false_alarm``.
 
     Args:
         size: Images per group.
@@ -79,26 +105,39 @@ class Gallery:
     def write(self, folder: Path, image_threshold: float | None = None, pixel_threshold: float | None = None) -> int:
         """Draw all groups into ``folder``, in place of an earlier run's pictures; returns the number of pictures.
 
-        One colour scale serves all: from the lowest value shown to the 99.5 % quantile of the values shown. The
-        contour stands at the calibrated ``pixel_threshold``, without one at the scale's middle. Neither knows of
-        labels. ``image_threshold`` is marked among the scores.
+        One colour scale serves all, and stands beside each map: by `colour_scale`; without ``pixel_threshold`` from
+        the lowest value shown to the 99.5 % quantile of the values shown. The contour stands at ``pixel_threshold``,
+        without one at the scale's middle. Neither knows of labels. ``image_threshold`` is marked among the scores.
         """
         shown = [item for group in self.groups.values() for item in group]
         if not shown:
             return 0
-        values = np.concatenate([item.anomaly_map.numpy().ravel() for item in shown])
-        low, high = float(values.min()), float(np.quantile(values, 0.995))
+        if pixel_threshold is None:
+            values = np.concatenate([item.anomaly_map.numpy().ravel() for item in shown])
+            low, high = float(values.min()), float(np.quantile(values, 0.995))
+        else:
+            low, high = colour_scale(pixel_threshold)
         for old in folder.glob("*.png"):
-            if re.fullmatch(rf"({'|'.join(GROUPS)})_\d+", old.stem):  # others are the user's own
+            if re.fullmatch(rf"({'|'.join([*GROUPS, *ERRORS.values()])})_\d+", old.stem):  # others are the user's own
                 old.unlink()
-        for name, group in self.groups.items():
-            for place, item in enumerate(group, 1):
-                figure = _panels(item, name, low, max(high, low + 1e-12), pixel_threshold)
-                with whole_file(folder / f"{name}_{place}.png") as partial:
-                    figure.savefig(partial, dpi=100)
+        for name, place, item in self.named(image_threshold):
+            figure = _panels(item, name, low, max(high, low + 1e-12), pixel_threshold)
+            with whole_file(folder / f"{name}_{place}.png") as partial:
+                figure.savefig(partial, dpi=100)
         with whole_file(folder / "scores.png") as partial:
             self._histogram(image_threshold).savefig(partial, dpi=100)
         return len(shown) + 1
+
+    def named(self, threshold: float | None) -> Iterator[tuple[str, int, Shown]]:
+        """Each image with the name of its picture, and its number among those of that name."""
+        numbers: Counter[str] = Counter()
+        for group, items in self.groups.items():
+            label, _ = GROUPS[group]
+            for item in items:
+                wrong = threshold is not None and (item.score > threshold) != label
+                name = ERRORS.get(group, group) if wrong else group
+                numbers[name] += 1
+                yield name, numbers[name], item
 
     def _histogram(self, threshold: float | None) -> Figure:
         figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -119,7 +158,7 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
     image, heat = item.image.permute(1, 2, 0).numpy(), item.anomaly_map.numpy()
-    colours: dict[str, Any] = {"cmap": "inferno", "vmin": low, "vmax": high}
+    colours: dict[str, Any] = {"cmap": COLOURS, "vmin": low, "vmax": high}
     level, meaning = (0.5 * (low + high), "mid-scale") if threshold is None else (threshold, "threshold")
     titles = ("image", "mask", "anomaly map", f"overlay, contour at {level:.3g} ({meaning})")
     for axis, title in zip(axes, titles, strict=True):
@@ -132,7 +171,7 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
         axes[1].imshow(item.mask.numpy() == 1, cmap="gray", vmin=0, vmax=1)
     figure.colorbar(axes[2].imshow(heat, **colours), ax=axes[2], shrink=0.8)
     axes[3].imshow(image)
-    axes[3].imshow(heat, alpha=0.55 * np.clip((heat - low) / (high - low), 0, 1), **colours)
+    axes[3].imshow(heat, alpha=_thickness(np.clip((heat - low) / (high - low), 0, 1)), **colours)
     if heat.min() < level < heat.max():
         axes[3].contour(heat, levels=[level], colors="cyan", linewidths=1.2)
     title = f"{group.replace('_', ' ')}: {item.title}, anomaly score {item.score:.4g}"

@@ -1,95 +1,141 @@
-"""After a prediction: ``predictions.csv``, and anomaly maps on request."""
+"""After a prediction: ``predictions.csv``, ``defects.json``, pictures, and anomaly maps on request."""
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from functools import partial as bound
 from pathlib import Path
 from typing import IO, Any
 
 import lightning as L
 import numpy as np
+import torch
 from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 
 from pl_patchcore.anomaly_map import to_original
+from pl_patchcore.data.base import ImageDataset
+from pl_patchcore.data.batch import as_batch
 from pl_patchcore.files import hold, output_folder, plain_console, whole_file
+from pl_patchcore.inspection import Inspection, Settings, smaller, with_strip
+from pl_patchcore.preprocessing import Preprocessing
+from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
+from pl_patchcore.report.pictures import colour_scale, overlay
 
-CALIBRATED = ("anomalous", "normalized", "p_value")  # columns of a calibrated model
+VERDICT = ("verdict", "anomalous", "threshold", "normalized", "p_value")  # columns of a model with a threshold
+REGIONS = ("regions", "left", "top", "right", "bottom", "area")  # and of one with a threshold of pixels
 NAME_LENGTH = 48  # characters of an image's name in its map's, of at most 4 bytes each; file systems take 255 bytes
+LONGEST_SIDE = 1600  # pixels of a picture's image; larger ones are brought to that
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is written of an image."""
+
+    number: int  # in the data set
+    cells: list[str]
+    anomalous: bool | None
+    image: dict[str, Any]  # of `coco_image`
+    annotations: list[dict[str, Any]]
 
 
 class PredictionWriter(Callback):
-    """Writes the anomaly score of every image as it comes.
+    """Writes verdict, score and regions of every image as it comes.
 
-    The CSV has the columns ``path``, ``score``, of a calibrated model ``anomalous`` (1 where the score is above the
-    threshold, else 0), ``normalized`` (the score in units of the threshold) and ``p_value`` (share of nominal images
-    that score so high), and, with maps, ``map``; it gets its name when it is whole. With several processes the first
-    one writes it, in the order of the data set, once all are done; each writes the maps of its share.
+    ``predictions.csv`` has the columns ``path``, ``score`` (numbers of 6 significant digits); of a model with
+    thresholds ``verdict`` (``ok`` or ``defect``), ``anomalous`` (1 where the score is above the threshold, else 0),
+    ``threshold``, ``normalized`` (the score in units of the threshold), ``p_value`` (share of nominal images that score
+    so high), ``regions`` (their number) and of the largest one, if there is one, ``left``, ``top``, ``right``,
+    ``bottom`` and ``area``, pixels of the original image; then ``picture`` and ``map``, where they are written. It gets
+    its name when it is whole. With several processes the first one writes it, in the order of the data set, once all
+    are done; each writes the pictures and maps of its share. Of a model with thresholds ``defects.json`` has all
+    regions in COCO's format.
 
     Args:
         maps: Also write each anomaly map, on the original image's pixels (NaN where the crop left them out), as
             float32 ``maps/<number>-<name>.npy``.
+        pictures: Write ``pictures/<number>-<name>.jpg`` of each image: with outlines and verdict, and, of a model with
+            thresholds, beside it with the map in colours; the middle colour is the threshold's.
+        least_area: Pixels of the original image below which a region is left out.
     """
 
-    def __init__(self, maps: bool = False) -> None:
-        self.maps = maps
+    def __init__(self, maps: bool = False, pictures: bool = True, least_area: int = 1) -> None:
+        Settings(least_area=least_area)  # refuses what is none
+        self.maps, self.pictures, self.least_area = maps, pictures, least_area
+        self.settings = Settings()  # of the model under way
         self.file: IO[str] | None = None  # open while images are scored
         self.lock: FileLock | None = None  # on the folder, of the first process
-        self.rows: list[tuple[int, list[str]]] = []  # number in the data set, row of the table
+        self.rows: list[_Row] = []
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Open the file under a temporary name."""
         folder = output_folder(trainer)
         if trainer.is_global_zero:
             self.lock = hold(folder)
-        if self.maps and trainer.local_rank == 0:  # machines may share the folder
-            (folder / "predictions.csv").unlink(missing_ok=True)  # it names the maps that go now
-            for old in (folder / "maps").glob("[0-9]" * 6 + "-*.npy"):  # of an earlier run
-                old.unlink(missing_ok=True)
+        self.settings = Settings(pl_module.image_threshold, pl_module.pixel_threshold, self.least_area)
+        if trainer.local_rank == 0:  # machines may share the folder
+            _remove_old(folder, [".npy"] * self.maps + [".jpg"] * self.pictures)
         trainer.strategy.barrier()  # nobody writes a map before the old ones are gone
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         self.file = (folder / f"predictions{rank}.csv.partial").open("w", newline="", encoding="utf-8")
-        calibrated = CALIBRATED if pl_module.image_threshold is not None else ()
-        self.rows = [(-1, ["path", "score", *calibrated, *["map"] * self.maps])]
-        csv.writer(self.file).writerow(self.rows[0][1])
+        csv.writer(self.file).writerow(self._header())
+        self.rows = []
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int = 0,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write a batch."""
         if self.file is None:
             return
-        columns = [outputs[name].tolist() for name in ("score", *CALIBRATED) if name in outputs]
-        for i, values in enumerate(zip(*columns, strict=True)):
-            number = int(outputs["index"][i]) if trainer.world_size > 1 else len(self.rows) - 1
-            path = outputs["path"][i] if "path" in outputs else str(number)
-            cell = f".{os.sep}{path}" if path.startswith(tuple("=+-@\t\r")) else path  # no formula of a spreadsheet
-            row = [cell, *(repr(int(value) if isinstance(value, bool) else value) for value in values)]
-            if self.maps:
-                target = Path(self.file.name).parent / "maps" / f"{number:06d}-{Path(path).stem[:NAME_LENGTH]}.npy"
-                _write_map(outputs, i, target)
-                row.append(f"maps/{target.name}")
-            csv.writer(self.file).writerow(row)
-            self.rows.append((number, row))
+        loaders: Any = trainer.predict_dataloaders
+        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+        dataset = getattr(loader, "dataset", None)
+        for i in range(len(outputs["score"])):
+            number = int(outputs["index"][i]) if trainer.world_size > 1 else len(self.rows)
+            original = (
+                bound(_read, dataset, int(outputs["index"][i])) if isinstance(dataset, ImageDataset)
+                else bound(_input, pl_module.transform, batch, outputs, i)
+            )  # fmt: skip
+            found = _inspection(outputs, i, cache(original), self.settings)  # a file is read once
+            row = self._row(found, outputs, i, number)
+            csv.writer(self.file).writerow(row.cells)
+            self.rows.append(row)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Give the file its name; of several processes, put all rows into the first one's."""
         if self.file is None:
             return
         self.file.close()
-        partial, rows, self.file = Path(self.file.name), self.rows, None
+        partial, rows, self.file, self.rows = Path(self.file.name), self.rows, None, []
         if trainer.world_size > 1:
-            shares = pl_module.processes().objects(self.rows)
+            shares = pl_module.processes().objects(rows)
             if not trainer.is_global_zero:
                 partial.unlink()
                 return
-            rows = sorted([*shares[0], *(pair for share in shares[1:] for pair in share[1:])], key=lambda pair: pair[0])
+            rows = sorted((row for share in shares for row in share), key=lambda row: row.number)
             with partial.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(row for _, row in rows)
+                csv.writer(file).writerows([self._header(), *(row.cells for row in rows)])
+        if self.settings.pixel_threshold is not None:
+            annotations = [annotation for row in rows for annotation in row.annotations]
+            write_coco(partial.parent / "defects.json", [row.image for row in rows], annotations)
         target = partial.replace(partial.parent / "predictions.csv")
         self._release()
-        plain_console().print(f"{len(rows) - 1} anomaly scores written to {target}")
+        console = plain_console()
+        console.print(f"{len(rows)} anomaly scores written to {target}")
+        if self.settings.threshold is not None:
+            defects = sum(row.anomalous is True for row in rows)
+            console.print(f"{defects} of {len(rows)} defect (threshold {self.settings.threshold:.4g})", highlight=False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave an unfinished file under its temporary name."""
@@ -103,11 +149,106 @@ class PredictionWriter(Callback):
             self.lock.release()
         self.lock = None
 
+    def _header(self) -> list[str]:
+        verdict = VERDICT if self.settings.threshold is not None else ()
+        regions = REGIONS if self.settings.pixel_threshold is not None else ()
+        return ["path", "score", *verdict, *regions, *["picture"] * self.pictures, *["map"] * self.maps]
 
-def _write_map(outputs: dict[str, Any], i: int, target: Path) -> None:
-    heat = outputs["anomaly_map"][i]
-    if "crop_box" in outputs:
-        height, width = outputs["original_size"][i].tolist()
-        heat = to_original(heat, (height, width), tuple(outputs["crop_box"][i].tolist()))
-    with whole_file(target) as partial:
-        np.save(partial, heat.float().cpu().numpy())
+    def _row(self, found: Inspection, outputs: dict[str, Any], i: int, number: int) -> _Row:
+        """Write picture and map of an image; return the rest."""
+        assert self.file is not None  # since on_predict_start
+        folder, path = Path(self.file.name).parent, outputs["path"][i] if "path" in outputs else str(number)
+        cell = f".{os.sep}{path}" if path.startswith(tuple("=+-@\t\r")) else path  # no formula of a spreadsheet
+        values: dict[str, Any] = {
+            "path": cell,
+            "score": found.score,
+            "verdict": found.verdict,
+            "anomalous": None if found.anomalous is None else int(found.anomalous),
+            "threshold": found.threshold,
+            "normalized": float(outputs["normalized"][i]) if "normalized" in outputs else None,
+            "p_value": found.p_value,
+            "regions": len(found.regions),
+        }
+        if found.regions:
+            largest = found.regions[0]
+            values |= dict(zip(REGIONS[1:], (*largest.box, largest.area), strict=True))
+        name = f"{number:06d}-{Path(path).stem[:NAME_LENGTH]}"
+        if self.pictures:
+            values["picture"] = f"pictures/{name}.jpg"
+            with whole_file(folder / "pictures" / f"{name}.jpg") as partial:
+                _picture(found).save(partial, quality=90, subsampling=0)
+        if self.maps:
+            values["map"] = f"maps/{name}.npy"
+            with whole_file(folder / "maps" / f"{name}.npy") as partial:
+                np.save(partial, found.anomaly_map)
+        return _Row(
+            number, [_cell(values.get(column)) for column in self._header()],
+            found.anomalous, *coco_image(found, number, path),
+        )  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+
+
+def _remove_old(folder: Path, suffixes: list[str]) -> None:
+    """Remove what an earlier run wrote of each image, and before it the files that name these."""
+    for name in ("predictions.csv", "defects.json") if suffixes else ("defects.json",):
+        (folder / name).unlink(missing_ok=True)
+    for suffix in suffixes:
+        for place in ("maps", "pictures"):
+            for old in (folder / place).glob(f"{'[0-9]' * 6}-*{suffix}"):
+                old.unlink(missing_ok=True)
+
+
+def _inspection(outputs: dict[str, Any], i: int, original: Callable[[], Image.Image], settings: Settings) -> Inspection:
+    """What was found in an image of a batch."""
+    heat = outputs["anomaly_map"][i].float().cpu().numpy()
+    size, box = _geometry(outputs, i)
+    return Inspection(
+        score=float(outputs["score"][i]),
+        anomalous=bool(outputs["anomalous"][i]) if "anomalous" in outputs else None,
+        p_value=float(outputs["p_value"][i]) if "p_value" in outputs else None,
+        heat=heat,
+        original_size=size,
+        crop_box=box,
+        original=original,
+        settings=settings,
+    )
+
+
+def _geometry(outputs: dict[str, Any], i: int) -> tuple[tuple[int, int], tuple[float, ...]]:
+    """Size of the original image and the part that the input covers; what says nothing of it is the original."""
+    height, width = outputs["anomaly_map"].shape[1:]
+    if "crop_box" not in outputs:
+        return (height, width), (0.0, 0.0, float(height), float(width))
+    height, width = outputs["original_size"][i].tolist()
+    return (height, width), tuple(outputs["crop_box"][i].tolist())
+
+
+def _read(dataset: ImageDataset, index: int) -> Image.Image:
+    """An image of one of our data sets."""
+    return dataset.records[index].read(dataset.transform)[0]
+
+
+def _input(transform: Preprocessing, batch: Any, outputs: dict[str, Any], i: int) -> Image.Image:
+    """What the model's input shows of an image of any loader; grey where the crop has left the original out."""
+    rgb = transform.denormalise(as_batch(batch)["image"][i].float()).cpu()  # (3, H, W)
+    full = torch.stack([to_original(channel, *_geometry(outputs, i)) for channel in rgb], dim=2)
+    return Image.fromarray((full.nan_to_num(0.5) * 255).round().byte().numpy())
+
+
+def _picture(found: Inspection) -> Image.Image:
+    """The image with outlines; of a model with thresholds beside it with the map in colours."""
+    drawn = found.draw(LONGEST_SIDE)
+    if found.pixel_threshold is None:
+        return drawn
+    image = smaller(found.original, LONGEST_SIDE)
+    low, high = colour_scale(found.pixel_threshold)
+    coloured = overlay(image, found.map_of_size(image.height, image.width), low, high)
+    picture = Image.new("RGB", (2 * drawn.width, drawn.height))
+    picture.paste(drawn)
+    picture.paste(with_strip(coloured, f"map from {low:g} to {high:.4g}, threshold in the middle"), (drawn.width, 0))
+    return picture

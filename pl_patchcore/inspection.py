@@ -1,0 +1,350 @@
+"""Images of any kind, a model's scores and maps -> verdicts and regions on the original image.
+
+`PatchCore.inspect` calls `inspect`, which reads images by `preprocessing.py` and returns an `Inspection` of each.
+Score and verdict are there at once; map, mask and regions are computed when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from pl_patchcore.anomaly_map import to_original
+from pl_patchcore.errors import UserError
+from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, check_file, shown
+from pl_patchcore.regions import Region, find_regions
+
+BATCH = 8 * 256 * 256  # pixels that are scored at once
+COLOURS = {True: (255, 40, 40), False: (40, 200, 60), None: (160, 160, 160)}  # of the verdict, RGB
+OUTLINE = (255, 230, 0)  # RGB; drawn on black, to be seen on any image
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model's verdict depends on, and which regions count.
+
+    Args:
+        threshold: Anomaly score above which an image is anomalous; None: not known.
+        pixel_threshold: Value of the anomaly map above which a pixel is; None: not known.
+        least_area: Pixels of the original image below which a region is left out.
+
+    Raises:
+        UserError: If ``least_area`` is not a whole number from 1 up.
+    """
+
+    threshold: float | None = None
+    pixel_threshold: float | None = None
+    least_area: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.least_area, int) or isinstance(self.least_area, bool) or self.least_area < 1:
+            raise UserError(f"least_area must be a whole number of pixels from 1 up, got {self.least_area!r}.")
+
+
+class Inspection:
+    """Score, verdict, and where in the image, on the original image's pixels.
+
+    Several threads may use it at once. It keeps the original image for `draw`, save where that came from a file, which
+    is then read again; and nothing of the model.
+
+    Args:
+        score: Anomaly score.
+        anomalous: Whether it is above the threshold; None where there is none.
+        p_value: Share of nominal images that score so high, of a calibrated model; else None.
+        heat: Anomaly map of the model's input, float32 ``(h, w)``.
+        original_size: Height and width of the original image, upright.
+        crop_box: Part of the original that ``heat`` covers, pixels: top, left, bottom, right; None: all of it.
+        original: Gives the original image, RGB.
+        settings: Thresholds and least area.
+
+    Attributes:
+        threshold: The image threshold, or None.
+        pixel_threshold: The threshold of maps, or None.
+
+    Example:
+        >>> heat = np.array([[1, 1, 5, 1], [1, 1, 1, 1]], np.float32)
+        >>> settings = Settings(threshold=3.0, pixel_threshold=3.0)
+        >>> found = Inspection(4.0, True, None, heat, (2, 4), None, lambda: Image.new("RGB", (4, 2)), settings)
+        >>> found.verdict, found.regions[0].box, found.regions[0].peak
+        ('defect', (2, 0, 3, 1), (2, 0))
+    """
+
+    def __init__(
+        self,
+        score: float,
+        anomalous: bool | None,
+        p_value: float | None,
+        heat: np.ndarray,
+        original_size: tuple[int, int],
+        crop_box: tuple[float, ...] | None,
+        original: Callable[[], Image.Image],
+        settings: Settings,
+    ) -> None:
+        self.score, self.anomalous, self.p_value = score, anomalous, p_value
+        self.size = original_size
+        self._heat, self._crop_box, self._original = heat, crop_box, original
+        self._settings = settings
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        return f"<Inspection: {self.sentence}; {height}x{width} pixels>"
+
+    @property
+    def threshold(self) -> float | None:
+        """Anomaly score above which an image is anomalous; None where the model has no threshold."""
+        return self._settings.threshold
+
+    @property
+    def pixel_threshold(self) -> float | None:
+        """Value of the map above which a pixel is in ``mask``; None where the model has no threshold."""
+        return self._settings.pixel_threshold
+
+    @property
+    def verdict(self) -> str | None:
+        """``ok`` or ``defect``, by the image's score alone; None without a threshold."""
+        return None if self.anomalous is None else ("ok", "defect")[self.anomalous]
+
+    @property
+    def sentence(self) -> str:
+        """Verdict and figures in one line."""
+        parts = [f"score {self.score:.4g}"]
+        if self.verdict is not None:
+            parts = [self.verdict, *parts, f"threshold {self.threshold:.4g}"]
+        if self.p_value is not None:
+            parts.append(f"p {self.p_value:.2g}")
+        return ", ".join(parts)
+
+    @cached_property
+    def anomaly_map(self) -> np.ndarray:
+        """Anomaly map on the original image's pixels, float32 ``(H, W)``; NaN where the crop has left them out."""
+        return self.map_of_size(*self.size)
+
+    def map_of_size(self, height: int, width: int) -> np.ndarray:
+        """Anomaly map on the original image brought to another size, for small pictures: as ``anomaly_map``."""
+        down, across = height / self.size[0], width / self.size[1]
+        top, left, bottom, right = self._crop_box or (0.0, 0.0, *self.size)
+        box = (top * down, left * across, bottom * down, right * across)
+        found: np.ndarray = to_original(torch.from_numpy(self._heat), (height, width), box).numpy()
+        return found
+
+    @cached_property
+    def mask(self) -> np.ndarray | None:
+        """Pixels whose map is above the pixel threshold, bool ``(H, W)``; None without a threshold."""
+        if self.pixel_threshold is None:
+            return None
+        return self.anomaly_map > self.pixel_threshold if self._reaches else np.zeros(self.size, bool)
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """Connected regions of the mask, the largest first; may be empty for an anomalous image."""
+        if self.mask is None or not self._reaches:
+            return []
+        return find_regions(self.anomaly_map, self.mask, self._settings.least_area)
+
+    @property
+    def _reaches(self) -> bool:
+        """Whether any pixel can be above the pixel threshold: the original's map lies between the input's values."""
+        return self.pixel_threshold is not None and bool(self._heat.max() > self.pixel_threshold)
+
+    @property
+    def peak(self) -> tuple[int, int]:
+        """Pixel of the map's highest value, ``(x, y)``."""
+        return _highest(self.anomaly_map)
+
+    @property
+    def original(self) -> Image.Image:
+        """The original image, RGB, upright.
+
+        Raises:
+            UserError: If it is in a file that has changed since, or is gone.
+        """
+        return self._original()
+
+    def draw(self, longest_side: int | None = None) -> Image.Image:
+        """Draw the original image with the outlines of its regions, and the verdict in a strip below it.
+
+        Where there is no region the peak of the map is marked, save on an image found nominal.
+
+        Args:
+            longest_side: A larger image is brought to so many pixels, without the strip; None: as it is.
+
+        Raises:
+            UserError: As `original`.
+        """
+        image = smaller(self.original, longest_side)
+        scale = max(image.size) / max(self.size)
+        picture = with_strip(image, self.sentence, COLOURS[self.anomalous])
+        polygons = [polygon for region in self.regions for polygon in (region.outline, *region.holes)]
+        lines = [[(x * scale, y * scale) for x, y in (*polygon, polygon[0])] for polygon in polygons]
+        if not lines and self.anomalous is not False:  # the map of the picture's size, as that of a large image is slow
+            lines = [_ring(_highest(self.map_of_size(image.height, image.width)), max(2.0, 0.03 * max(image.size)))]
+        pen, width = ImageDraw.Draw(picture), max(1, round(max(image.size) / 400))
+        for thickness, colour in ((width + 2, (0, 0, 0)), (width, OUTLINE)):
+            for line in lines:
+                # pixels' edges to PIL's places, which are pixels' centres; not into the strip
+                points = [(x - 0.5, min(y - 0.5, image.height - 1)) for x, y in line]
+                pen.line(points, colour, thickness, joint="curve")
+        return picture
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the pixels, as plain values that `json.dumps` takes."""
+        height, width = self.size
+        return {
+            "score": self.score,
+            "threshold": self.threshold,
+            "anomalous": self.anomalous,
+            "verdict": self.verdict,
+            "p_value": self.p_value,
+            "pixel_threshold": self.pixel_threshold,
+            "height": height,
+            "width": width,
+            "regions": [region.to_dict() for region in self.regions],
+        }
+
+
+def inspect(
+    images: ImageLike | Sequence[ImageLike],
+    transform: Preprocessing,
+    score: Callable[[Tensor], dict[str, Tensor]],
+    settings: Settings,
+    color: Color = "rgb",
+) -> list[Inspection]:
+    """Inspect images of any kind and size; neighbours of one size are scored together.
+
+    Args:
+        images: One, or a sequence of them; see `preprocessing.as_rgb`.
+        transform: Preprocessing of the model.
+        score: Images ``(B, 3, H, W)`` on the CPU, normalised, to ``score (B,)``, ``anomaly_map (B, H, W)`` and, as far
+            as they are known, ``anomalous (B,)`` and ``p_value (B,)``.
+        settings: Thresholds and least area.
+        color: Order of the channels of arrays and tensors.
+
+    Raises:
+        UserError: If an image is of no kind that is read, naming its place in the sequence.
+    """
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    listed: Sequence[Any] = images if several else [images]  # type: ignore[assignment]
+    found: list[Inspection] = []
+    waiting: list[tuple[dict[str, Tensor], Callable[[], Image.Image]]] = []
+    for number, image in enumerate(tqdm(listed, "Inspecting", delay=2, leave=False, unit=" images")):
+        try:
+            sample, original = _prepare(image, transform, color)
+        except UserError as error:
+            raise UserError(f"images[{number}]: {error}") if several else error from None
+        shape = sample["image"].shape
+        if waiting and (waiting[0][0]["image"].shape != shape or (len(waiting) + 1) * shape[1] * shape[2] > BATCH):
+            found += _score(waiting, score, settings)
+            waiting = []
+        waiting.append((sample, original))
+    return found + list(_score(waiting, score, settings)) if waiting else found
+
+
+def _prepare(
+    image: ImageLike, transform: Preprocessing, color: Color
+) -> tuple[dict[str, Tensor], Callable[[], Image.Image]]:
+    """An image as a sample, and what gives the original again."""
+    if isinstance(image, str | os.PathLike):
+        source = _File.of(Path(image).absolute(), transform)
+        return transform.apply(source.read()), source
+    read = transform.read(image, color)
+    return transform.apply(read), read.copy
+
+
+def _score(
+    waiting: list[tuple[dict[str, Tensor], Callable[[], Image.Image]]],
+    score: Callable[[Tensor], dict[str, Tensor]],
+    settings: Settings,
+) -> Iterator[Inspection]:
+    with torch.inference_mode():
+        outputs = score(torch.stack([sample["image"] for sample, _ in waiting]))
+        columns = {name: outputs[name].tolist() for name in ("score", "anomalous", "p_value") if name in outputs}
+        heats = [heat.float().cpu().numpy().copy() for heat in outputs["anomaly_map"]]  # free of the batch
+    for i, (sample, original) in enumerate(waiting):
+        height, width = sample["original_size"].tolist()
+        yield Inspection(
+            score=columns["score"][i],
+            anomalous=columns["anomalous"][i] if "anomalous" in columns else None,
+            p_value=columns["p_value"][i] if "p_value" in columns else None,
+            heat=heats[i],
+            original_size=(height, width),
+            crop_box=tuple(sample["crop_box"].tolist()),
+            original=original,
+            settings=settings,
+        )
+
+
+@dataclass(frozen=True)
+class _File:
+    """An image file that is to be the same when it is read again."""
+
+    path: Path
+    transform: Preprocessing
+    state: tuple[int, int]  # time of its last change, nanoseconds; size, bytes
+
+    @classmethod
+    def of(cls, path: Path, transform: Preprocessing) -> _File:
+        check_file(path)
+        return cls(path, transform, _state(path))
+
+    def read(self) -> Image.Image:
+        return self.transform.read(self.path)
+
+    def __call__(self) -> Image.Image:
+        check_file(self.path)
+        if _state(self.path) != self.state:
+            raise UserError(f"{shown(self.path)}: has changed since it was inspected; inspect it again.")
+        return self.read()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def smaller(image: Image.Image, longest_side: int | None) -> Image.Image:
+    """An image with at most so many pixels on its longest side; None: as it is.
+
+    Example:
+        >>> smaller(Image.new("RGB", (300, 100)), 30).size
+        (30, 10)
+    """
+    if longest_side is None or max(image.size) <= longest_side:
+        return image
+    scale = longest_side / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def with_strip(image: Image.Image, text: str, colour: tuple[int, int, int] = COLOURS[None]) -> Image.Image:
+    """An image with a line of text in a strip below it, as large as fits; images of one size get equal strips."""
+    size = max(10, round(max(image.size) / 30))
+    strip, font = round(1.5 * size), ImageFont.load_default(size)
+    if (length := font.getlength(f" {text} ")) > image.width:
+        font = ImageFont.load_default(max(6.0, size * image.width / length))
+    picture = Image.new("RGB", (image.width, image.height + strip))
+    picture.paste(image)
+    ImageDraw.Draw(picture).text((3, image.height + strip / 2), text, colour, font, anchor="lm")
+    return picture
+
+
+def _highest(heat: np.ndarray) -> tuple[int, int]:
+    """Pixel of the highest value, ``(x, y)``."""
+    y, x = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
+    return int(x), int(y)
+
+
+def _ring(centre: tuple[int, int], radius: float) -> list[tuple[float, float]]:
+    """A circle around a pixel."""
+    angles = np.linspace(0, 2 * np.pi, 25)
+    x, y = centre[0] + 0.5 + radius * np.cos(angles), centre[1] + 0.5 + radius * np.sin(angles)
+    return list(zip(x.tolist(), y.tolist(), strict=True))
