@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,10 @@ def test_predictions_show(calibrated, trainer, tmp_path, capsys):
     assert f"{defects} of {len(found)} defect (threshold {model.image_threshold:.4g})" in said
     coco = COCO(str(tmp_path / "defects.json"))
     assert [coco.imgs[number]["file_name"] for number in coco.getImgIds()] == [row["path"] for row in rows]
+    shown = json.loads(re.search('id="data">(.*?)</script>', (tmp_path / "report.html").read_text(), re.DOTALL)[1])
+    assert [image["score"] for image in shown["images"]] == pytest.approx([one.score for one in found], rel=1e-5)
+    assert [bool(image["outline"]) for image in shown["images"]] == [bool(one.regions) for one in found]
+    assert shown["start"] == pytest.approx(model.image_threshold)
     assert any(one.regions for one in found)
     for number, one in enumerate(found):
         entries = coco.loadAnns(coco.getAnnIds(imgIds=[number]))

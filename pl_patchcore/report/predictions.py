@@ -1,4 +1,4 @@
-"""After a prediction: ``predictions.csv``, ``defects.json``, pictures, and anomaly maps on request."""
+"""After a prediction: ``predictions.csv``, ``defects.json``, pictures, ``report.html``, anomaly maps on request."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pl_patchcore.files import hold, output_folder, plain_console, whole_file
 from pl_patchcore.inspection import Inspection, Settings, smaller, with_strip
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
+from pl_patchcore.report.html import LARGE, Page, PageImage
 from pl_patchcore.report.pictures import colour_scale, overlay
 
 VERDICT = ("verdict", "anomalous", "threshold", "normalized", "p_value")  # columns of a model with a threshold
@@ -54,7 +55,7 @@ class PredictionWriter(Callback):
     ``bottom`` and ``area``, pixels of the original image; then ``picture`` and ``map``, where they are written. It gets
     its name when it is whole. With several processes the first one writes it, in the order of the data set, once all
     are done; each writes the pictures and maps of its share. Of a model with thresholds ``defects.json`` has all
-    regions in COCO's format.
+    regions in COCO's format. ``report.html`` shows all images, their scores and the threshold in a browser.
 
     Args:
         maps: Also write each anomaly map, on the original image's pixels (NaN where the crop left them out), as
@@ -62,15 +63,17 @@ class PredictionWriter(Callback):
         pictures: Write ``pictures/<number>-<name>.jpg`` of each image: with outlines and verdict, and, of a model with
             thresholds, beside it with the map in colours; the middle colour is the threshold's.
         least_area: Pixels of the original image below which a region is left out.
+        page: Whether to write ``report.html``.
     """
 
-    def __init__(self, maps: bool = False, pictures: bool = True, least_area: int = 1) -> None:
+    def __init__(self, maps: bool = False, pictures: bool = True, least_area: int = 1, page: bool = True) -> None:
         Settings(least_area=least_area)  # refuses what is none
-        self.maps, self.pictures, self.least_area = maps, pictures, least_area
+        self.maps, self.pictures, self.least_area, self.page = maps, pictures, least_area, page
         self.settings = Settings()  # of the model under way
         self.file: IO[str] | None = None  # open while images are scored
         self.lock: FileLock | None = None  # on the folder, of the first process
         self.rows: list[_Row] = []
+        self.shown = Page()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Open the file under a temporary name."""
@@ -84,7 +87,7 @@ class PredictionWriter(Callback):
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         self.file = (folder / f"predictions{rank}.csv.partial").open("w", newline="", encoding="utf-8")
         csv.writer(self.file).writerow(self._header())
-        self.rows = []
+        self.rows, self.shown = [], Page()
 
     def on_predict_batch_end(
         self,
@@ -111,6 +114,8 @@ class PredictionWriter(Callback):
             row = self._row(found, outputs, i, number)
             csv.writer(self.file).writerow(row.cells)
             self.rows.append(row)
+            if self.page:
+                self.shown.add(_for_page(found, row))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Give the file its name; of several processes, put all rows into the first one's."""
@@ -119,20 +124,28 @@ class PredictionWriter(Callback):
         self.file.close()
         partial, rows, self.file, self.rows = Path(self.file.name), self.rows, None, []
         if trainer.world_size > 1:
-            shares = pl_module.processes().objects(rows)
+            shares = pl_module.processes().objects((rows, self.shown))
             if not trainer.is_global_zero:
                 partial.unlink()
                 return
-            rows = sorted((row for share in shares for row in share), key=lambda row: row.number)
+            for _, page in shares[1:]:
+                self.shown.merge(page)
+            rows = sorted((row for share, _ in shares for row in share), key=lambda row: row.number)
             with partial.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([self._header(), *(row.cells for row in rows)])
         if self.settings.pixel_threshold is not None:
             annotations = [annotation for row in rows for annotation in row.annotations]
             write_coco(partial.parent / "defects.json", [row.image for row in rows], annotations)
+        thresholds = self.settings.threshold, self.settings.pixel_threshold
+        page = (
+            self.shown.write(partial.parent, f"Predictions: {partial.parent}", {}, *thresholds) if self.page else None
+        )
         target = partial.replace(partial.parent / "predictions.csv")
         self._release()
         console = plain_console()
         console.print(f"{len(rows)} anomaly scores written to {target}")
+        if page is not None:
+            console.print(f"To look at in a browser: {page}")
         if self.settings.threshold is not None:
             defects = sum(row.anomalous is True for row in rows)
             console.print(f"{defects} of {len(rows)} defect (threshold {self.settings.threshold:.4g})", highlight=False)
@@ -185,6 +198,14 @@ class PredictionWriter(Callback):
             number, [_cell(values.get(column)) for column in self._header()],
             found.anomalous, *coco_image(found, number, path),
         )  # fmt: skip
+
+
+def _for_page(found: Inspection, row: _Row) -> PageImage:
+    picture = smaller(found.original, LARGE)
+    scale = picture.width / found.size[1]
+    lines = [np.array(polygon) * scale for region in found.regions for polygon in (region.outline, *region.holes)]
+    heat, name = found.map_of_size(picture.height, picture.width), "/".join(Path(row.image["file_name"]).parts[-2:])
+    return PageImage(name, found.score, np.asarray(picture), heat, lines, order=row.number)
 
 
 def _cell(value: Any) -> str:
