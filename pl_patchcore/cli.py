@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -184,9 +184,10 @@ class _ConfigFile(ActionConfigFile):
             parser.validate(cfg, skip_required=True)  # here, where it is known which file is wrong
         except (ArgumentError, KeyError, TypeError) as error:
             raise UserError(in_one_line(str(error), parser.get_defaults().keys(), f" in {path}")) from error
-        after = cfg["model"]
-        if changed := [f"{name} {after[name]} (was {was})" for name, was in before.items() if after[name] != was]:
-            log.info("%s sets the model as published: %s.", values, ", ".join(changed))
+        changed = [name for name, was in before.items() if cfg["model"][name] != was]
+        if changed:
+            listed = ", ".join(f"{name} {cfg['model'][name]} (was {before[name]})" for name in changed)
+            log.info("%s sets the model as published: %s.", values, listed)
 
 
 class _RunFolder(SaveConfigCallback):
@@ -210,6 +211,7 @@ class PatchCoreCLI(LightningCLI):
         self.arguments, self.verbose = ordered(words), verbose
         self.saved: dict[str, Any] = {}  # the model's settings in the checkpoint to be loaded
         self.given: Any = None  # those that the user gives beside it
+        set_parsing_settings(add_print_completion_argument=True)
         super().__init__(
             PatchCore,
             AnomalyDataModule,
@@ -286,6 +288,7 @@ class PatchCoreCLI(LightningCLI):
             word for word in self.arguments[1:]
             if not (word.startswith("--config=") and _comes_with_the_package(word.removeprefix("--config=")))
         ]  # fmt: skip
+        own = [f"--data={self.chosen['data']['class_path']}", *own]  # their options need it
         self.given = self.command_parser.parse_args(own, defaults=False).get("model") or Namespace()  # type: ignore[no-untyped-call]
         if "backbone" not in self.saved and "backbone" not in self.given:
             raise UserError(
@@ -354,9 +357,8 @@ class PatchCoreCLI(LightningCLI):
         files = [Path(name) for name in dict.fromkeys(named) if name and Path(name).is_file()]
         for file in files:
             here = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-            if others := sorted(path.name for path in file.parent.glob("*.ckpt") if path not in files):
-                log.info("Beside it, of earlier fits: %s", ", ".join(others))
-            log.info("Model: %s", here)
+            others = sorted(path.name for path in file.parent.glob("*.ckpt") if path not in files)
+            log.info("Model: %s%s", here, f" (beside it, of earlier fits: {', '.join(others)})" if others else "")
             log.info("Next: pl-patchcore predict --ckpt_path %s --data.predict IMAGES", shlex.quote(str(here)))
 
     after_run = after_update = after_fit

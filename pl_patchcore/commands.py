@@ -77,17 +77,17 @@ def shorten(text: str) -> str:
     Example:
         >>> print(shorten("  --trainer.x X\n            One. Two. (type: a, default: b, known subclasses: c, d)\n"))
           --trainer.x X
-                                One. (type: a, default: b)
+                                One. (default: b)
         <BLANKLINE>
     """
     width, indent = max(40, shutil.get_terminal_size().columns - 2), " " * 24  # as argparse lays it out
 
     def brief(option: re.Match[str]) -> str:
-        words = " ".join(option[2].split())
+        words = re.sub(r"\(type: [^()]*, default", "(default", " ".join(option[2].split()))
         first = re.match(r"(.*?\.)(?: .*?)?( \((?:type|default):.*\))?$", words)
         shown = f"{first[1]}{first[2] or ''}" if first else words
         return f"{option[1]}\n{textwrap.fill(shown, width, initial_indent=indent, subsequent_indent=indent)}\n"
 
     text = re.sub(r",\s+known\s+subclasses:[^()]*\)", ")", text)
-    text = re.sub(r"^  --\S+\.help .*\n(?: {10,}.*\n)+", "", text, flags=re.MULTILINE)  # of a class: see its docstring
-    return re.sub(r"^(  --trainer\.\S.*)\n((?: {10,}.*\n)+)", brief, text, flags=re.MULTILINE)
+    text = re.sub(r"^  --(?:model|trainer)\.\S+\.help .*\n(?: {10,}.*\n)+", "", text, flags=re.MULTILINE)
+    return re.sub(r"^(  --(?:trainer\.|ckpt_path)\S*.*)\n((?: {10,}.*\n?)+)", brief, text, flags=re.MULTILINE)

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import csv
+import inspect
 import io
 import json
 import logging
@@ -17,10 +18,12 @@ import pytest
 import torch
 import torchvision
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 import pl_patchcore.__main__
-from pl_patchcore import PatchCore, SyntheticDataModule
+from pl_patchcore import FolderDataModule, PatchCore, SyntheticDataModule, __version__
 from pl_patchcore.cli import main
+from pl_patchcore.commands import COMMANDS
 from pl_patchcore.configs import CONFIGS, config_names
 
 DATA = {
@@ -44,7 +47,6 @@ TINY = DATA | {
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning"),
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # results go elsewhere than the fit's
 ]
 
@@ -126,7 +128,10 @@ PLAIN = {}  # data module: what every option is without a configuration file
 @pytest.mark.slow
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
-    """Its values arrive, and none is what it would be anyway; each has a reason behind it."""
+    """Its values arrive, and none is what it would be anyway; each has a reason behind it.
+
+    Those for images of one's own are the defaults of the command line: what they depart from are those of the classes.
+    """
     monkeypatch.chdir(tmp_path)
     text = (CONFIGS / f"{name}.yaml").read_text()
     content = yaml.safe_load(text)
@@ -135,6 +140,10 @@ def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     if data not in PLAIN:
         PLAIN[data] = dict(leaves(parsed(capsys, "fit", "--data", data)))
     plain = PLAIN[data]
+    if name == "data/folder":
+        assert plain == whole
+        plain = {f"model.{key}": p.default for key, p in inspect.signature(PatchCore.__init__).parameters.items()}
+        plain["data.init_args.test_share"] = inspect.signature(FolderDataModule).parameters["test_share"].default
     for option, value in leaves(content):
         if option == "data.class_path":
             assert whole[option].endswith(f".{value}")
@@ -290,10 +299,35 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, ca
         ("fit --model.backbon=x", "unknown option 'model.backbon'; did you mean 'model.backbone'?"),
         ("fit --modle.backbone=x", "unknown option 'modle.backbone'; did you mean 'model.backbone'?"),
         ("fit --model.store.knd=x", "unknown option 'model.store.knd'; did you mean 'model.store.kind'?"),
-        ("fit --data=MTDDataModule --data.rot=x", "unknown option 'data.rot'; did you mean 'data.root'?"),
-        ("fit --data.root=x", "data.root needs a data module before it, such as --data MTDDataModule."),
-        ("fit", "fit needs a data module, such as --data MTDDataModule."),
-        ("fit --config demo --trainer.logger=CSVLogger --trainer.logger.save_di=x", "did you mean 'save_dir'?"),
+        (
+            "fit --data=MTDDataModule --data.rot=x",
+            "'data.rot' of MTDDataModule; did you mean 'data.root'?",
+        ),
+        ("fit --data.root=x", "unknown option 'data.root' of FolderDataModule"),
+        ("fit", "no images are named: set data.nominal"),
+        ("predict --data.predict x", "predict needs ckpt_path"),
+        (
+            "fit --trainer.logger=CSVLogger --trainer.logger.save_di=x",
+            "unknown option 'trainer.logger.save_di' of CSVLogger; did you mean 'trainer.logger.save_dir'?",
+        ),
+        (
+            "fit --trainer.callbacks+=EarlyStopping --trainer.callbacks.montor=x",
+            "unknown option 'trainer.callbacks.montor' of EarlyStopping; did you mean 'trainer.callbacks.monitor'?",
+        ),
+        (
+            "fit --trainer.callbacks=[EarlyStopping]",
+            "trainer.callbacks: EarlyStopping needs monitor; set trainer.callbacks.monitor.",
+        ),
+        (
+            "fit --trainer.callbacks+=EarlyStoping",
+            "no class 'EarlyStoping'; did you mean 'EarlyStopping'?",
+        ),
+        ("fit --trainer.logger=CSVLoger", "trainer.logger: no class 'CSVLoger'; did you mean 'CSVLogger'?"),
+        ("fit --data=nowhere.MyData", "data: no class 'nowhere.MyData': No module named 'nowhere'."),
+        (
+            "fit --data=networks.TinyBackbone",
+            "data: networks.TinyBackbone is no AnomalyDataModule; derive it",
+        ),
         ("test --report.picture=1", "unknown option 'report.picture'; did you mean 'report.pictures'?"),
         ("fit --config none.yaml", "none.yaml: no such configuration file"),
         ("fit --config recipes/mdt", "did you mean 'recipes/mtd'?"),
@@ -321,8 +355,14 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, ca
         ("fit --config demo --model.weights=nowhere.pth", "nowhere.pth: no such weights file"),
         ("fit --config demo --model.ensemble.members=[{layer:[x]}]", "no argument 'layer'; did you mean 'layers'"),
         ("fit --config demo --trainer.max_epochs=x", "trainer.max_epochs must be int, got x."),
+        (
+            "fit --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=x --trainer.callbacks.patience=y",
+            "trainer.callbacks.patience must be int, got y.",
+        ),
+        ("fit --config demo --trainer.accelerator=cpu --trainer.devices=two", "trainer: `devices` selected with"),
+        ("fit --data.nominal=nowhere", "nowhere: no such folder; set data.nominal to a folder of images."),
         ("fit --config demo --trainer.accelerator=foo", "You selected an invalid accelerator name"),
-        ("fit --config demo --data=MTDDatamodule", "no data module 'MTDDatamodule'; did you mean 'MTDDataModule'?"),
+        ("fit --config demo --data=MTDDatamodule", "data: no class 'MTDDatamodule'; did you mean 'MTDDataModule'?"),
         ("fit --config demo --data=MTDDataModule --data.root=nowhere", "MT_Free/Imgs: no such folder"),
     ],
 )
@@ -337,13 +377,20 @@ def test_what_a_user_can_put_right_is_one_line(capsys, tmp_path, monkeypatch, ar
         ("model: {coreset_ration: 0.1}", "'model.coreset_ration' in {}; did you mean 'model.coreset_ratio'?"),
         ("trainer: {acelerator: cpu}", "'trainer.acelerator' in {}; did you mean 'trainer.accelerator'?"),
         ("trane: {devices: 1}", "'trane.devices' in {}; did you mean 'trainer.devices'?"),
-        ("data: {init_args: {textur: brick}}", "'data.textur' in {}; did you mean 'data.texture'?"),
+        (
+            "data: {init_args: {textur: brick}}",
+            "'data.textur' of SyntheticDataModule in {}; did you mean 'data.texture'?",
+        ),
         ("model: {store: {knd: ram}}", "'model.store.knd' in {}; did you mean 'model.store.kind'?"),
         ("model: {store: disk}", "{}: model.store is now model.store.kind."),
         ("model: {layer_dim: 8}", "{}: model.layer_dim is now model.patches.layer_dim."),
         (
             "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_lst: true}}]}",
-            "'save_lst' in {}; did you mean 'save_last'?",
+            "'trainer.callbacks.save_lst' of ModelCheckpoint in {}; did you mean 'trainer.callbacks.save_last'?",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: lightning.pytorch.callback.EarlyStopping}]}",
+            "trainer.callbacks in {}: no class 'lightning.pytorch.callback.EarlyStopping': module 'lightning.pytorch'",
         ),
         ("model: [1, 2", "{}: is no YAML file"),
         ("- model", "{}: must hold options as 'name: value'."),
@@ -369,17 +416,36 @@ def test_error_in_a_loader_process_is_one_line(capsys, config, tmp_path):
 def test_help(capsys):
     commands = "{fit,validate,test,predict,run,update,benchmark}"
     assert commands in error_of(capsys)
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    main(["-v", "--help"])
     assert commands in capsys.readouterr().out
+    assert set(COMMANDS) == LightningCLI.subcommands().keys() | {"run", "update", "benchmark"}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_of_a_command_is_short(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 400
+    assert max(map(len, printed.splitlines())) <= columns + 20  # names are not broken
+    words = " ".join(printed.split())
     for name in ("coreset_ratio", "calibration_share", "resize_mode", "store.kind", "patches.stride", "images.mean"):
-        assert f"--model.{name}" in printed
-    assert "Share of the patch features kept" in printed
-    assert "Folder of the file; null: the system's folder" in printed
+        assert f"--model.{name}" in words
+    assert "Share of the patch features kept, in (0, 1]. (type: float, default: 0.1)" in words
+    assert "Folder of the file; null: the system's folder" in words
+    assert "--trainer.max_epochs MAX_EPOCHS Stop training once this number of epochs is reached. (default: 1)" in words
+    assert "--data.help" in words
+    assert "known subclasses" not in words
+
+
+def test_what_needs_no_torch_imports_none(tmp_path):
+    """Help and version, of a process of its own."""
+    code = "import sys, pl_patchcore.__main__ as m; m.main(); assert not {'torch', 'lightning'} & {*sys.modules}"
+    for option, expected in (("--help", "usage: pl-patchcore"), ("--version", f"pl-patchcore {__version__}\n")):
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(expected)
 
 
 HOLDING = """
@@ -409,6 +475,7 @@ def test_interrupted_while_importing(monkeypatch):
             raise KeyboardInterrupt
         return importing(name, *args)
 
+    monkeypatch.setattr("sys.argv", ["pl-patchcore", "fit"])
     importing = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", interrupt)
     with pytest.raises(SystemExit) as stop:

@@ -268,8 +268,9 @@ def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
 @pytest.mark.parametrize("option", ["nominal", "anomalous", "predict", "manifest"])
 def test_paths_that_cannot_be(root, option):
     options = {"nominal": root / "ok"} if option in ("anomalous", "predict") else {}
+    data = FolderDataModule(**options, **{option: "n" * 5000})
     with pytest.raises(UserError, match="nnn"):
-        _ = FolderDataModule(**options, **{option: "n" * 5000}).lists
+        _ = data.records, data.predict_records
 
 
 def test_pipes_are_refused(root):

@@ -369,7 +369,8 @@ class AnomalyDataModule(L.LightningDataModule):
         defects = Counter(record.defect for record in test)
         counts = ", ".join(f"{number} {defect}" for defect, number in defects.items())
         left_out = f"; {len(self.skipped)} unreadable files left out" if self.skipped else ""
-        return f"{len(train)} nominal training images; {len(test)} test images ({counts}){left_out}"
+        tested = f"{len(test)} test images ({counts})" if test else "no test images"
+        return f"{len(train)} nominal training images; {tested}{left_out}"
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Nominal images in data-set order (PatchCore has no use for shuffling)."""
