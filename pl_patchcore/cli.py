@@ -166,8 +166,8 @@ def _is_recipe(file: str) -> bool:
 class _Parser(LightningArgumentParser):
     """Lightning's parser, with a shorter help."""
 
-    def format_help(self) -> str:
-        return shorten(super().format_help())
+    def format_help(self, *args: Any) -> str:
+        return shorten(super().format_help(*args))
 
 
 class _ConfigFile(ActionConfigFile):
@@ -176,9 +176,9 @@ class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = config_file(values)
         read_config(path)  # says in plain words where a file is no YAML
-        before = Namespace()
+        before: dict[str, Any] = {}
         if _is_recipe(values):  # it is the published model: `PatchCore` as it is by default, but for what the file says
-            before, cfg["model"] = cfg["model"], parser.get_defaults()["model"]
+            before, cfg["model"] = dict(cfg["model"].items()), parser.get_defaults()["model"]
         try:
             super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
             parser.validate(cfg, skip_required=True)  # here, where it is known which file is wrong
@@ -208,10 +208,11 @@ class PatchCoreCLI(LightningCLI):
     trainer: Trainer
 
     def __init__(self, words: Sequence[str], verbose: bool = False) -> None:
-        self.arguments, self.verbose = ordered(words), verbose
+        self.arguments, self.verbose = ordered(words) if words[0] in COMMANDS else list(words), verbose
         self.saved: dict[str, Any] = {}  # the model's settings in the checkpoint to be loaded
         self.given: Any = None  # those that the user gives beside it
-        set_parsing_settings(add_print_completion_argument=True)
+        if self.arguments[0] not in COMMANDS:  # completion by tab, without the arguments of a thousand classes
+            set_parsing_settings(subclasses_disabled=[lambda kind: kind.__module__.startswith(("torch", "lightning"))])
         super().__init__(
             PatchCore,
             AnomalyDataModule,
@@ -226,7 +227,8 @@ class PatchCoreCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command that is called for, as setting each up takes a fifth of a second; all if it is none of them."""
-        return {name: _NO_OPTIONS for name in COMMANDS if self.arguments[:1] in ([name], [])}
+        first = self.arguments[0]
+        return {name: _NO_OPTIONS for name in COMMANDS if first == name or first not in COMMANDS}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with ``--config`` that raises its errors."""
@@ -251,6 +253,9 @@ class PatchCoreCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and read the model's settings in ``ckpt_path``."""
+        if self.arguments[0] not in COMMANDS:
+            print(parser.get_completion_script(f"shtab-{self.arguments[-1].rpartition('=')[2]}"))  # noqa: T201 - the answer
+            raise SystemExit(0)
         try:
             self.config = parser.parse_args(self.arguments)
         except ArgumentError as error:
@@ -352,7 +357,7 @@ class PatchCoreCLI(LightningCLI):
         """Name the model's file, those of earlier fits beside it, and what to do next."""
         if not self.trainer.is_global_zero:
             return
-        callbacks: list[Any] = self.trainer.checkpoint_callbacks  # type: ignore[assignment]
+        callbacks: list[Any] = self.trainer.checkpoint_callbacks
         named = [getattr(callback, "best_model_path", "") for callback in callbacks]
         files = [Path(name) for name in dict.fromkeys(named) if name and Path(name).is_file()]
         for file in files:

@@ -34,7 +34,7 @@ options:
   --version    show the version
   -v           show what Lightning and other libraries say, too
   --print_completion SHELL
-               print a script that completes options by tab, for shtab-bash, shtab-zsh or shtab-tcsh (needs shtab)
+               print a script for bash, zsh or tcsh that completes options by tab (pip install shtab)
 """
 
 

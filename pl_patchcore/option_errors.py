@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from importlib import import_module
 
-from jsonargparse import ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ArgumentParser
 
 from pl_patchcore.options import moved, nearest
 
