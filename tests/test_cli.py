@@ -8,9 +8,11 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import fakes
 import numpy as np
@@ -45,6 +47,7 @@ TINY = DATA | {
         "store": {"kind": "ram"},
     }
 }
+HERE = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.default_root_dir=out"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # results go elsewhere than the fit's
@@ -174,6 +177,7 @@ def test_test_in_another_process(ran, tmp_path):
     for name in ("image_auroc", "pixel_auroc", "pro"):
         assert second[name] == pytest.approx(first[name], abs=1e-5)
     assert "Traceback" not in again.stderr
+    assert len(again.stderr.splitlines()) <= 3, "what Lightning and other libraries say is for -v"
 
 
 def test_options_win_over_the_checkpoint(ran, config, tmp_path, capsys):
@@ -193,6 +197,95 @@ def test_options_win_over_the_checkpoint(ran, config, tmp_path, capsys):
     capsys.readouterr()
     message = error_of(capsys, "test", "--config", data, "--ckpt_path", path, "--model.resize", "48")
     assert "resize 32, here 48" in message
+
+
+def settings_of(capsys, *arguments):
+    """What a command line stands for: data module, its test_share, crop, save_backbone, false_alarm_rate, distance."""
+    whole = parsed(capsys, *arguments)
+    data, model = whole["data"], whole["model"]
+    names = ("crop", "save_backbone", "false_alarm_rate", "distance")
+    module = data["class_path"].removeprefix("pl_patchcore.").removesuffix("DataModule")
+    return [module, data["init_args"].get("test_share"), *(model[name] for name in names)]
+
+
+def test_order_of_settings(tmp_path, capsys, caplog):
+    """Defaults for images of one's own < recipes < other files < options, wherever they stand."""
+    mine = write(tmp_path, {"model": {"false_alarm_rate": 0.2}, "trainer": {}})
+    own = ["Folder", 0, None, True, 0.05, "euclidean"]
+    assert settings_of(capsys, "fit") == own
+    assert settings_of(capsys, "fit", "--data", "FolderDataModule", "--data.nominal", "x") == own
+    assert settings_of(capsys, "fit", "--data=MTDDataModule") == ["MTD", None, 224, False, 0.01, "euclidean"]
+    assert settings_of(capsys, "fit", "--config", "recipes/mtd") == ["MTD", None, 224, False, 0.01, "euclidean"]
+    assert settings_of(capsys, "fit", "--model.crop", "40", "-c", mine) == ["Folder", 0, 40, True, 0.2, "euclidean"]
+    assert not [message for message in caplog.messages if "as published" in message]
+    files = ["--config", "data/folder", "--config", mine, "--config=recipes/official"]
+    with caplog.at_level(logging.INFO):
+        for order in (files, files[::-1][:1] + files[:-1]):
+            published = ["Folder", 0.3, 224, False, 0.2, "squared"]
+            assert settings_of(capsys, "fit", "--data.test_share", "0.3", *order) == published
+    (first, second) = [message for message in caplog.messages if "as published" in message]
+    assert first.startswith("recipes/official sets the model as published: crop 224 (was None), ")
+    assert "save_backbone False (was True)" in first
+    assert first == second
+
+
+def test_own_images(tmp_path, monkeypatch, capsys, caplog):
+    """The whole image, every image, a model file that is named, and nothing but it to predict."""
+    monkeypatch.chdir(tmp_path)
+    fakes.stranger(tmp_path / "images")
+    settings = {name: value for name, value in TINY.items() if name != "data"}
+    small = write(tmp_path, settings, model={"crop": None, "false_alarm_rate": 0.4})
+    files = []
+    with caplog.at_level(logging.INFO):
+        main(["fit", "--config", small, "--data.nominal", "images/ok", "--data.num_workers", "0"])
+        assert "FolderDataModule: 10 nominal training images; no test images" in caplog.messages
+        assert "10 images: 8 in the memory bank, 2 held out to set thresholds." in caplog.messages
+        files.append(checkpoint_of(tmp_path))
+        assert caplog.messages[-2] == f"Model: {Path(files[0]).relative_to(tmp_path)}"
+        # the configuration that fit has saved is one for every command
+        main(["run", "--config", "out/config.yaml", "--model.seed", "1"])
+        assert "There are no test images, so there is nothing to test." in caplog.messages
+        name, earlier = re.fullmatch(r"Model: (.*) \(beside it, of earlier fits: (.*)\)", caplog.messages[-2]).groups()
+        assert earlier == Path(files[0]).name != Path(name).name
+        assert caplog.messages[-1] == f"Next: pl-patchcore predict --ckpt_path {name} --data.predict IMAGES"
+    loaded = PatchCore.load_from_checkpoint(name)
+    assert (loaded.hparams["seed"], loaded.transform.crop, loaded.hparams["save_backbone"]) == (1, None, True)
+    shutil.rmtree(tmp_path / "images" / "ok")
+    capsys.readouterr()
+    main(["predict", "--config", "out/config.yaml", "--ckpt_path", name, "--data.predict", "images/bad"])
+    assert "3 anomaly scores written to" in capsys.readouterr().out
+    # what comes with the package does not win over a checkpoint
+    main(["predict", "--config", "data/folder", "--ckpt_path", name, "--data.predict", "images/bad", *HERE])
+    rate = yaml.safe_load(Path("out/config.yaml").read_text())["model"].get("false_alarm_rate")
+    assert (rate, loaded.false_alarm_rate) == (None, 0.4)
+
+
+def test_validate_with_the_checkpoint_in_the_file(ran, config, tmp_path, capsys):
+    path = config(DATA, ckpt_path=checkpoint_of(ran[0]))
+    main(["validate", "--config", path, "--data.validation", "test"])
+    assert figures_of(capsys.readouterr().out) == figures_of(ran[1])
+    assert metrics_of(tmp_path)["image_auroc"] == metrics_of(ran[0])["image_auroc"]
+
+
+def test_without_nominal_test_images_the_reason_is_told(ran, config, tmp_path, capsys):
+    fakes.stranger(tmp_path / "images")
+    data = ["--data.nominal", str(tmp_path / "images/ok"), "--data.anomalous", str(tmp_path / "images/bad")]
+    settings = {name: value for name, value in DATA.items() if name != "data"}
+    main(["test", "--config", config(settings), "--ckpt_path", checkpoint_of(ran[0]), *data, "--data.num_workers=0"])
+    printed = capsys.readouterr().out
+    assert "There are no nominal test images: image AUROC needs both" in printed
+    assert "There are no masks" in printed
+    assert ("image AUROC", "nan") in figures_of(printed)
+
+
+@pytest.mark.slow
+def test_completion():
+    """In a process of its own: it changes how classes are read."""
+    pytest.importorskip("shtab", reason="completion by tab needs shtab")
+    command = [sys.executable, "-m", "pl_patchcore", "--print_completion", "bash"]
+    script = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "--model.coreset_ratio" in script
 
 
 def test_settings_of_a_checkpoint_are_data(ran, config, tmp_path, capsys):
@@ -277,16 +370,19 @@ def test_backbone_of_your_own_by_its_class(config, tmp_path, capsys):
     assert "give it as model.backbone" in error_of(capsys, "test", "--config", config(DATA), "--ckpt_path", checkpoint)
 
 
-def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, capsys, recwarn):
+def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.chdir(tmp_path)
     weights = tmp_path / "weights.pth"
     torch.save(torchvision.models.resnet18().state_dict(), weights)
     layers = [f"layer{i}.{j}.{part}" for i in (1, 2) for j in (0, 1) for part in ("conv1", "bn2")]
-    main(["fit", "--config", config(model={"weights": str(weights), "layers": layers, "save_backbone": True})])
+    main(["fit", "--config", config(model={"weights": weights.name, "layers": layers, "save_backbone": True})])
     weights.unlink()
     main(["test", "--config", config(DATA), "--ckpt_path", checkpoint_of(tmp_path)])
     assert len(figures_of(capsys.readouterr().out)) == 3
     assert not [w for w in recwarn if "random weights" in str(w.message)]
     assert metrics_of(tmp_path)["model"]["layers"] == layers
+    saved = torch.load(checkpoint_of(tmp_path), weights_only=True)["hyper_parameters"]
+    assert saved["weights"] == str(weights)  # holds in any folder
 
 
 @pytest.mark.parametrize(
@@ -352,7 +448,10 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, ca
         ("fit --config demo --model.patches.stride=0", "patches.stride must be at least 1, got 0."),
         ("fit --config demo --model.layers=3", "model.layers must be Sequence, got 3."),
         ("fit --config demo --model.layers=[layer9]", "layer 'layer9' is not in resnet18; did you mean"),
-        ("fit --config demo --model.weights=nowhere.pth", "nowhere.pth: no such weights file"),
+        (
+            "fit --config demo --model.weights=nowhere.pth",
+            "nowhere.pth: no such weights file; give its path as --model",
+        ),
         ("fit --config demo --model.ensemble.members=[{layer:[x]}]", "no argument 'layer'; did you mean 'layers'"),
         ("fit --config demo --trainer.max_epochs=x", "trainer.max_epochs must be int, got x."),
         (
