@@ -1,6 +1,6 @@
 """The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update and benchmark.
 
-Lightning's command line, with four things of its own: settings have one order (`ordered`); ``ckpt_path`` brings the
+Lightning's command line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings the
 model's settings; what a user can put right, such as a misspelt option, is said in one line without a traceback; reports
 are written after test and predict. `commands.py` answers what needs no torch, `option_errors.py` words the errors.
 """
@@ -26,11 +26,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
 from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint
 from pl_patchcore.commands import COMMANDS, answered, fail, shorten
-from pl_patchcore.configs import CONFIGS, config_file, read_config
-from pl_patchcore.data import AnomalyDataModule, FolderDataModule
+from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
+from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.data.base import loader_error
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import check_output, hold, output_folder, whole_file
@@ -43,7 +43,6 @@ from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
 log = logging.getLogger(__name__)
 
 _NO_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "weights_only"}
-_OWN_IMAGES = "data/folder"  # the file of defaults for images of one's own
 
 
 class Trainer(L.Trainer):
@@ -118,51 +117,6 @@ class Trainer(L.Trainer):
             raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
 
 
-def ordered(words: Sequence[str]) -> list[str]:
-    """The words of a command in the order in which they count: what comes later wins.
-
-    First the defaults for images of one's own, where the data module is `FolderDataModule` or none is named; then
-    recipes that come with the package, other configuration files, and options.
-
-    Args:
-        words: The command and its options.
-
-    Example:
-        >>> ordered(["fit", "--data.nominal", "good", "-c", "recipes/official"])[:3]
-        ['fit', '--config=data/folder', '--config=recipes/official']
-    """
-    files, options, rest = [], [], iter(words[1:])
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option in ("-c", "--config") and (file := value if equals else next(rest, "")):
-            files.append(file)
-        else:
-            options.append(word)
-    files.sort(key=lambda file: (file != _OWN_IMAGES, not _is_recipe(file)))
-    if _data_module(files, options).rpartition(".")[2] == FolderDataModule.__name__ and files[:1] != [_OWN_IMAGES]:
-        files.insert(0, _OWN_IMAGES)
-    return [*words[:1], *(f"--config={file}" for file in files), *options]
-
-
-def _data_module(files: Sequence[str], options: Sequence[str]) -> str:
-    """The data module that files and options name last; `FolderDataModule` if they name none."""
-    said: list[Any] = [read_config(config_file(file)).get("data") for file in files]
-    for word, following in zip(options, [*options[1:], ""], strict=False):
-        option, equals, value = word.partition("=")
-        if option in ("--data", "--data.class_path"):
-            said.append(yaml.safe_load(value if equals else following))
-    names = [each.get("class_path") if isinstance(each, dict) else each for each in said]
-    return next((name for name in reversed(names) if isinstance(name, str)), FolderDataModule.__name__)
-
-
-def _comes_with_the_package(file: str) -> bool:
-    return config_file(file).resolve().is_relative_to(CONFIGS.resolve())
-
-
-def _is_recipe(file: str) -> bool:
-    return config_file(file).resolve().parent == (CONFIGS / "recipes").resolve()
-
-
 class _Parser(LightningArgumentParser):
     """Lightning's parser, with a shorter help."""
 
@@ -177,7 +131,7 @@ class _ConfigFile(ActionConfigFile):
         path = config_file(values)
         read_config(path)  # says in plain words where a file is no YAML
         before: dict[str, Any] = {}
-        if _is_recipe(values):  # it is the published model: `PatchCore` as it is by default, but for what the file says
+        if is_recipe(values):  # it is the published model: `PatchCore` as it is by default, but for what the file says
             before, cfg["model"] = dict(cfg["model"].items()), parser.get_defaults()["model"]
         try:
             super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
@@ -254,14 +208,20 @@ class PatchCoreCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and read the model's settings in ``ckpt_path``."""
         if self.arguments[0] not in COMMANDS:
-            print(parser.get_completion_script(f"shtab-{self.arguments[-1].rpartition('=')[2]}"))  # noqa: T201 - the answer
+            try:
+                script = parser.get_completion_script(f"shtab-{self.arguments[-1].rpartition('=')[2]}")
+            except ValueError as error:  # another shell, or shtab is not there
+                raise UserError(str(error)) from error
+            print(script)  # noqa: T201 - the answer
             raise SystemExit(0)
         try:
             self.config = parser.parse_args(self.arguments)
         except ArgumentError as error:
             raise UserError(in_one_line(str(error), self.command_parser.get_defaults().keys())) from error
         command = self.config["subcommand"]
-        self.chosen: Any = self.config[self.config["subcommand"]]  # settings of the command
+        self.chosen: Any = self.config[command]  # settings of the command
+        if isinstance(weights := self.chosen["model"]["weights"], str):  # a path is saved as one for any folder
+            self.chosen["model"]["weights"] = str(weights_path(weights) or weights)
         # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
         # leave that out; it does without where there is no ckpt_path.
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
@@ -291,7 +251,7 @@ class PatchCoreCLI(LightningCLI):
         self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
         own = [
             word for word in self.arguments[1:]
-            if not (word.startswith("--config=") and _comes_with_the_package(word.removeprefix("--config=")))
+            if not (word.startswith("--config=") and comes_with_the_package(word.removeprefix("--config=")))
         ]  # fmt: skip
         own = [f"--data={self.chosen['data']['class_path']}", *own]  # their options need it
         self.given = self.command_parser.parse_args(own, defaults=False).get("model") or Namespace()  # type: ignore[no-untyped-call]
@@ -299,7 +259,11 @@ class PatchCoreCLI(LightningCLI):
             raise UserError(
                 f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
             )
-        self.brings_weights = holds_backbone(checkpoint) and not ("weights" in self.given or "backbone" in self.given)
+        model = self.chosen["model"]
+        changed = [
+            name for name in ("weights", "backbone") if name in self.given and model[name] != self.saved.get(name)
+        ]
+        self.brings_weights = holds_backbone(checkpoint) and not changed
         parser.add_instantiator(self._make_model, PatchCore)
 
     def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:

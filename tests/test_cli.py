@@ -377,10 +377,12 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, mo
     layers = [f"layer{i}.{j}.{part}" for i in (1, 2) for j in (0, 1) for part in ("conv1", "bn2")]
     main(["fit", "--config", config(model={"weights": weights.name, "layers": layers, "save_backbone": True})])
     weights.unlink()
+    fit_config = str((tmp_path / "out" / "config.yaml").rename(tmp_path / "fit.yaml"))
     main(["test", "--config", config(DATA), "--ckpt_path", checkpoint_of(tmp_path)])
     assert len(figures_of(capsys.readouterr().out)) == 3
     assert not [w for w in recwarn if "random weights" in str(w.message)]
     assert metrics_of(tmp_path)["model"]["layers"] == layers
+    main(["test", "--config", fit_config, "--ckpt_path", checkpoint_of(tmp_path)])  # names the file, too
     saved = torch.load(checkpoint_of(tmp_path), weights_only=True)["hyper_parameters"]
     assert saved["weights"] == str(weights)  # holds in any folder
 
