@@ -1,8 +1,8 @@
 """The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update and benchmark.
 
-Lightning's command line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings the
-model's settings; what a user can put right, such as a misspelt option, is said in one line without a traceback; reports
-are written after test and predict. `commands.py` answers what needs no torch, `option_errors.py` words the errors.
+Lightning's command line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings
+the model's settings; what a user can put right, such as a misspelt option, is said in one line without a traceback;
+reports are written after test and predict. `commands.py` answers what needs no torch, `option_errors.py` words errors.
 """
 
 from __future__ import annotations
