@@ -19,7 +19,8 @@ The way of an image, one file a stage::
     memory_bank_callback.py fits it on the encoder of a LightningModule of one's own, when that is trained
     metrics/            scores, maps, masks      -> AUROC, PRO and others
     report/             figures, maps            -> tables, pictures, files; files.py writes them whole
-    cli.py              the command pl-patchcore; benchmark.py all categories, published.py what others had
+    cli.py              the command pl-patchcore; commands.py what needs no torch, option_errors.py wrong options
+    benchmark.py        all categories of a data set; published.py what others had
 
 Names are imported when they are first used: importing the package imports no torch.
 """

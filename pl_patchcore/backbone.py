@@ -68,9 +68,7 @@ def cut_network(
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers or len(set(layers)) < len(layers):
         raise UserError(f"layers must be a list of different layer names, got {layers!r}.")
     name = backbone if isinstance(backbone, str) else type(backbone).__qualname__
-    path = None if weights is None else Path(weights).expanduser()
-    if path is not None and path.suffix not in _WEIGHT_FILES and not os.path.exists(path):  # noqa: PTH110 - pathlib's raises where a name is too long
-        path = None
+    path = weights_path(weights)
     state = None if path is None else _read_weights(path)
     if isinstance(backbone, str):
         whole = _built(backbone, weights if path is None else None, path is not None, seed)
@@ -99,6 +97,14 @@ def cut_network(
         if weight.ndim == 4:  # channels last: a quarter to two fifths less time
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return CutNetwork(network, name, *_probe(network, layers, size))
+
+
+def weights_path(weights: str | None) -> Path | None:
+    """The path, absolute, that weights are, such as ``~/net.pth``; None if they are a name or there are none."""
+    path = None if weights is None else Path(weights).expanduser()
+    if path is None or (path.suffix not in _WEIGHT_FILES and not os.path.exists(path)):  # noqa: PTH110 - pathlib's raises where a name is too long
+        return None
+    return path.absolute()
 
 
 def weights_sha256(network: nn.Module) -> str:
@@ -196,7 +202,10 @@ def _cut(network: nn.Module, layers: Sequence[str]) -> nn.Module:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises where a name is too long
-        raise UserError(f"{path}: no such weights file; correct the path, or set weights to null for random ones.")
+        raise UserError(
+            f"{path}: no such weights file; give its path as --model.weights (weights= in Python), or fit with "
+            "save_backbone, which puts the weights into the checkpoint. Null takes random ones."
+        )
     try:
         if path.suffix == ".safetensors":
             state: Any = dict(load_file(path))

@@ -1,56 +1,48 @@
 """The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update and benchmark.
 
-Lightning's command line, with three things of its own: what a user can put right, such as a misspelt option, is said in
-one line without a traceback; ``ckpt_path`` brings the model's settings; reports are written after test and predict.
+Lightning's command line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings
+the model's settings; what a user can put right, such as a misspelt option, is said in one line without a traceback;
+reports are written after test and predict. `commands.py` answers what needs no torch, `option_errors.py` words errors.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from pl_patchcore import data as data_modules
-from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
 from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint
-from pl_patchcore.configs import config_file, read_config
+from pl_patchcore.commands import COMMANDS, answered, fail, shorten
+from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.data.base import loader_error
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import check_output, hold, output_folder, whole_file
 from pl_patchcore.lightning_parts import WholeFiles
-from pl_patchcore.options import GROUPS, moved, nearest
+from pl_patchcore.option_errors import in_one_line
+from pl_patchcore.options import GROUPS
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
 
-_QUIET = (
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
-    ".*in eval mode at the start of training.*",  # as it should be: the backbone is frozen
-    ".*Total length of `list` across ranks is zero.*",  # no validation set
-    ".*is smaller than the logging interval.*",
-    ".*Using `DistributedSampler` with the dataloaders.*",  # the model leaves out what it repeats
-    ".*when logging on epoch level in distributed setting.*",  # figures are of all processes already
-    ".*`tensorboardX` has been removed as a dependency.*",  # the CSV logger will do
-    "You defined a `validation_step` but have no.*",
-    "Using ModelCheckpoint with manual optimization.*",  # the optimiser changes nothing
-    ".*does not have many workers.*",  # num_workers is the data module's business
-)
-_COMMANDS = LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("run", "update", "benchmark")}
+log = logging.getLogger(__name__)
+
+_NO_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "weights_only"}
 
 
 class Trainer(L.Trainer):
@@ -59,16 +51,17 @@ class Trainer(L.Trainer):
     settings: dict[str, Any]  # of the whole command, which ``benchmark`` hands on; set by the command line
 
     def run(self, model: PatchCore, datamodule: AnomalyDataModule) -> None:
-        """Fit, then test, in one process.
+        """Fit, then test where there are test images, in one process.
 
         Args:
             model: The model.
             datamodule: The data.
         """
-        datamodule.prepare_data()
-        datamodule.require("test")
         self.fit(model, datamodule=datamodule)
-        self.test(model, datamodule=datamodule, verbose=False)
+        if datamodule.records[1]:
+            self.test(model, datamodule=datamodule, verbose=False)
+        else:
+            log.info("There are no test images, so there is nothing to test.")
 
     def update(self, model: PatchCore, datamodule: AnomalyDataModule, ckpt_path: str = "") -> None:
         """Add the data module's nominal training images to a fitted model (see `PatchCore.update`).
@@ -124,17 +117,31 @@ class Trainer(L.Trainer):
             raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
 
 
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, with a shorter help."""
+
+    def format_help(self, *args: Any) -> str:
+        return shorten(super().format_help(*args))
+
+
 class _ConfigFile(ActionConfigFile):
     """A YAML file, or the name of one that comes with the package, such as ``data/folder``."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = config_file(values)
         read_config(path)  # says in plain words where a file is no YAML
+        before: dict[str, Any] = {}
+        if is_recipe(values):  # it is the published model: `PatchCore` as it is by default, but for what the file says
+            before, cfg["model"] = dict(cfg["model"].items()), parser.get_defaults()["model"]
         try:
             super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
             parser.validate(cfg, skip_required=True)  # here, where it is known which file is wrong
         except (ArgumentError, KeyError, TypeError) as error:
-            raise UserError(_in_one_line(str(error), parser.get_defaults().keys(), f" in {path}")) from error
+            raise UserError(in_one_line(str(error), parser.get_defaults().keys(), f" in {path}")) from error
+        changed = [name for name, was in before.items() if cfg["model"][name] != was]
+        if changed:
+            listed = ", ".join(f"{name} {cfg['model'][name]} (was {before[name]})" for name in changed)
+            log.info("%s sets the model as published: %s.", values, listed)
 
 
 class _RunFolder(SaveConfigCallback):
@@ -154,10 +161,12 @@ class PatchCoreCLI(LightningCLI):
 
     trainer: Trainer
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
-        self.arguments = list(sys.argv[1:] if args is None else args)
+    def __init__(self, words: Sequence[str], verbose: bool = False) -> None:
+        self.arguments, self.verbose = ordered(words) if words[0] in COMMANDS else list(words), verbose
         self.saved: dict[str, Any] = {}  # the model's settings in the checkpoint to be loaded
         self.given: Any = None  # those that the user gives beside it
+        if self.arguments[0] not in COMMANDS:  # completion by tab, without the arguments of a thousand classes
+            set_parsing_settings(subclasses_disabled=[lambda kind: kind.__module__.startswith(("torch", "lightning"))])
         super().__init__(
             PatchCore,
             AnomalyDataModule,
@@ -168,25 +177,26 @@ class PatchCoreCLI(LightningCLI):
             save_config_callback=_RunFolder,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=args,  # type: ignore[arg-type]
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command that is called for, as setting each up takes a fifth of a second; all if it is none of them."""
-        return {name: skip for name, skip in _COMMANDS.items() if self.arguments[:1] == [name]} or _COMMANDS
+        first = self.arguments[0]
+        return {name: _NO_OPTIONS for name in COMMANDS if first == name or first not in COMMANDS}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with ``--config`` that raises its errors."""
-        parser = LightningArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+        kwargs |= {"usage": f"pl-patchcore {self.arguments[0]} [options]", "exit_on_error": False}
+        parser = _Parser(allow_abbrev=False, **kwargs)
         parser.add_argument("-c", "--config", action=_ConfigFile, help=_ConfigFile.__doc__)
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add Trainer, model and data; the data is missed only once all names are known to be right."""
-        parser.add_lightning_class_args(Trainer, "trainer")
-        parser.add_lightning_class_args(PatchCore, "model")
+        """Add data, model and Trainer; in this order they are made."""
         parser.add_lightning_class_args(AnomalyDataModule, "data", subclass_mode=True, required=False)
-        parser.set_defaults({"trainer.max_epochs": 1})
+        parser.add_lightning_class_args(PatchCore, "model")
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({"trainer.max_epochs": 1, "trainer.enable_model_summary": self.verbose})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reports and their options."""
@@ -197,23 +207,24 @@ class PatchCoreCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and read the model's settings in ``ckpt_path``."""
-        command = self.arguments[0] if self.arguments else ""
-        if command.lstrip("-") in ("c", "config"):
-            raise UserError(f"the command comes first: pl-patchcore fit {' '.join(self.arguments)}.")
-        if not command:
-            raise UserError(f"give a command, {{{','.join(_COMMANDS)}}}; pl-patchcore --help explains them.")
-        if not command.startswith("-") and command not in _COMMANDS:
-            raise UserError(f"unknown command {command!r}; did you mean {nearest(command, _COMMANDS)!r}?")
+        if self.arguments[0] not in COMMANDS:
+            try:
+                script = parser.get_completion_script(f"shtab-{self.arguments[-1].rpartition('=')[2]}")
+            except ValueError as error:  # another shell, or shtab is not there
+                raise UserError(str(error)) from error
+            print(script)  # noqa: T201 - the answer
+            raise SystemExit(0)
         try:
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(self.arguments)
         except ArgumentError as error:
-            raise UserError(_in_one_line(str(error), self.command_parser.get_defaults().keys())) from error
-        self.chosen: Any = self.config[self.config["subcommand"]]  # settings of the command
+            raise UserError(in_one_line(str(error), self.command_parser.get_defaults().keys())) from error
+        command = self.config["subcommand"]
+        self.chosen: Any = self.config[command]  # settings of the command
+        if isinstance(weights := self.chosen["model"]["weights"], str):  # a path is saved as one for any folder
+            self.chosen["model"]["weights"] = str(weights_path(weights) or weights)
         # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
         # leave that out; it does without where there is no ckpt_path.
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
-        if self.chosen["data"] is None:
-            raise UserError(f"{command} needs a data module, such as --data MTDDataModule.")
         seed = self.chosen.get("seed_everything")
         if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
@@ -221,6 +232,14 @@ class PatchCoreCLI(LightningCLI):
             if self.ckpt_path in (None, "", "best", "last", "hpc"):
                 raise UserError(f"{command} needs ckpt_path, the checkpoint of a fitted model: the path of its file.")
             self._read_checkpoint(parser, self.ckpt_path)
+        parser.add_instantiator(self._make_data, AnomalyDataModule)
+
+    def _make_data(self, kind: type[AnomalyDataModule], *_: Any, **values: Any) -> AnomalyDataModule:
+        """Make the data module, and list its images before a backbone is fetched."""
+        made, command = kind(**values), self.config["subcommand"]
+        if command != "benchmark":  # which takes other categories than this one
+            made.look(command)
+        return made
 
     def _read_checkpoint(self, parser: LightningArgumentParser, path: str) -> None:
         """Have the model made with the settings of a checkpoint, save what the user sets otherwise.
@@ -230,12 +249,21 @@ class PatchCoreCLI(LightningCLI):
         """
         checkpoint = read_checkpoint(path)
         self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
-        self.given = self.command_parser.parse_args(self.arguments[1:], defaults=False).get("model") or Namespace()  # type: ignore[no-untyped-call]
+        own = [
+            word for word in self.arguments[1:]
+            if not (word.startswith("--config=") and comes_with_the_package(word.removeprefix("--config=")))
+        ]  # fmt: skip
+        own = [f"--data={self.chosen['data']['class_path']}", *own]  # their options need it
+        self.given = self.command_parser.parse_args(own, defaults=False).get("model") or Namespace()  # type: ignore[no-untyped-call]
         if "backbone" not in self.saved and "backbone" not in self.given:
             raise UserError(
                 f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
             )
-        self.brings_weights = holds_backbone(checkpoint) and not ("weights" in self.given or "backbone" in self.given)
+        model = self.chosen["model"]
+        changed = [
+            name for name in ("weights", "backbone") if name in self.given and model[name] != self.saved.get(name)
+        ]
+        self.brings_weights = holds_backbone(checkpoint) and not changed
         parser.add_instantiator(self._make_model, PatchCore)
 
     def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:
@@ -275,14 +303,34 @@ class PatchCoreCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeFiles())
-        made = super().instantiate_trainer(plugins=plugins, **kwargs)
+        try:
+            made = super().instantiate_trainer(plugins=plugins, **kwargs)
+        except TypeError as error:  # devices that are no number, say
+            raise UserError(f"trainer: {error}") from error
         check_output(Path(made.default_root_dir))
         return made
 
     def after_instantiate_classes(self) -> None:
-        """Where a checkpoint brings the model, let the saved configuration hold only what the user sets of it."""
-        if self.given is not None:
+        """Let the saved configuration hold only what the user sets, so that every command can start with it."""
+        if self.given is not None:  # a checkpoint brings the rest of the model
             self.chosen["model"] = self.given
+        for name in ("verbose", "return_predictions", *["ckpt_path"] * (self.ckpt_path is None)):
+            self.chosen.pop(name, None)
+
+    def after_fit(self) -> None:
+        """Name the model's file, those of earlier fits beside it, and what to do next."""
+        if not self.trainer.is_global_zero:
+            return
+        callbacks: list[Any] = self.trainer.checkpoint_callbacks
+        named = [getattr(callback, "best_model_path", "") for callback in callbacks]
+        files = [Path(name) for name in dict.fromkeys(named) if name and Path(name).is_file()]
+        for file in files:
+            here = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+            others = sorted(path.name for path in file.parent.glob("*.ckpt") if path not in files)
+            log.info("Model: %s%s", here, f" (beside it, of earlier fits: {', '.join(others)})" if others else "")
+            log.info("Next: pl-patchcore predict --ckpt_path %s --data.predict IMAGES", shlex.quote(str(here)))
+
+    after_run = after_update = after_fit
 
     def before_benchmark(self) -> None:
         """Hand the settings on: each row of a benchmark is a ``run`` with them."""
@@ -291,49 +339,16 @@ class PatchCoreCLI(LightningCLI):
         self.trainer.settings = {name: value for name, value in yaml.safe_load(text).items() if name not in own}
 
 
-def _in_one_line(message: str, known: Iterable[str], file: str = "") -> str:
-    """What is wrong with an option, out of jsonargparse's own message, which may be a nest of types.
-
-    Args:
-        message: That of jsonargparse.
-        known: Options there are, dotted.
-        file: `` in <path>``, if the option stands in a file.
-    """
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    unknown = re.search(
-        r"(?:Group '(\w+)' does not )?(?:nrecognized arguments: -+|(?:Key|Option|accept [a-z ]+) ')([a-z_][\w.]*)",
-        message,
-    )
-    no_group = re.search(r"Unable to load config '(.*)'", message)
-    name = ".".join(filter(None, unknown.groups())) if unknown else ".".join(keys[:1])
-    if (unknown or no_group) and name.startswith("model.") and (place := moved(name.removeprefix("model."), "model.")):
-        return f"{file.removeprefix(' in ')}: {place}".removeprefix(": ")
-    if no_group:
-        options = sorted(option for option in known if option.startswith(f"{name}."))
-        listed = ", ".join([*options[:8], *["..."] * (len(options) > 8)])
-        return f"{name}{file} is a group of options, {listed}; got {no_group[1]!r}."
-    if unknown:
-        prefix = "data." if keys[:1] == ["data"] else ""
-        if kind := re.search(r"given class_path '(.+)\.(\w+)'", message):  # the option is an argument of this class
-            if kind[2] == AnomalyDataModule.__name__:
-                return f"{prefix}{name}{file} needs a data module before it, such as --data MTDDataModule."
-            found = getattr(importlib.import_module(kind[1]), kind[2])
-            arguments = ArgumentParser().add_class_arguments(found, "it", fail_untyped=False)
-            known = [argument.removeprefix("it.") for argument in arguments]
-        return f"unknown option {prefix + name!r}{file}; did you mean {prefix + nearest(name, known)!r}?"
-    expected = re.findall(
-        r"Expected an? (?:<class '(?:[^']*\.)?|typing\.)?(.+?)(?:'>)?(?:\. Got value: .*)?$", message, re.MULTILINE
-    )
-    values = re.findall(r"(?:Got|Given) value: (.*)", message)
-    if not (keys and expected and values):
-        return " ".join(message.split())
-    if keys == ["data"]:
-        names = [name for name in data_modules.__all__ if name.endswith("DataModule")]
-        return f"no data module {values[0]!r}; did you mean {nearest(values[0], names)!r}?"
-    kinds = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"] or expected[:1]
-    if choices := [kind[8:-1] for kind in kinds if kind.startswith("Literal[")]:
-        kinds = ["one of " + ", ".join(choices)]
-    return f"{'.'.join(keys)} must be {' or '.join(kinds)}, got {values[0]}."
+def _set_up_console(verbose: bool) -> None:
+    """Show what this package says; what others say only if ``verbose``."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    if not verbose:
+        for library in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(library).setLevel(logging.WARNING)
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UntrainedBackboneWarning)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -342,29 +357,24 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Arguments, the process's own if None.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for message in _QUIET:
-        warnings.filterwarnings("ignore", message)
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    words = list(sys.argv[1:] if args is None else args)
+    if answered(words):
+        return
+    verbose = "-v" in words
+    _set_up_console(verbose)
     try:
-        PatchCoreCLI(args)
+        PatchCoreCLI([word for word in words if word != "-v"], verbose)
     except UserError as error:
         # a loader process's error carries the traceback it had there; the last line is the message
         lines = [line for line in str(error).splitlines() if line.strip()]
-        text = lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error)
-        _fail(text)
+        fail(lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error))
     except OSError as error:  # a full or read-only disk, an occupied name
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        _fail(f"{where}{os.strerror(error.errno or 0).lower()}; choose another place.")
+        fail(f"{where}{os.strerror(error.errno or 0).lower()}; choose another place.")
     except RuntimeError as error:  # torch tells of a loader process that was killed wherever the run happens to be
         if (explained := loader_error(error)) is error:
             raise
-        _fail(str(explained))
-
-
-def _fail(text: str) -> NoReturn:
-    """End with one line; on a line of its own, as torch ends its word about a killed process with a null character."""
-    sys.stderr.write("\n" * text.startswith("a loader process") + f"pl-patchcore: error: {text}\n")
-    raise SystemExit(2) from None
+        sys.stderr.write("\n")  # a line of its own: torch ends its word about a killed process with a null character
+        fail(str(explained))

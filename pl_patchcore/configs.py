@@ -6,6 +6,7 @@ them. In the repository they lie in ``configs/``; the wheel holds them as packag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from pl_patchcore.options import nearest
 
 _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
+
+_OWN_IMAGES, _OWN_MODULE = "data/folder", "FolderDataModule"  # defaults for images of one's own, and their data module
 
 
 def config_names(folder: str = "") -> list[str]:
@@ -75,3 +78,50 @@ def recipe(name: str) -> dict[str, Any]:
         raise UserError(f"recipe {name!r} is unknown; choose one of {', '.join(names)}.")
     model: dict[str, Any] = read_config(CONFIGS / "recipes" / f"{name}.yaml").get("model") or {}
     return model
+
+
+def ordered(words: Sequence[str]) -> list[str]:
+    """The words of a command in the order in which they count: what comes later wins.
+
+    First the defaults for images of one's own, where the data module is `FolderDataModule` or none is named; then
+    recipes that come with the package, other configuration files, and options.
+
+    Args:
+        words: The command and its options.
+
+    Example:
+        >>> ordered(["fit", "--data.nominal", "good", "-c", "recipes/official"])[:3]
+        ['fit', '--config=data/folder', '--config=recipes/official']
+    """
+    files, options, rest = [], [], iter(words[1:])
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option in ("-c", "--config") and (file := value if equals else next(rest, "")):
+            files.append(file)
+        else:
+            options.append(word)
+    files.sort(key=lambda file: (file != _OWN_IMAGES, not is_recipe(file)))
+    if _data_module(files, options).rpartition(".")[2] == _OWN_MODULE and files[:1] != [_OWN_IMAGES]:
+        files.insert(0, _OWN_IMAGES)
+    return [*words[:1], *(f"--config={file}" for file in files), *options]
+
+
+def _data_module(files: Sequence[str], options: Sequence[str]) -> str:
+    """The data module that files and options name last; `FolderDataModule` if they name none."""
+    said: list[Any] = [read_config(config_file(file)).get("data") for file in files]
+    for word, following in zip(options, [*options[1:], ""], strict=False):
+        option, equals, value = word.partition("=")
+        if option in ("--data", "--data.class_path"):
+            said.append(yaml.safe_load(value if equals else following))
+    names = [each.get("class_path") if isinstance(each, dict) else each for each in said]
+    return next((name for name in reversed(names) if isinstance(name, str)), _OWN_MODULE)
+
+
+def comes_with_the_package(file: str) -> bool:
+    """Whether a configuration file is one of the package's."""
+    return config_file(file).resolve().is_relative_to(CONFIGS.resolve())
+
+
+def is_recipe(file: str) -> bool:
+    """Whether a configuration file is one of the package's recipes."""
+    return config_file(file).resolve().parent == (CONFIGS / "recipes").resolve()

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
 from pl_patchcore.anomaly_map import Distance
-from pl_patchcore.backbone import PAPER_WEIGHTS
+from pl_patchcore.backbone import PAPER_WEIGHTS, weights_path
 from pl_patchcore.build import build_model
 from pl_patchcore.checkpoint import (
     FORMAT,
@@ -181,6 +181,9 @@ class PatchCore(L.LightningModule):
         self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
         self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
         plain, self.left_out = plain_arguments(self.arguments)
+        for each in (plain, *((plain.get("ensemble") or {}).get("members") or ())):  # a path holds in any folder
+            if isinstance(name := each.get("weights"), str):
+                each["weights"] = str(weights_path(name) or name)
         self.hparams.update(plain)
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
@@ -560,6 +563,8 @@ class PatchCore(L.LightningModule):
             return
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         self._fitting.select(shown=shown)
+        images, held = sum(self.processes().objects(self._fitting.count)), len(self.model.calibration.scores)
+        log.info("%d images: %d in the memory bank, %d held out to set thresholds.", images, images - held, held)
         self.model.calibration.tell(self.false_alarm_rate)
 
     def on_train_end(self) -> None:

@@ -105,6 +105,27 @@ class Preprocessing:
         size = self.resize if self.crop is None and self.resize_mode == "squash" else self.crop
         return (size, size) if isinstance(size, int) else size
 
+    def left_out(self, original: tuple[int, int] | None = None) -> float:
+        """Share of an image's area, in [0, 1), that the crop leaves out.
+
+        Args:
+            original: Height and width of the image; None if they are not known: 0 where they would matter.
+
+        Example:
+            >>> round(Preprocessing().left_out(), 3)
+            0.234
+        """
+        size = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        if size is None or self.resize_mode == "shorter_side":
+            if original is None:
+                return 0.0
+            scale = 1.0 if size is None else size[0] / min(original)
+            size = (round(scale * original[0]), round(scale * original[1]))
+        if self.crop is None:
+            return 0.0
+        kept = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+        return 1 - min(kept[0], size[0]) * min(kept[1], size[1]) / (size[0] * size[1])
+
     def apply(self, image: Image.Image, mask: np.ndarray | None = None) -> dict[str, Tensor]:
         """Take an image, and its mask, through the same geometry.
 

@@ -3,13 +3,16 @@
 import builtins
 import contextlib
 import csv
+import inspect
 import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import fakes
 import numpy as np
@@ -17,10 +20,12 @@ import pytest
 import torch
 import torchvision
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
 import pl_patchcore.__main__
-from pl_patchcore import PatchCore, SyntheticDataModule
+from pl_patchcore import FolderDataModule, PatchCore, SyntheticDataModule, __version__
 from pl_patchcore.cli import main
+from pl_patchcore.commands import COMMANDS
 from pl_patchcore.configs import CONFIGS, config_names
 
 DATA = {
@@ -42,9 +47,9 @@ TINY = DATA | {
         "store": {"kind": "ram"},
     }
 }
+HERE = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.default_root_dir=out"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning"),
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # results go elsewhere than the fit's
 ]
 
@@ -126,7 +131,10 @@ PLAIN = {}  # data module: what every option is without a configuration file
 @pytest.mark.slow
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
-    """Its values arrive, and none is what it would be anyway; each has a reason behind it."""
+    """Its values arrive, and none is what it would be anyway; each has a reason behind it.
+
+    Those for images of one's own are the defaults of the command line: what they depart from are those of the classes.
+    """
     monkeypatch.chdir(tmp_path)
     text = (CONFIGS / f"{name}.yaml").read_text()
     content = yaml.safe_load(text)
@@ -135,6 +143,10 @@ def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     if data not in PLAIN:
         PLAIN[data] = dict(leaves(parsed(capsys, "fit", "--data", data)))
     plain = PLAIN[data]
+    if name == "data/folder":
+        assert plain == whole
+        plain = {f"model.{key}": p.default for key, p in inspect.signature(PatchCore.__init__).parameters.items()}
+        plain["data.init_args.test_share"] = inspect.signature(FolderDataModule).parameters["test_share"].default
     for option, value in leaves(content):
         if option == "data.class_path":
             assert whole[option].endswith(f".{value}")
@@ -165,6 +177,7 @@ def test_test_in_another_process(ran, tmp_path):
     for name in ("image_auroc", "pixel_auroc", "pro"):
         assert second[name] == pytest.approx(first[name], abs=1e-5)
     assert "Traceback" not in again.stderr
+    assert len(again.stderr.splitlines()) <= 3, "what Lightning and other libraries say is for -v"
 
 
 def test_options_win_over_the_checkpoint(ran, config, tmp_path, capsys):
@@ -184,6 +197,95 @@ def test_options_win_over_the_checkpoint(ran, config, tmp_path, capsys):
     capsys.readouterr()
     message = error_of(capsys, "test", "--config", data, "--ckpt_path", path, "--model.resize", "48")
     assert "resize 32, here 48" in message
+
+
+def settings_of(capsys, *arguments):
+    """What a command line stands for: data module, its test_share, crop, save_backbone, false_alarm_rate, distance."""
+    whole = parsed(capsys, *arguments)
+    data, model = whole["data"], whole["model"]
+    names = ("crop", "save_backbone", "false_alarm_rate", "distance")
+    module = data["class_path"].removeprefix("pl_patchcore.").removesuffix("DataModule")
+    return [module, data["init_args"].get("test_share"), *(model[name] for name in names)]
+
+
+def test_order_of_settings(tmp_path, capsys, caplog):
+    """Defaults for images of one's own < recipes < other files < options, wherever they stand."""
+    mine = write(tmp_path, {"model": {"false_alarm_rate": 0.2}, "trainer": {}})
+    own = ["Folder", 0, None, True, 0.05, "euclidean"]
+    assert settings_of(capsys, "fit") == own
+    assert settings_of(capsys, "fit", "--data", "FolderDataModule", "--data.nominal", "x") == own
+    assert settings_of(capsys, "fit", "--data=MTDDataModule") == ["MTD", None, 224, False, 0.01, "euclidean"]
+    assert settings_of(capsys, "fit", "--config", "recipes/mtd") == ["MTD", None, 224, False, 0.01, "euclidean"]
+    assert settings_of(capsys, "fit", "--model.crop", "40", "-c", mine) == ["Folder", 0, 40, True, 0.2, "euclidean"]
+    assert not [message for message in caplog.messages if "as published" in message]
+    files = ["--config", "data/folder", "--config", mine, "--config=recipes/official"]
+    with caplog.at_level(logging.INFO):
+        for order in (files, files[::-1][:1] + files[:-1]):
+            published = ["Folder", 0.3, 224, False, 0.2, "squared"]
+            assert settings_of(capsys, "fit", "--data.test_share", "0.3", *order) == published
+    (first, second) = [message for message in caplog.messages if "as published" in message]
+    assert first.startswith("recipes/official sets the model as published: crop 224 (was None), ")
+    assert "save_backbone False (was True)" in first
+    assert first == second
+
+
+def test_own_images(tmp_path, monkeypatch, capsys, caplog):
+    """The whole image, every image, a model file that is named, and nothing but it to predict."""
+    monkeypatch.chdir(tmp_path)
+    fakes.stranger(tmp_path / "images")
+    settings = {name: value for name, value in TINY.items() if name != "data"}
+    small = write(tmp_path, settings, model={"crop": None, "false_alarm_rate": 0.4})
+    files = []
+    with caplog.at_level(logging.INFO):
+        main(["fit", "--config", small, "--data.nominal", "images/ok", "--data.num_workers", "0"])
+        assert "FolderDataModule: 10 nominal training images; no test images" in caplog.messages
+        assert "10 images: 8 in the memory bank, 2 held out to set thresholds." in caplog.messages
+        files.append(checkpoint_of(tmp_path))
+        assert caplog.messages[-2] == f"Model: {Path(files[0]).relative_to(tmp_path)}"
+        # the configuration that fit has saved is one for every command
+        main(["run", "--config", "out/config.yaml", "--model.seed", "1"])
+        assert "There are no test images, so there is nothing to test." in caplog.messages
+        name, earlier = re.fullmatch(r"Model: (.*) \(beside it, of earlier fits: (.*)\)", caplog.messages[-2]).groups()
+        assert earlier == Path(files[0]).name != Path(name).name
+        assert caplog.messages[-1] == f"Next: pl-patchcore predict --ckpt_path {name} --data.predict IMAGES"
+    loaded = PatchCore.load_from_checkpoint(name)
+    assert (loaded.hparams["seed"], loaded.transform.crop, loaded.hparams["save_backbone"]) == (1, None, True)
+    shutil.rmtree(tmp_path / "images" / "ok")
+    capsys.readouterr()
+    main(["predict", "--config", "out/config.yaml", "--ckpt_path", name, "--data.predict", "images/bad"])
+    assert "3 anomaly scores written to" in capsys.readouterr().out
+    # what comes with the package does not win over a checkpoint
+    main(["predict", "--config", "data/folder", "--ckpt_path", name, "--data.predict", "images/bad", *HERE])
+    rate = yaml.safe_load(Path("out/config.yaml").read_text())["model"].get("false_alarm_rate")
+    assert (rate, loaded.false_alarm_rate) == (None, 0.4)
+
+
+def test_validate_with_the_checkpoint_in_the_file(ran, config, tmp_path, capsys):
+    path = config(DATA, ckpt_path=checkpoint_of(ran[0]))
+    main(["validate", "--config", path, "--data.validation", "test"])
+    assert figures_of(capsys.readouterr().out) == figures_of(ran[1])
+    assert metrics_of(tmp_path)["image_auroc"] == metrics_of(ran[0])["image_auroc"]
+
+
+def test_without_nominal_test_images_the_reason_is_told(ran, config, tmp_path, capsys):
+    fakes.stranger(tmp_path / "images")
+    data = ["--data.nominal", str(tmp_path / "images/ok"), "--data.anomalous", str(tmp_path / "images/bad")]
+    settings = {name: value for name, value in DATA.items() if name != "data"}
+    main(["test", "--config", config(settings), "--ckpt_path", checkpoint_of(ran[0]), *data, "--data.num_workers=0"])
+    printed = capsys.readouterr().out
+    assert "There are no nominal test images: image AUROC needs both" in printed
+    assert "There are no masks" in printed
+    assert ("image AUROC", "nan") in figures_of(printed)
+
+
+@pytest.mark.slow
+def test_completion():
+    """In a process of its own: it changes how classes are read."""
+    pytest.importorskip("shtab", reason="completion by tab needs shtab")
+    command = [sys.executable, "-m", "pl_patchcore", "--print_completion", "bash"]
+    script = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "--model.coreset_ratio" in script
 
 
 def test_settings_of_a_checkpoint_are_data(ran, config, tmp_path, capsys):
@@ -268,16 +370,21 @@ def test_backbone_of_your_own_by_its_class(config, tmp_path, capsys):
     assert "give it as model.backbone" in error_of(capsys, "test", "--config", config(DATA), "--ckpt_path", checkpoint)
 
 
-def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, capsys, recwarn):
+def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.chdir(tmp_path)
     weights = tmp_path / "weights.pth"
     torch.save(torchvision.models.resnet18().state_dict(), weights)
     layers = [f"layer{i}.{j}.{part}" for i in (1, 2) for j in (0, 1) for part in ("conv1", "bn2")]
-    main(["fit", "--config", config(model={"weights": str(weights), "layers": layers, "save_backbone": True})])
+    main(["fit", "--config", config(model={"weights": weights.name, "layers": layers, "save_backbone": True})])
     weights.unlink()
+    fit_config = str((tmp_path / "out" / "config.yaml").rename(tmp_path / "fit.yaml"))
     main(["test", "--config", config(DATA), "--ckpt_path", checkpoint_of(tmp_path)])
     assert len(figures_of(capsys.readouterr().out)) == 3
     assert not [w for w in recwarn if "random weights" in str(w.message)]
     assert metrics_of(tmp_path)["model"]["layers"] == layers
+    main(["test", "--config", fit_config, "--ckpt_path", checkpoint_of(tmp_path)])  # names the file, too
+    saved = torch.load(checkpoint_of(tmp_path), weights_only=True)["hyper_parameters"]
+    assert saved["weights"] == str(weights)  # holds in any folder
 
 
 @pytest.mark.parametrize(
@@ -290,10 +397,35 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, ca
         ("fit --model.backbon=x", "unknown option 'model.backbon'; did you mean 'model.backbone'?"),
         ("fit --modle.backbone=x", "unknown option 'modle.backbone'; did you mean 'model.backbone'?"),
         ("fit --model.store.knd=x", "unknown option 'model.store.knd'; did you mean 'model.store.kind'?"),
-        ("fit --data=MTDDataModule --data.rot=x", "unknown option 'data.rot'; did you mean 'data.root'?"),
-        ("fit --data.root=x", "data.root needs a data module before it, such as --data MTDDataModule."),
-        ("fit", "fit needs a data module, such as --data MTDDataModule."),
-        ("fit --config demo --trainer.logger=CSVLogger --trainer.logger.save_di=x", "did you mean 'save_dir'?"),
+        (
+            "fit --data=MTDDataModule --data.rot=x",
+            "'data.rot' of MTDDataModule; did you mean 'data.root'?",
+        ),
+        ("fit --data.root=x", "unknown option 'data.root' of FolderDataModule"),
+        ("fit", "no images are named: set data.nominal"),
+        ("predict --data.predict x", "predict needs ckpt_path"),
+        (
+            "fit --trainer.logger=CSVLogger --trainer.logger.save_di=x",
+            "unknown option 'trainer.logger.save_di' of CSVLogger; did you mean 'trainer.logger.save_dir'?",
+        ),
+        (
+            "fit --trainer.callbacks+=EarlyStopping --trainer.callbacks.montor=x",
+            "unknown option 'trainer.callbacks.montor' of EarlyStopping; did you mean 'trainer.callbacks.monitor'?",
+        ),
+        (
+            "fit --trainer.callbacks=[EarlyStopping]",
+            "trainer.callbacks: EarlyStopping needs monitor; set trainer.callbacks.monitor.",
+        ),
+        (
+            "fit --trainer.callbacks+=EarlyStoping",
+            "no class 'EarlyStoping'; did you mean 'EarlyStopping'?",
+        ),
+        ("fit --trainer.logger=CSVLoger", "trainer.logger: no class 'CSVLoger'; did you mean 'CSVLogger'?"),
+        ("fit --data=nowhere.MyData", "data: no class 'nowhere.MyData': No module named 'nowhere'."),
+        (
+            "fit --data=networks.TinyBackbone",
+            "data: networks.TinyBackbone is no AnomalyDataModule; derive it",
+        ),
         ("test --report.picture=1", "unknown option 'report.picture'; did you mean 'report.pictures'?"),
         ("fit --config none.yaml", "none.yaml: no such configuration file"),
         ("fit --config recipes/mdt", "did you mean 'recipes/mtd'?"),
@@ -318,11 +450,20 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, ca
         ("fit --config demo --model.patches.stride=0", "patches.stride must be at least 1, got 0."),
         ("fit --config demo --model.layers=3", "model.layers must be Sequence, got 3."),
         ("fit --config demo --model.layers=[layer9]", "layer 'layer9' is not in resnet18; did you mean"),
-        ("fit --config demo --model.weights=nowhere.pth", "nowhere.pth: no such weights file"),
+        (
+            "fit --config demo --model.weights=nowhere.pth",
+            "nowhere.pth: no such weights file; give its path as --model",
+        ),
         ("fit --config demo --model.ensemble.members=[{layer:[x]}]", "no argument 'layer'; did you mean 'layers'"),
         ("fit --config demo --trainer.max_epochs=x", "trainer.max_epochs must be int, got x."),
+        (
+            "fit --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=x --trainer.callbacks.patience=y",
+            "trainer.callbacks.patience must be int, got y.",
+        ),
+        ("fit --config demo --trainer.accelerator=cpu --trainer.devices=two", "trainer: `devices` selected with"),
+        ("fit --data.nominal=nowhere", "nowhere: no such folder; set data.nominal to a folder of images."),
         ("fit --config demo --trainer.accelerator=foo", "You selected an invalid accelerator name"),
-        ("fit --config demo --data=MTDDatamodule", "no data module 'MTDDatamodule'; did you mean 'MTDDataModule'?"),
+        ("fit --config demo --data=MTDDatamodule", "data: no class 'MTDDatamodule'; did you mean 'MTDDataModule'?"),
         ("fit --config demo --data=MTDDataModule --data.root=nowhere", "MT_Free/Imgs: no such folder"),
     ],
 )
@@ -337,13 +478,20 @@ def test_what_a_user_can_put_right_is_one_line(capsys, tmp_path, monkeypatch, ar
         ("model: {coreset_ration: 0.1}", "'model.coreset_ration' in {}; did you mean 'model.coreset_ratio'?"),
         ("trainer: {acelerator: cpu}", "'trainer.acelerator' in {}; did you mean 'trainer.accelerator'?"),
         ("trane: {devices: 1}", "'trane.devices' in {}; did you mean 'trainer.devices'?"),
-        ("data: {init_args: {textur: brick}}", "'data.textur' in {}; did you mean 'data.texture'?"),
+        (
+            "data: {init_args: {textur: brick}}",
+            "'data.textur' of SyntheticDataModule in {}; did you mean 'data.texture'?",
+        ),
         ("model: {store: {knd: ram}}", "'model.store.knd' in {}; did you mean 'model.store.kind'?"),
         ("model: {store: disk}", "{}: model.store is now model.store.kind."),
         ("model: {layer_dim: 8}", "{}: model.layer_dim is now model.patches.layer_dim."),
         (
             "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_lst: true}}]}",
-            "'save_lst' in {}; did you mean 'save_last'?",
+            "'trainer.callbacks.save_lst' of ModelCheckpoint in {}; did you mean 'trainer.callbacks.save_last'?",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: lightning.pytorch.callback.EarlyStopping}]}",
+            "trainer.callbacks in {}: no class 'lightning.pytorch.callback.EarlyStopping': module 'lightning.pytorch'",
         ),
         ("model: [1, 2", "{}: is no YAML file"),
         ("- model", "{}: must hold options as 'name: value'."),
@@ -369,17 +517,36 @@ def test_error_in_a_loader_process_is_one_line(capsys, config, tmp_path):
 def test_help(capsys):
     commands = "{fit,validate,test,predict,run,update,benchmark}"
     assert commands in error_of(capsys)
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    main(["-v", "--help"])
     assert commands in capsys.readouterr().out
+    assert set(COMMANDS) == LightningCLI.subcommands().keys() | {"run", "update", "benchmark"}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_of_a_command_is_short(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 400
+    assert max(map(len, printed.splitlines())) <= columns + 20  # names are not broken
+    words = " ".join(printed.split())
     for name in ("coreset_ratio", "calibration_share", "resize_mode", "store.kind", "patches.stride", "images.mean"):
-        assert f"--model.{name}" in printed
-    assert "Share of the patch features kept" in printed
-    assert "Folder of the file; null: the system's folder" in printed
+        assert f"--model.{name}" in words
+    assert "Share of the patch features kept, in (0, 1]. (type: float, default: 0.1)" in words
+    assert "Folder of the file; null: the system's folder" in words
+    assert "--trainer.max_epochs MAX_EPOCHS Stop training once this number of epochs is reached. (default: 1)" in words
+    assert "--data.help" in words
+    assert "known subclasses" not in words
+
+
+def test_what_needs_no_torch_imports_none(tmp_path):
+    """Help and version, of a process of its own."""
+    code = "import sys, pl_patchcore.__main__ as m; m.main(); assert not {'torch', 'lightning'} & {*sys.modules}"
+    for option, expected in (("--help", "usage: pl-patchcore"), ("--version", f"pl-patchcore {__version__}\n")):
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(expected)
 
 
 HOLDING = """
@@ -409,6 +576,7 @@ def test_interrupted_while_importing(monkeypatch):
             raise KeyboardInterrupt
         return importing(name, *args)
 
+    monkeypatch.setattr("sys.argv", ["pl-patchcore", "fit"])
     importing = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", interrupt)
     with pytest.raises(SystemExit) as stop:

@@ -200,6 +200,30 @@ def test_nominal_images_alone_and_others_to_predict(root, trainer):
     assert torch.cat([batch["anomalous"] for batch in batches]).all()
 
 
+def test_the_crop_is_told(root, trainer, caplog):
+    cropping, runner = model(crop=36), trainer()
+    with caplog.at_level(logging.INFO):
+        runner.fit(cropping, FolderDataModule(root / "ok", num_workers=0))
+        runner.predict(cropping, FolderDataModule(predict=root / "bad", num_workers=0))
+        runner.fit(model(), FolderDataModule(root / "ok", num_workers=0))
+    told = [message for message in caplog.messages if "the crop" in message]
+    assert (
+        told
+        == ["the crop leaves 44 % of each image out: nothing is found there; --model.crop null inspects all of it."] * 2
+    )
+
+
+def test_prediction_looks_at_no_other_images(root, trainer):
+    """A fit's settings serve on another machine, too."""
+    data = FolderDataModule(nominal=root / "elsewhere", predict=root / "bad", num_workers=0)
+    data.look("predict")
+    with pytest.raises(UserError, match="elsewhere: no such folder"):
+        data.look("fit")
+    found = model()
+    trainer().fit(found, FolderDataModule(root / "ok", num_workers=0))
+    assert len(trainer().predict(found, data)) == 1
+
+
 def test_predict_needs_nothing_but_images(root):
     one = FolderDataModule(predict=root / "bad" / "Kratzer" / "2.jpg", num_workers=0)
     one.setup("predict")
@@ -272,8 +296,9 @@ def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
 @pytest.mark.parametrize("option", ["nominal", "anomalous", "predict", "manifest"])
 def test_paths_that_cannot_be(root, option):
     options = {"nominal": root / "ok"} if option in ("anomalous", "predict") else {}
+    data = FolderDataModule(**options, **{option: "n" * 5000})
     with pytest.raises(UserError, match="nnn"):
-        _ = FolderDataModule(**options, **{option: "n" * 5000}).lists
+        _ = data.records, data.predict_records
 
 
 def test_pipes_are_refused(root):

@@ -168,6 +168,15 @@ def test_bad_options(options, message):
         Preprocessing(**options)
 
 
+@pytest.mark.parametrize("options", [{}, {"resize_mode": "shorter_side"}, {"resize": None, "crop": (64, 70)}])
+def test_share_left_out_by_the_crop(options):
+    transform = Preprocessing(**options)
+    top, left, bottom, right = transform.apply(Image.new("RGB", (300, 200)))["crop_box"].tolist()
+    kept = (bottom - top) * (right - left) / (200 * 300)
+    assert transform.left_out((200, 300)) == pytest.approx(1 - kept, abs=0.01)
+    assert Preprocessing(crop=None).left_out((200, 300)) == 0
+
+
 def test_crop_of_a_small_image():
     with pytest.raises(UserError, match="larger than an image of 10x12"):
         Preprocessing(None, 20)(Image.new("RGB", (12, 10)))

@@ -124,6 +124,16 @@ def _tell_dark(records: Sequence[Record], transform: Preprocessing) -> None:
         )
 
 
+def _tell_crop(record: Record, transform: Preprocessing) -> None:
+    """Say how much of each image the crop leaves out; one image is looked at."""
+    size = header.size if transform.crop is not None and (header := record.check(transform)) is not None else None
+    if (share := transform.left_out(size)) >= 0.005:
+        log.info(
+            "the crop leaves %.0f %% of each image out: nothing is found there; --model.crop null inspects all of it.",
+            100 * share,
+        )
+
+
 class Loader(DataLoader[Sample]):
     """A loader that says in one line when one of its processes ended."""
 
@@ -201,6 +211,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     category_argument: ClassVar[str | None] = None  # the constructor argument that selects one of `categories`
     category_all: ClassVar[str | None] = None  # its value that takes all of them together, if there is one
+    download: bool = False  # whether `download_data` may fetch the data set
 
     def __init__(
         self,
@@ -250,20 +261,18 @@ class AnomalyDataModule(L.LightningDataModule):
         """List the images that ``predict`` scores; None: the test records."""
         return None
 
-    @property
-    def records(self) -> tuple[list[Record], list[Record]]:
-        """Training and test records."""
-        return self.lists[:2]
+    @cached_property
+    def listed(self) -> tuple[list[Record], list[Record]]:
+        """Training and test records as `load_records` lists them, once."""
+        return self.load_records()
 
     @cached_property
-    def lists(self) -> tuple[list[Record], list[Record], list[Record]]:
-        """Training, test and predict records, listed once."""
-        train, test = self.load_records()
-        predict = self.load_predict_records()
+    def records(self) -> tuple[list[Record], list[Record]]:
+        """Training and test records."""
+        train, test = self.listed
         if self.on_broken == "skip":
-            broken = self._find_broken([*train, *test, *(predict or [])])
+            broken = self._find_broken([*train, *test])
             train, test = ([r for r in part if r not in broken] for part in (train, test))
-            predict = predict and [r for r in predict if r not in broken]
         test = settle_masks(test, max(1, self.num_workers), self._transform())
         if self.shots is not None:
             if self.shots > len(train):
@@ -272,31 +281,47 @@ class AnomalyDataModule(L.LightningDataModule):
                 )
             order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
             train = [train[i] for i in sorted(order[: self.shots])]
-        return train, test, test if predict is None else predict
+        return train, test
 
-    @property
+    @cached_property
     def predict_records(self) -> list[Record]:
         """Records that ``predict`` scores."""
-        return self.lists[2]
+        found = self.load_predict_records()
+        if found is None:
+            return self.records[1]
+        broken = self._find_broken(found) if self.on_broken == "skip" else set()
+        return [record for record in found if record not in broken]
+
+    def look(self, stage: str) -> None:
+        """List the images of a stage, unless they may have to be fetched first: a wrong path shows before other work.
+
+        Raises:
+            UserError: If a folder or file is missing or empty.
+        """
+        if not self.download and (stage != "predict" or self.load_predict_records() is None):
+            _ = self.listed
 
     def require(self, stage: str) -> None:
         """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty."""
-        train, test, predict = self.lists
-        if not {"fit": train, "predict": predict}.get(stage, test):
+        if not (self.predict_records if stage == "predict" else self.records[stage != "fit"]):
             name = "training" if stage == "fit" else stage
             raise UserError(f"{type(self).__name__}: the {name} set is empty; look at the data module's options.")
 
     def prepare_data(self) -> None:
-        """Fetch what is to be downloaded, and check every file of both sets before any work is done."""
+        """Fetch what is to be downloaded, and check every file that is to be read before any work is done."""
         self.download_data()
+        predicting = self.trainer is not None and self.trainer.state.fn == "predict"
+        parts = () if predicting else self.records
+        if self.trainer is None or predicting:
+            parts = (*parts, self.predict_records)
         if not self._checked and self.on_broken == "error":
-            records, transform = list(dict.fromkeys(chain(*self.lists))), self._transform()
+            records, transform = list(dict.fromkeys(chain(*parts))), self._transform()
             headers = [(record, header) for record in records if (header := record.check(transform)) is not None]
             pages = [record for record, header in headers if header.pages > 1]
             if pages:
                 log.warning("%d files hold several pages, such as %s: the first is read.", len(pages), pages[0].path)
             _tell_dark([record for record, header in headers if header.deep], transform)
-            self._checked = True
+            self._checked = not predicting
 
     def _find_broken(self, records: list[Record]) -> set[Record]:
         """Decode every file, and say which records cannot be read."""
@@ -311,9 +336,10 @@ class AnomalyDataModule(L.LightningDataModule):
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             for _ in tqdm(pool.map(read, records), "Checking images", len(records), delay=2, unit=" images"):
                 pass
-        self.skipped = [broken[record] for record in records if record in broken]
+        skipped = [broken[record] for record in records if record in broken]
         if broken:
-            log.warning("%d files are left out (on_broken: skip):\n  %s", len(broken), "\n  ".join(self.skipped))
+            log.warning("%d files are left out (on_broken: skip):\n  %s", len(broken), "\n  ".join(skipped))
+        self.skipped += skipped
         return set(broken)
 
     def _transform(self) -> Preprocessing:
@@ -328,9 +354,14 @@ class AnomalyDataModule(L.LightningDataModule):
             raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
         transform = self._transform()
         self.require(stage)
-        self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self.lists)
+        if stage == "predict":
+            self.predict_set = ImageDataset(self.predict_records, transform)
+        else:
+            self.train_set, self.test_set = (ImageDataset(part, transform) for part in self.records)
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
+        if stage in ("fit", "predict"):
+            _tell_crop((self.predict_records if stage == "predict" else self.records[0])[0], transform)
 
     def describe(self) -> str:
         """One line: the number of images in each set."""
@@ -338,7 +369,8 @@ class AnomalyDataModule(L.LightningDataModule):
         defects = Counter(record.defect for record in test)
         counts = ", ".join(f"{number} {defect}" for defect, number in defects.items())
         left_out = f"; {len(self.skipped)} unreadable files left out" if self.skipped else ""
-        return f"{len(train)} nominal training images; {len(test)} test images ({counts}){left_out}"
+        tested = f"{len(test)} test images ({counts})" if test else "no test images"
+        return f"{len(train)} nominal training images; {tested}{left_out}"
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Nominal images in data-set order (PatchCore has no use for shuffling)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ ALARMS = {
 
 
 class TestReport(Callback):
-    """Report of a test.
+    """Report of a test, or of a validation by ``validate``.
 
     Prints a table (all test images, then each defect type) and a plain line a figure; writes ``metrics.json``,
     ``pictures/`` with the most and least anomalous images and the errors, and ``report.html``, a page to look at all
@@ -108,7 +109,8 @@ class TestReport(Callback):
                 f"{lost} anomalous images have lost their whole defect to the resize and centre crop, and count as "
                 "anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small specks."
             )
-            console.print(notes[0])
+        for line in (notes := [*notes, *_missing(figures["all"])]):
+            console.print(line)
         console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
         for key, name in ALARMS.items():
             if not math.isnan(rate := figures["all"].get(key, math.nan)):
@@ -122,6 +124,27 @@ class TestReport(Callback):
             console.print(f"To look at in a browser: {page}")
         self._release()
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As before a test, but within a fit, which scores nothing."""
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """As in a test."""
+        self.on_test_batch_start(trainer, *args, **kwargs)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in a test."""
+        if trainer.state.fn == "validate":
+            self.on_test_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """As after a test."""
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the folder to others."""
         self._release()
@@ -130,6 +153,15 @@ class TestReport(Callback):
         if self.lock is not None:
             self.lock.release()
         self.lock = None
+
+
+def _missing(figures: dict[str, Any]) -> Iterator[str]:
+    """Say why there are no figures of a kind."""
+    for kind in ("nominal", "anomalous"):
+        if not figures[kind]:
+            yield f"There are no {kind} test images: image AUROC needs both nominal and anomalous ones."
+    if figures["anomalous"] and math.isnan(figures["pixel_auroc"]):
+        yield "There are no masks with nominal and anomalous pixels: pixel AUROC and PRO need them."
 
 
 def _now() -> float:
