@@ -21,10 +21,12 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
+from pl_patchcore.calibration import CalibrationKind, draw_one_of_each
 from pl_patchcore.checkpoint import (
     FORMAT,
     check_identity,
@@ -62,12 +64,16 @@ from pl_patchcore.options import (
     check_arguments,
     keeps_arguments,
     options_of,
+    refuse_rate_beside_threshold,
 )
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Preprocessing
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
+
+
+DEFAULT_RATE = 0.01  # false_alarm_rate where none is given
 
 
 class PatchCore(L.LightningModule):
@@ -99,10 +105,16 @@ class PatchCore(L.LightningModule):
             filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and its recall
             measured at the end of fit.
         bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
-        calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
-            selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
-        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds; can be changed
+        calibration: Nominal images that set the thresholds for anomaly scores and maps. ``leave_one_out``: training
+            images, each scored without its own rows of the memory bank. ``split``: those that ``calibration_share``
+            keeps out of it. ``images``: those of the data module's ``calibration``. ``none``: no thresholds. Null:
+            ``split`` where ``calibration_share`` is not 0, else ``none``.
+        calibration_share: Share of the training images, in [0, 1), kept out of the memory bank; goes with ``split``.
+        calibration_images: Most images that ``leave_one_out`` scores, drawn by ``seed``.
+        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds; can be changed
             without fitting again.
+        image_threshold: Threshold for anomaly scores set by hand, in place of the calibrated one; null for that.
+        pixel_threshold: The same for anomaly maps.
         metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
             of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
@@ -149,8 +161,12 @@ class PatchCore(L.LightningModule):
         sigma: float = 4.0,
         search: str = "auto",
         bank_dtype: BankDtype = "float32",
+        calibration: CalibrationKind | None = None,
         calibration_share: float = 0.0,
-        false_alarm_rate: float = 0.01,
+        calibration_images: int = 500,
+        false_alarm_rate: float = DEFAULT_RATE,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
         metrics_mode: Mode = "auto",
         save_backbone: bool = False,
         seed: int = 0,
@@ -164,6 +180,14 @@ class PatchCore(L.LightningModule):
         super().__init__()
         if not 0 <= calibration_share < 1:
             raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
+        self.calibration = calibration or ("split" if calibration_share else "none")
+        if (self.calibration == "split") != (calibration_share > 0):
+            raise UserError(
+                f"calibration_share goes with calibration split, got {calibration_share} with {self.calibration}; "
+                "set the share to 0 for another calibration, above 0 for split."
+            )
+        if calibration_images < 1:
+            raise UserError(f"calibration_images must be at least 1, got {calibration_images}.")
         if not 0 < false_alarm_rate < 1:
             raise UserError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
         of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
@@ -172,14 +196,23 @@ class PatchCore(L.LightningModule):
             check_arguments(PatchCore.__init__, given, "ensemble.members: ")
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
-        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range" and calibration_share:
-            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
+        if self.calibration != "none":
+            self._refuse_test_range()
         for member in self.model.members:
             self.store.check_method(member.coreset.method)
         self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
         self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
         plain, self.left_out = plain_arguments(self.arguments)
         self.hparams.update(plain)
+        by_hand = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
+        refuse_rate_beside_threshold(
+            [name for name, value in by_hand.items() if value is not None]
+            + ["false_alarm_rate"] * (false_alarm_rate != DEFAULT_RATE)
+        )
+        self.thresholds_by_hand: dict[str, float | None] = {}  # null: not set
+        for name, value in by_hand.items():
+            self._set_by_hand(name, value)
+        self.calibration_images = calibration_images
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
@@ -242,13 +275,68 @@ class PatchCore(L.LightningModule):
 
     @property
     def image_threshold(self) -> float | None:
-        """Anomaly score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`); None if uncalibrated."""
+        """Score above which an image is anomalous; None where there is none.
+
+        Set by hand, or the score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`). Setting it
+        keeps it in checkpoints; None brings the calibrated one back.
+        """
+        if (by_hand := self.thresholds_by_hand["image_threshold"]) is not None:
+            return by_hand
         return self.model.calibration.image_threshold(self.false_alarm_rate)
+
+    @image_threshold.setter
+    def image_threshold(self, value: float | None) -> None:
+        self._set_by_hand("image_threshold", value)
 
     @property
     def pixel_threshold(self) -> float | None:
-        """Value that the peaks of nominal images' anomaly maps exceed at ``false_alarm_rate``; None if uncalibrated."""
+        """Value of an anomaly map above which a pixel is anomalous; None where there is none.
+
+        Set by hand, as ``image_threshold``, or what the peaks of nominal images' maps exceed at ``false_alarm_rate``.
+        """
+        if (by_hand := self.thresholds_by_hand["pixel_threshold"]) is not None:
+            return by_hand
         return self.model.calibration.pixel_threshold(self.false_alarm_rate)
+
+    @pixel_threshold.setter
+    def pixel_threshold(self, value: float | None) -> None:
+        self._set_by_hand("pixel_threshold", value)
+
+    def _set_by_hand(self, name: str, value: float | None) -> None:
+        check_arguments(PatchCore.__init__, {name: value})
+        if value is not None and value <= 0:
+            raise UserError(f"{name} must be above 0, got {value}; null takes the calibrated one.")
+        self.thresholds_by_hand[name] = None if value is None else float(value)
+        if name in self.hparams:
+            self.hparams[name] = self.thresholds_by_hand[name]
+
+    def tell_thresholds(self, kind: CalibrationKind | None = None) -> None:
+        """Log the thresholds, what they promise, and which are set by hand.
+
+        Args:
+            kind: Where the scores of the calibration are from; None: as ``calibration`` says.
+
+        Raises:
+            UserError: If the calibrated threshold is 0; of ``leave_one_out`` there is none then.
+        """
+        kind = kind or self.calibration
+        try:
+            self.model.calibration.tell(self.false_alarm_rate, kind)
+        except UserError as error:
+            if kind != "leave_one_out":
+                raise
+            self.model.calibration.clear()
+            log.warning("no thresholds: %s", error)
+        self._tell_by_hand()
+
+    def _tell_by_hand(self) -> None:
+        for name, value in self.thresholds_by_hand.items():
+            if value is not None:
+                log.info("%s is set by hand: %g.", name, value)
+
+    def _refuse_test_range(self) -> None:
+        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range":
+            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
 
     @property
     def patch_features(self) -> PatchFeatures:
@@ -299,7 +387,7 @@ class PatchCore(L.LightningModule):
         Returns:
             ``score (B,)`` and ``anomaly_map (B, H, W)``; of a calibrated model also ``anomalous (B,)``, bool,
             whether the score is above the threshold, ``normalized (B,)``, the score in units of the threshold, and
-            ``p_value (B,)``, see `calibration.p_values`; of the batch, ``path``, ``index`` and geometry.
+            ``p_value (B,)``, see `Calibration.p_values`; of the batch, ``path``, ``index`` and geometry.
         """
         batch = self._own(batch, batch_idx, dataloader_idx)
         scores, maps = self(batch["image"])
@@ -316,6 +404,7 @@ class PatchCore(L.LightningModule):
         loaders = self.trainer.val_dataloaders if validating else self.trainer.test_dataloaders
         loader = single_loader(loaders)
         self._check_fitted()
+        self._tell_by_hand()
         self._find_ranges([loader])
         self._test_figures = TestFigures(self.image_threshold, self.pixel_threshold, self.metrics_mode, self.device)
 
@@ -341,6 +430,7 @@ class PatchCore(L.LightningModule):
     def on_predict_epoch_start(self) -> None:
         """Refuse an empty memory bank before any batch is read."""
         self._check_fitted()
+        self._tell_by_hand()
         loaders: Any = self.trainer.predict_dataloaders
         self._find_ranges(loaders if isinstance(loaders, list | tuple) else [loaders])
 
@@ -378,8 +468,11 @@ class PatchCore(L.LightningModule):
             )
         log.info("memory bank: the first %d of %d patch features.", coreset.size, bank.size)
         if len(self.model.calibration.scores):
-            log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
-        bank.fill(bank.features[: coreset.size], bank.radii[: coreset.size + 1])
+            log.warning(
+                "the thresholds were calibrated with the larger memory bank and are left out; pl-patchcore calibrate "
+                "(in Python model.calibrate) sets new ones."
+            )
+        bank.fill(bank.features[: coreset.size], bank.radii[: coreset.size + 1], bank.images[: coreset.size])
         self.model.calibration.clear()
 
     def _own(self, batch: Any, number: int, loader: int = 0) -> dict[str, Any]:
@@ -424,8 +517,13 @@ class PatchCore(L.LightningModule):
         return torch.optim.SGD(self.anchor.parameters(), lr=0.0)
 
     def on_fit_start(self) -> None:
-        """Refuse ``max_steps`` that end the fit before all images have come."""
+        """Refuse ``max_steps`` that end the fit before all images have come, and missing calibration images."""
         self._all_came = None
+        if self.calibration == "images" and not self._updating and self._calibration_loader() is None:
+            raise UserError(
+                "calibration is images, but the data module has none; set data.calibration to a folder of nominal "
+                "images, or calibrate the fitted model by pl-patchcore calibrate (in Python model.calibrate)."
+            )
         if self.trainer.max_steps >= 0:
             self.trainer.fit_loop.setup_data()
             if self.trainer.max_steps < self.trainer.num_training_batches < math.inf:
@@ -464,6 +562,7 @@ class PatchCore(L.LightningModule):
             self.model,
             store=self.store,
             calibration_share=self.calibration_share,
+            leave_one_out=self.calibration_images if self.calibration == "leave_one_out" else 0,
             seed=self.seed,
             images=images,
             batches=batches,
@@ -483,7 +582,7 @@ class PatchCore(L.LightningModule):
         assert self._fitting is not None  # since on_train_start
         own = self._own(batch, batch_idx)
         if len(own["image"]):
-            self._fitting.add(own["image"], own["index"].cpu())
+            self._fitting.add(own["image"], own["index"].cpu(), own["group"].cpu())
         self.log("train/images", float(self._fitting.count), batch_size=max(1, len(own["image"])))
         if 0 <= self.trainer.max_steps <= batch_idx + 1:
             self.trainer.should_stop = True  # Lightning counts no steps
@@ -515,7 +614,12 @@ class PatchCore(L.LightningModule):
             return
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         self._fitting.select(shown=shown)
-        self.model.calibration.tell(self.false_alarm_rate)
+        if self.calibration == "images" and (loader := self._calibration_loader()) is not None:
+            earlier = self.model.calibration.scores, self.model.calibration.peaks
+            with self.trainer.precision_plugin.forward_context():
+                self._calibrate_on(loader)
+            self.model.calibration.keep(*earlier)
+        self.tell_thresholds()
 
     def on_train_end(self) -> None:
         """Select the memory bank, then have the checkpoint callbacks save it."""
@@ -567,7 +671,8 @@ class PatchCore(L.LightningModule):
         The memory bank is selected again from what it held and the new images' patch features, down to
         ``coreset_size``, or to ``coreset_ratio`` of all patch features ever seen. What an earlier selection left
         out is gone: the bank is as good as one fitted on all images at once where the earlier bank stands well for
-        its images. Thresholds are calibrated anew on held-out new images, if ``calibration_share`` asks for them.
+        its images. Scores of the calibration stay as they were, and new images' scores come to them, as
+        ``calibration`` says.
 
         Args:
             trainer: A Trainer.
@@ -587,6 +692,45 @@ class PatchCore(L.LightningModule):
             raise
         finally:
             self._updating = False
+
+    def calibrate(self, loader: Any) -> None:
+        """Set the thresholds of a fitted model from nominal images that are not in its memory bank, without a fit.
+
+        They take the place of those before. For a memory bank that was cut down, or a new camera or light.
+
+        Args:
+            loader: Loader of batches as `lightning.Trainer.fit` takes them. Of images with the same ``group`` one is
+                drawn.
+
+        Raises:
+            UserError: If the model is not fitted, an image is labelled anomalous, or the threshold is 0.
+        """
+        self._check_fitted()
+        self._refuse_test_range()
+        self._calibrate_on(loader)
+        self.tell_thresholds("images")
+
+    @torch.no_grad()
+    def _calibrate_on(self, loader: Any) -> None:
+        own, groups, found = OwnImages(loader, 0, 1), dict[int, int](), dict[int, tuple[float, float]]()
+        for each in tqdm(loader, "Calibration", unit=" batches", delay=2):
+            batch = own.of(each)
+            if "label" in batch and (torch.as_tensor(batch["label"]) > 0).any():
+                raise UserError("images that calibrate must be nominal, and one is labelled anomalous; leave it out.")
+            scores, maps = self(batch["image"].to(self.device))
+            index = batch["index"].tolist()
+            groups.update(zip(index, batch["group"].tolist(), strict=True))
+            found.update(zip(index, zip(scores.tolist(), maps.flatten(1).amax(1).tolist(), strict=True), strict=True))
+        if not found:
+            raise UserError("there is no image to calibrate with; give a loader of nominal images.")
+        drawn = sorted(draw_one_of_each(groups, self.seed))
+        values = torch.tensor([found[image] for image in drawn], dtype=torch.float32)
+        self.model.calibration.fill(*values.unbind(1), torch.tensor(drawn))
+
+    def _calibration_loader(self) -> Any:
+        """The data module's loader of images to calibrate with; None where there are none."""
+        loader = getattr(self.trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+        return None if loader is None else loader()
 
     # Checkpoints
 

@@ -49,6 +49,8 @@ class Record:
         mask_path: Ground-truth mask, or a folder of several that are united; None means all nominal for a nominal
             image, unknown for an anomalous one.
         mask_above: Levels above this are anomalous, in a mask of 8 bits and in one of more; `settle_masks` sets it.
+        group: Name of the group of images that it belongs to, such as a clip; calibration leaves a group out as a
+            whole. Empty: it is a group of its own.
     """
 
     mask_is_image: ClassVar[bool] = True  # False: `read` is overridden, and knows what the mask says
@@ -59,6 +61,7 @@ class Record:
     category: str
     mask_path: Path | None = None
     mask_above: tuple[int, int] = MID_GREY
+    group: str = ""
 
     def read(self, transform: Preprocessing | None = None) -> tuple[Image.Image, np.ndarray]:
         """Read the image, RGB, and its ground truth, uint8 ``(H, W)``: 0 nominal, 1 anomalous, 255 unknown.
@@ -150,7 +153,8 @@ class ImageDataset(Dataset[Sample]):
     """Records as samples.
 
     A sample holds ``image``, ``mask``, ``original_size`` and ``crop_box`` as `Preprocessing.apply` gives them;
-    ``label``, ``index`` in the data set; ``category``, ``defect`` and ``path`` as strings.
+    ``label``, ``index`` in the data set, ``group`` (index of the first image of its group); ``category``, ``defect``
+    and ``path`` as strings.
 
     Args:
         records: The images, in the data set's order.
@@ -159,6 +163,8 @@ class ImageDataset(Dataset[Sample]):
 
     def __init__(self, records: Sequence[Record], transform: Preprocessing) -> None:
         self.records, self.transform = records, transform
+        first: dict[str, int] = {}
+        self.groups = [first.setdefault(r.group, i) if r.group else i for i, r in enumerate(records)]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -166,7 +172,8 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
-        return self.transform.apply(*record.read(self.transform)) | {"label": record.label, "index": index} | names
+        numbers = {"label": record.label, "index": index, "group": self.groups[index]}
+        return self.transform.apply(*record.read(self.transform)) | numbers | names
 
 
 def collate(samples: list[Sample]) -> Sample:
@@ -250,19 +257,23 @@ class AnomalyDataModule(L.LightningDataModule):
         """List the images that ``predict`` scores; None: the test records."""
         return None
 
+    def load_calibration_records(self) -> list[Record]:
+        """List nominal images that set the thresholds where ``model.calibration`` is ``images``."""
+        return []
+
     @property
     def records(self) -> tuple[list[Record], list[Record]]:
         """Training and test records."""
         return self.lists[:2]
 
     @cached_property
-    def lists(self) -> tuple[list[Record], list[Record], list[Record]]:
-        """Training, test and predict records, listed once."""
+    def lists(self) -> tuple[list[Record], list[Record], list[Record], list[Record]]:
+        """Training, test, predict and calibration records, listed once."""
         train, test = self.load_records()
-        predict = self.load_predict_records()
+        predict, calibration = self.load_predict_records(), self.load_calibration_records()
         if self.on_broken == "skip":
-            broken = self._find_broken([*train, *test, *(predict or [])])
-            train, test = ([r for r in part if r not in broken] for part in (train, test))
+            broken = self._find_broken([*train, *test, *(predict or []), *calibration])
+            train, test, calibration = ([r for r in part if r not in broken] for part in (train, test, calibration))
             predict = predict and [r for r in predict if r not in broken]
         test = settle_masks(test, max(1, self.num_workers), self._transform())
         if self.shots is not None:
@@ -272,7 +283,7 @@ class AnomalyDataModule(L.LightningDataModule):
                 )
             order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
             train = [train[i] for i in sorted(order[: self.shots])]
-        return train, test, test if predict is None else predict
+        return train, test, test if predict is None else predict, calibration
 
     @property
     def predict_records(self) -> list[Record]:
@@ -281,7 +292,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def require(self, stage: str) -> None:
         """Refuse a stage (``fit``, ``validate``, ``test`` or ``predict``) whose set of images is empty."""
-        train, test, predict = self.lists
+        train, test, predict, _ = self.lists
         if not {"fit": train, "predict": predict}.get(stage, test):
             name = "training" if stage == "fit" else stage
             raise UserError(f"{type(self).__name__}: the {name} set is empty; look at the data module's options.")
@@ -328,7 +339,8 @@ class AnomalyDataModule(L.LightningDataModule):
             raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
         transform = self._transform()
         self.require(stage)
-        self.train_set, self.test_set, self.predict_set = (ImageDataset(part, transform) for part in self.lists)
+        sets = [ImageDataset(part, transform) for part in self.lists]
+        self.train_set, self.test_set, self.predict_set, self.calibration_set = sets
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
 
@@ -351,6 +363,11 @@ class AnomalyDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Sample]:
         """Nominal and anomalous images."""
         return Loader(self.test_set, batch_size=self.batch_size, **self.loading)
+
+    def calibration_dataloader(self) -> DataLoader[Sample] | None:
+        """Nominal images that set the thresholds where ``model.calibration`` is ``images``; None if there are none."""
+        data = self.calibration_set
+        return Loader(data, batch_size=self.batch_size, **self.loading) if len(data) else None
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
