@@ -79,7 +79,7 @@ def draw_one_of_each(groups: Mapping[int, int], seed: int, most: int | None = No
 
     Example:
         >>> sorted(draw_one_of_each({0: 7, 1: 7, 2: 8}, seed=0))
-        [1, 2]
+        [0, 2]
     """
     draw = np.random.default_rng([seed, STREAM])
     of_group: dict[int, int] = {}

@@ -158,7 +158,8 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
         name: Name of the file, for errors.
 
     Raises:
-        UserError: If an argument is unknown, one is missing that a file cannot hold, or those given contradict each other.
+        UserError: If an argument is unknown, one is missing that a file cannot hold, or those given contradict each
+            other.
     """
     refuse_rate_beside_threshold([name for name, value in overrides.items() if value is not None])
     saved = checkpoint.get("hyper_parameters", {})

@@ -39,7 +39,7 @@ MOST_COPIED = 0.1  # share of the images that may have a near-copy without a war
 class _Scored(NamedTuple):
     """An image scored for calibration."""
 
-    index: int
+    image: int  # its index in the data set
     score: float
     peak: float  # of its anomaly map
     copied: bool  # whether the memory bank holds a near-copy of it
@@ -263,16 +263,16 @@ class Fitting:
     def _calibrate(self, size: tuple[int, int], shown: bool) -> None:
         """Score the images that calibration needs, one of each group; keep what an earlier fit found."""
         own = list(self._score_held_out(size) if self.share else self._score_without_own_rows(size, shown))
-        scored = sorted(image for part in self.processes.objects(own) for image in part)
-        drawn = draw_one_of_each({image.index: self.numbers[image.index] for image in scored}, self.seed)
-        scored = [image for image in scored if image.index in drawn]
-        values = torch.tensor([image[1:3] for image in scored], dtype=torch.float32).view(-1, 2)
-        self.model.calibration.fill(*values.unbind(1), torch.tensor([image.index for image in scored]))
+        scored = sorted(each for part in self.processes.objects(own) for each in part)
+        drawn = draw_one_of_each({each.image: self.numbers[each.image] for each in scored}, self.seed)
+        scored = [each for each in scored if each.image in drawn]
+        scores, peaks = (torch.tensor([each[at] for each in scored], dtype=torch.float32) for at in (1, 2))
+        self.model.calibration.fill(scores, peaks, torch.tensor([each.image for each in scored]))
         if self.earlier_scores is not None:
             self.model.calibration.keep(*self.earlier_scores)
         if self.share and not scored:
             log.warning("calibration_share holds no image out; there are no thresholds.")
-        if (copied := sum(image.copied for image in scored)) > MOST_COPIED * len(scored):
+        if (copied := sum(each.copied for each in scored)) > MOST_COPIED * len(scored):
             log.warning(
                 "%d of %d images have a near-copy among the training images, which makes the thresholds too low: tell "
                 "which images belong together, by data.group_by, the column group of a manifest, or an entry 'group' "

@@ -242,7 +242,7 @@ class ForeignRows:
             with full_precision(queries.device):
                 nearest, found = self.search(queries[left], asked)
             own = self.own[found]  # (Q, asked)
-            first = own.int().argsort(1, stable=True)[:, :k]  # foreign rows come first, by distance as they were
+            first = own.int().argsort(stable=True, dim=1)[:, :k]  # foreign rows come first, by distance as they were
             done = (~own).sum(1) >= k
             distance[left[done]], rows[left[done]] = nearest.gather(1, first)[done], found.gather(1, first)[done]
             left = left[~done]

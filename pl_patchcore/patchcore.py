@@ -724,8 +724,8 @@ class PatchCore(L.LightningModule):
         if not found:
             raise UserError("there is no image to calibrate with; give a loader of nominal images.")
         drawn = sorted(draw_one_of_each(groups, self.seed))
-        values = torch.tensor([found[image] for image in drawn], dtype=torch.float32)
-        self.model.calibration.fill(*values.unbind(1), torch.tensor(drawn))
+        scores, peaks = torch.tensor([found[image] for image in drawn], dtype=torch.float32).unbind(1)
+        self.model.calibration.fill(scores, peaks, torch.tensor(drawn))
 
     def _calibration_loader(self) -> Any:
         """The data module's loader of images to calibrate with; None where there are none."""

@@ -55,13 +55,13 @@ def test_update_keeps_to_a_fixed_size_and_knows_the_new_images(trainer):
     assert (model.eval()(new)[0] < 0.7 * before).all()
 
 
-def test_update_recalibrates_on_the_new_images(trainer):
+def test_update_calibrates_on_the_old_and_the_new_held_out_images(trainer):
     model = model_of(calibration_share=0.5, false_alarm_rate=0.3)
     fit(model, trainer, images(6, 0))
     before = model.model.calibration.scores.clone()
     model.update(trainer(), loader(images(8, 1)))
-    assert len(model.model.calibration.scores) == 4
-    assert not torch.equal(before, model.model.calibration.scores)
+    assert torch.equal(before, model.model.calibration.scores[:3])
+    assert model.model.calibration.images.lt(0).tolist() == [True] * 3 + [False] * 4
 
 
 def test_a_failed_update_leaves_the_model_as_it_was(trainer):
