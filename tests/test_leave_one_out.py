@@ -107,7 +107,9 @@ def test_groups_are_left_out_whole_and_count_as_one(trainer):
     model = fit(trainer, model_of(), samples(pictures, groups))
     numbers = [0, 0, 1, 0, 1, 2, 3, 1]  # in order of the first image
     own = own_rows(model.model, pictures)
-    assert all(numbers[own[row].int().argmax()] == number for row, number in enumerate(model.memory_bank.images.tolist()))
+    assert all(
+        numbers[own[row].int().argmax()] == number for row, number in enumerate(model.memory_bank.images.tolist())
+    )
     calibration, alike = model.model.calibration, [[i for i in range(8) if groups[i] == group] for group in groups]
     assert sorted(groups[image] for image in calibration.images) == [3, 7, 900, 901]
     scores, _ = expected(model.model, pictures, alike)
@@ -214,7 +216,9 @@ def test_one_image_of_each_group():
     assert draw_one_of_each(groups, seed=1) != drawn == draw_one_of_each(groups, seed=0)
     assert len(draw_one_of_each(groups, 0, 3)) == 3
     large = {image: max(0, image - 90) for image in range(100)}  # one group of 91 images, 9 of one
-    assert sum(0 in {large[i] for i in draw_one_of_each(large, seed, 2)} for seed in range(200)) == pytest.approx(40, abs=18)
+    assert sum(0 in {large[i] for i in draw_one_of_each(large, seed, 2)} for seed in range(200)) == pytest.approx(
+        40, abs=18
+    )
 
 
 @pytest.mark.parametrize(("n", "rate"), [(5, 0.05), (20, 0.1), (99, 0.01), (400, 0.2)])
