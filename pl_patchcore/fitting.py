@@ -31,8 +31,8 @@ log.addFilter(on_first_process)
 
 RAW_LEVEL = 64.0  # an image that reaches it was hardly normalised: by ImageNet's mean and deviation, white is 2.6
 PROBES = 64  # patches of an image that `_is_copied` looks at
-COPY_DISTANCE = 1 / 3  # of a patch to the nearest foreign row, in distances to the nearest one of yet another image
-COPY_PATCHES = 0.25  # share of an image's patches that are so near, where the image has a near-copy
+COPY_DISTANCE = 0.5  # of a patch to the nearest foreign row, in distances to the nearest one of yet another image
+COPY_PATCHES = 0.15  # share of an image's patches that are so near, where the image has a near-copy
 MOST_COPIED = 0.1  # share of the images that may have a near-copy without a warning
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -264,7 +264,6 @@ class PatchCore(L.LightningModule):
         module.load_state_dict(saved["state_dict"], strict=strict)
         for member in module.model.members:
             member.patch_features.identify()
-        module.cut_bank()
         return module if map_location is None else module.to(map_location)
 
     # Scoring
@@ -455,9 +454,14 @@ class PatchCore(L.LightningModule):
     def _check_fitted(self) -> None:
         if not self.model.fitted:
             raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
-        self.cut_bank()
 
-    def cut_bank(self) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `torch.nn.Module.load_state_dict`; cuts the memory bank down to ``coreset_size``, if it is larger."""
+        loaded = super().load_state_dict(state_dict, strict, assign)
+        self._cut_bank()
+        return loaded
+
+    def _cut_bank(self) -> None:
         """Bring a bank that was loaded down to ``coreset_size``: the first rows are the coreset of that size."""
         coreset, bank = self.model.members[0].coreset, self.memory_bank
         if len(self.model.members) > 1 or coreset.size is None or coreset.size >= bank.size:

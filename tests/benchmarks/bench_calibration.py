@@ -105,8 +105,12 @@ def main() -> None:
         print(f"{SHARED} is not there: no magnetic tiles to measure on.")
         return
     logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
-    columns = [f"{kind}: {name}" for kind in KINDS for name in ("promised", "found", "deviation", "95 %", "above it")]
-    table, kept = Table("backbone", "bank", "tiles", "rate", *columns, "kept"), []
+    columns = [
+        f"{kind}: {name}"
+        for kind in ("split", "own rows left out")
+        for name in ("promised", "found", "deviation", "95 %", "above it")
+    ]
+    table, kept = Table("backbone", "bank", "tiles", "rate", *columns, "kept"), list[bool]()
     updates = Table("backbone", "bank", "tiles", "rate", *columns[5:], "kept", title="By update")
     for backbone in given.backbones:
         features = features_of_all(BACKBONES[backbone])
