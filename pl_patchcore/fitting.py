@@ -52,7 +52,7 @@ class Fitting:
         model: The model.
         store: Where patch features are kept until the coreset is selected.
         calibration_share: Share of the images held out from the memory bank, in [0, 1).
-        leave_one_out: Most images that are scored without their own rows, where none are held out.
+        leave_one_out: Most images (or groups) that are scored without their own rows, where none are held out; 0: none.
         seed: Seed of the draw of these.
         images: Images of the data set, if their number is known.
         batches: Batches to come in this process; infinite where that is not known.
