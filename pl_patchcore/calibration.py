@@ -41,6 +41,36 @@ SLACK = 1e-9  # so that 20 * 0.05 is 1
 STREAM = 1  # of random numbers: a split of the data set by the same seed must not go along with this draw
 
 
+def calibration_kind(kind: CalibrationKind | None, share: float, most: int, rate: float) -> CalibrationKind:
+    """Look at the arguments of a `PatchCore` that are about calibration.
+
+    Args:
+        kind: ``calibration``.
+        share: ``calibration_share``.
+        most: ``calibration_images``.
+        rate: ``false_alarm_rate``.
+
+    Returns:
+        ``kind``, or what stands for null.
+
+    Raises:
+        UserError: If one is out of range, or they contradict each other.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"calibration_share must be in [0, 1), got {share}.")
+    kind = kind or ("split" if share else "none")
+    if (kind == "split") != (share > 0):
+        raise UserError(
+            f"calibration_share goes with calibration split, got {share} with {kind}; set the share to 0 for another "
+            "calibration, above 0 for split."
+        )
+    if most < 1:
+        raise UserError(f"calibration_images must be at least 1, got {most}.")
+    if not 0 < rate < 1:
+        raise UserError(f"false_alarm_rate must be in (0, 1), got {rate}.")
+    return kind
+
+
 def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
     """Draw a ``share`` of all training images, in [0, 1), to be kept out of the memory bank: at least one, if not 0.
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from pl_patchcore.anomaly_map import Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
-from pl_patchcore.calibration import CalibrationKind, draw_one_of_each
+from pl_patchcore.calibration import CalibrationKind, calibration_kind, draw_one_of_each
 from pl_patchcore.checkpoint import (
     FORMAT,
     check_identity,
@@ -57,6 +57,7 @@ from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import Mode, TestFigures
 from pl_patchcore.options import (
     MEMBER_ARGUMENTS,
+    THRESHOLDS,
     EnsembleOptions,
     ImageOptions,
     PatchOptions,
@@ -178,41 +179,22 @@ class PatchCore(L.LightningModule):
         settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
         check_arguments(PatchCore.__init__, locals())
         super().__init__()
-        if not 0 <= calibration_share < 1:
-            raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
-        self.calibration = calibration or ("split" if calibration_share else "none")
-        if (self.calibration == "split") != (calibration_share > 0):
-            raise UserError(
-                f"calibration_share goes with calibration split, got {calibration_share} with {self.calibration}; "
-                "set the share to 0 for another calibration, above 0 for split."
-            )
-        if calibration_images < 1:
-            raise UserError(f"calibration_images must be at least 1, got {calibration_images}.")
-        if not 0 < false_alarm_rate < 1:
-            raise UserError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
+        self.calibration = calibration_kind(calibration, calibration_share, calibration_images, false_alarm_rate)
         of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
         of_ensemble = options_of(EnsembleOptions, ensemble)
         for given in of_ensemble.members or ():
             check_arguments(PatchCore.__init__, given, "ensemble.members: ")
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
-        if self.calibration != "none":
-            self._refuse_test_range()
-        for member in self.model.members:
-            self.store.check_method(member.coreset.method)
+        self._check_parts()
         self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
-        self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
+        self.metrics_mode, self.save_backbone, self.calibration_images = metrics_mode, save_backbone, calibration_images
         plain, self.left_out = plain_arguments(self.arguments)
         self.hparams.update(plain)
-        by_hand = {"image_threshold": image_threshold, "pixel_threshold": pixel_threshold}
-        refuse_rate_beside_threshold(
-            [name for name, value in by_hand.items() if value is not None]
-            + ["false_alarm_rate"] * (false_alarm_rate != DEFAULT_RATE)
-        )
         self.thresholds_by_hand: dict[str, float | None] = {}  # null: not set
-        for name, value in by_hand.items():
-            self._set_by_hand(name, value)
-        self.calibration_images = calibration_images
+        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
+        if false_alarm_rate != DEFAULT_RATE:
+            refuse_rate_beside_threshold(["false_alarm_rate", *filter(self.thresholds_by_hand.get, THRESHOLDS)])
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
@@ -332,6 +314,13 @@ class PatchCore(L.LightningModule):
         for name, value in self.thresholds_by_hand.items():
             if value is not None:
                 log.info("%s is set by hand: %g.", name, value)
+
+    def _check_parts(self) -> None:
+        """Refuse options that the model's parts contradict."""
+        if self.calibration != "none":
+            self._refuse_test_range()
+        for member in self.model.members:
+            self.store.check_method(member.coreset.method)
 
     def _refuse_test_range(self) -> None:
         if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range":
