@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.memory_bank import MemoryBank
+from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 
 LARGEST_SIGMA = 1024  # pixels; the filter has 8 times as many
 Distance = Literal["euclidean", "squared"]
@@ -53,7 +53,7 @@ class AnomalyScorer(nn.Module):
         self.num_neighbors, self.distance = num_neighbors, distance
         self.reweighting_neighbors, self.sigma = reweighting_neighbors, sigma
 
-    def forward(self, patches: Tensor, bank: MemoryBank, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(self, patches: Tensor, bank: MemoryBank | ForeignRows, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Compare patch features ``(B, h, w, D)`` of images of ``size`` (height, width) with the memory bank.
 
         Returns:
@@ -61,7 +61,7 @@ class AnomalyScorer(nn.Module):
             (or its square), from 0 up without bound.
         """
         b, h, w, d = patches.shape
-        nearest, rows = bank(patches.reshape(-1, d), min(self.num_neighbors, bank.features.shape[0]))
+        nearest, rows = bank(patches.reshape(-1, d), min(self.num_neighbors, bank.size))
         distances = nearest.square() if self.distance == "squared" else nearest
         distances = distances.mean(1).view(b, h * w)
         star, patch = distances.max(1)  # equation 6
@@ -70,7 +70,7 @@ class AnomalyScorer(nn.Module):
         return star * weight, anomaly_map(distances.view(b, h, w), size, self.sigma)
 
 
-def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Tensor:
+def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank | ForeignRows, b: int) -> Tensor:
     """Weight w of equation 7: small where the nearest bank feature has close company in the bank.
 
     ``w = 1 - exp(|x - m*|) / sum over m in N_b(m*) of exp(|x - m|)``, with N_b(m*) the b bank features nearest to
@@ -86,7 +86,7 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank, b: int) -> Ten
     Returns:
         float32 ``(B,)`` in [0, 1]; all 1 for b = 1 or a bank of one row.
     """
-    b = min(b, bank.features.shape[0])
+    b = min(b, bank.size)
     if b == 1:
         return patch.new_ones(patch.shape[0], dtype=torch.float32)
     star = bank.features[nearest].float()  # (B, D)

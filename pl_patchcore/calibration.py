@@ -1,10 +1,18 @@
-"""Anomaly scores of nominal images kept out of the memory bank -> thresholds, without a look at any defect.
+"""Anomaly scores of nominal images -> thresholds, without a look at any defect.
 
 A threshold is set by the false-alarm rate that the user accepts: split conformal prediction (Papadopoulos et al.
-2002; Vovk et al. 2005). With n held-out images, the threshold is their k-th smallest score,
-``k = n + 1 - floor((n + 1) * rate)``; a new nominal image, drawn as they were, then exceeds it with probability
-``floor((n + 1) * rate) / (n + 1)``, whatever the distribution of scores (less where scores tie). Below
-``1 / rate - 1`` images no score is high enough; the highest one then serves, and promises ``1 / (n + 1)``.
+2002; Vovk et al. 2005). With n images kept out of the memory bank, the threshold is their k-th smallest score,
+``k = n + 1 - l`` with ``l = floor((n + 1) * rate)``; a new nominal image, drawn as they were, then exceeds it with
+probability ``l / (n + 1)``, whatever the distribution of scores (less where scores tie). Below ``1 / rate - 1``
+images no score is high enough; the highest one then serves, and promises ``1 / (n + 1)``. That is the average over
+draws of the n images. The rate that one draw gives follows Beta(l, n + 1 - l); `promised_rates` gives its mean and
+the value that it stays below in 95 of 100 draws.
+
+``leave_one_out`` scores each training image against the memory bank without its own rows, so that no image is lost.
+The coreset is not selected again without the image, so neither the proof of the split nor the bound of the jackknife+
+(Barber et al. 2021) holds: the same figures are then approximate, and `tests/benchmarks/bench_calibration.py` measures
+how well they are kept. Near-copies of an image that stay in the bank make its score too low. What is left out is
+therefore a group of images, and one image of each group, drawn at random, is scored: groups count as n.
 
 For pixels the score of an image is the peak of its anomaly map: with the promised probability not one pixel of a
 new nominal image lies above the threshold. `Calibration` holds the scores in the model; next: `metrics/`.
@@ -14,7 +22,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +35,40 @@ from pl_patchcore.errors import UserError
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
+CalibrationKind = Literal["leave_one_out", "split", "images", "none"]
+CONFIDENCE = 0.95  # that the second of `promised_rates` is not exceeded
 SLACK = 1e-9  # so that 20 * 0.05 is 1
 STREAM = 1  # of random numbers: a split of the data set by the same seed must not go along with this draw
+
+
+def calibration_kind(kind: CalibrationKind | None, share: float, most: int, rate: float) -> CalibrationKind:
+    """Look at the arguments of a `PatchCore` that are about calibration.
+
+    Args:
+        kind: ``calibration``.
+        share: ``calibration_share``.
+        most: ``calibration_images``.
+        rate: ``false_alarm_rate``.
+
+    Returns:
+        ``kind``, or what stands for null.
+
+    Raises:
+        UserError: If one is out of range, or they contradict each other.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"calibration_share must be in [0, 1), got {share}.")
+    kind = kind or ("split" if share else "none")
+    if (kind == "split") != (share > 0):
+        raise UserError(
+            f"calibration_share goes with calibration split, got {share} with {kind}; set the share to 0 for another "
+            "calibration, above 0 for split."
+        )
+    if most < 1:
+        raise UserError(f"calibration_images must be at least 1, got {most}.")
+    if not 0 < rate < 1:
+        raise UserError(f"false_alarm_rate must be in (0, 1), got {rate}.")
+    return kind
 
 
 def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
@@ -55,6 +96,28 @@ def is_held_out(index: int, share: float, seed: int) -> bool:
     return index == int(np.random.default_rng([seed, block]).integers(first, max(last, first + 1)))
 
 
+def draw_one_of_each(groups: Mapping[int, int], seed: int, most: int | None = None) -> frozenset[int]:
+    """Draw one image of each group, of at most ``most`` groups (None: all).
+
+    Args:
+        groups: Group of each image.
+        seed: Seed of the draw.
+        most: Groups to draw.
+
+    Returns:
+        The images drawn.
+
+    Example:
+        >>> sorted(draw_one_of_each({0: 7, 1: 7, 2: 8}, seed=0))
+        [0, 2]
+    """
+    draw = np.random.default_rng([seed, STREAM])
+    of_group: dict[int, int] = {}
+    for image in draw.permutation(sorted(groups)).tolist():
+        of_group.setdefault(groups[image], image)
+    return frozenset(draw.permutation(sorted(of_group.values()))[:most].tolist())
+
+
 def conformal_threshold(scores: Tensor, rate: float) -> tuple[float, float]:
     """Threshold that nominal scores exceed at a given rate.
 
@@ -73,6 +136,19 @@ def conformal_threshold(scores: Tensor, rate: float) -> tuple[float, float]:
     n = len(scores)
     above = max(1, math.floor((n + 1) * rate + SLACK))  # of n + 1 exchangeable scores, so many exceed it
     return scores.sort().values[n - above].item(), above / (n + 1)
+
+
+def promised_rates(n: int, rate: float) -> tuple[float, float]:
+    """Share of new nominal images above `conformal_threshold`: on average, and not exceeded with 95 % confidence.
+
+    Example:
+        >>> [round(share, 3) for share in promised_rates(5, 0.05)]
+        [0.167, 0.451]
+    """
+    from scipy.special import betaincinv  # takes a fifth of a second to import
+
+    above = max(1, math.floor((n + 1) * rate + SLACK))
+    return above / (n + 1), float(betaincinv(above, n + 1 - above, CONFIDENCE))
 
 
 def images_needed(rate: float) -> int:
@@ -96,13 +172,15 @@ def p_values(scores: Tensor, held_out: Tensor) -> Tensor:
 
 
 class Calibration(nn.Module):
-    """Scores of the held-out images, saved with the model; empty until `fill`.
+    """Scores of nominal images, saved with the model; empty until `fill`.
 
     Casting a model casts them: thresholds are then rounded as its scores are.
 
     Attributes:
         scores: Anomaly scores, ``(n,)``, float32; of any n by ``load_state_dict``.
         peaks: Highest value of each image's anomaly map, ``(n,)``, float32.
+        images: Index of each image in the data set that it was scored from, ``(n,)``, int32; -1 for a score that is
+            older than the last update of the memory bank.
 
     Example:
         >>> calibration = Calibration()
@@ -114,17 +192,27 @@ class Calibration(nn.Module):
 
     scores: Tensor
     peaks: Tensor
+    images: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scores", torch.empty(0, dtype=torch.float32))
         self.register_buffer("peaks", torch.empty(0, dtype=torch.float32))
+        self.register_buffer("images", torch.empty(0, dtype=torch.int32))
         self.register_load_state_dict_pre_hook(_take_sizes)  # type: ignore[no-untyped-call]
 
-    def fill(self, scores: Tensor, peaks: Tensor) -> None:
-        """Take in the scores and the peaks of the maps of all held-out images, ``(n,)`` each."""
+    def fill(self, scores: Tensor, peaks: Tensor, images: Tensor | None = None) -> None:
+        """Take in the scores, the peaks of the maps and the indices of all images, ``(n,)`` each; None: 0 to n - 1."""
         device = self.scores.device
         self.scores, self.peaks = (each.detach().to(device, torch.float32, copy=True) for each in (scores, peaks))
+        images = torch.arange(len(scores)) if images is None else images
+        self.images = images.to(device, torch.int32, copy=True)
+
+    def keep(self, scores: Tensor, peaks: Tensor) -> None:
+        """Put scores and peaks that are older than the memory bank before those there are."""
+        old, device = torch.full((len(scores),), -1), self.scores.device
+        pairs = ((scores, self.scores), (peaks, self.peaks), (old, self.images))
+        self.fill(*(torch.cat([before.to(device), own]) for before, own in pairs))
 
     def clear(self) -> None:
         """Forget them."""
@@ -142,35 +230,58 @@ class Calibration(nn.Module):
         """Share of nominal images that score as high as each of ``scores`` ``(B,)`` (see `p_values`)."""
         return p_values(scores, self.scores)
 
-    def tell(self, rate: float) -> None:
+    def tell(self, rate: float, kind: CalibrationKind = "split") -> None:
         """Log the thresholds, and what they promise; nothing while empty.
+
+        Args:
+            rate: False-alarm rate accepted.
+            kind: Where the scores are from.
 
         Raises:
             UserError: If the threshold is 0, which no score can be compared to.
         """
         if not (n := len(self.scores)):
             return
-        threshold, promised = conformal_threshold(self.scores, rate)
+        threshold, (expected, at_most) = conformal_threshold(self.scores, rate)[0], promised_rates(n, rate)
         if threshold <= 0:
             raise UserError(
-                f"the threshold is {threshold:g}: held-out nominal images score 0, as copies of training images do; "
-                "give images that differ, or set calibration_share to 0."
+                f"the threshold is {threshold:g}: {_NAMES[kind]} score 0, as copies of training images do; give images "
+                "that differ, or set calibration to none."
             )
+        earlier = f", {old} of them scored before the update" if (old := int((self.images < 0).sum())) else ""
         log.info(
-            "thresholds from %d held-out nominal images: %.4g for anomaly scores, %.4g for anomaly maps; a nominal "
-            "image exceeds each with probability %.3g.",
-            *(n, threshold, self.pixel_threshold(rate), promised),
+            "thresholds from %d %s%s: %.4g for anomaly scores, %.4g for anomaly maps; of new nominal images %s%.2g %% "
+            "exceed each on average, and with %.0f %% confidence at most %.2g %%.",
+            *(n, _NAMES[kind], earlier, threshold, self.pixel_threshold(rate)),
+            *("approximately " * (kind == "leave_one_out"), 100 * expected, 100 * CONFIDENCE, 100 * at_most),
         )
         if n < images_needed(rate):
             log.warning(
-                "false_alarm_rate %g needs at least %d held-out images, there are %d: the thresholds are the highest "
-                "of them, and promise %.3g; raise calibration_share or take more nominal images.",
-                *(rate, images_needed(rate), n, promised),
+                "false_alarm_rate %g needs at least %d %s, there are %d: the thresholds are the highest of them, and "
+                "promise %.3g; %stake more nominal images.",
+                *(
+                    rate,
+                    images_needed(rate),
+                    _NAMES[kind],
+                    n,
+                    expected,
+                    "raise calibration_share or " * (kind == "split"),
+                ),
             )
 
 
+_NAMES: dict[CalibrationKind, str] = {  # what the scores are of
+    "leave_one_out": "training images, each scored without its own rows of the memory bank",
+    "split": "held-out nominal images",
+    "images": "nominal images that are not in the memory bank",
+    "none": "nominal images",
+}
+
+
 def _take_sizes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading: give the buffers the sizes of those that were saved."""
+    """Before loading: give the buffers the sizes of those that were saved; older files do not tell the images."""
+    if isinstance(scores := state_dict.get(prefix + "scores"), Tensor):
+        state_dict.setdefault(prefix + "images", torch.full(scores.shape, -1, dtype=torch.int32))
     for name, buffer in module.named_buffers(recurse=False):
         if isinstance(saved := state_dict.get(prefix + name), Tensor):
             setattr(module, name, buffer.new_empty(saved.shape))

@@ -27,14 +27,16 @@ from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.foreign import Source, check_archive, is_plain, is_whole
 from pl_patchcore.model import PatchCoreModel
-from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS
+from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS, THRESHOLDS, refuse_rate_beside_threshold
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 VARIABLE_SIZE = (  # buffers whose size a fit decides
-    "memory_bank.features", "memory_bank.radii", "memory_bank.index", "calibration.scores", "calibration.peaks",
+    "memory_bank.features", "memory_bank.radii", "memory_bank.images", "memory_bank.index",
+    "calibration.scores", "calibration.peaks", "calibration.images",
 )  # fmt: skip
+LATER = ("memory_bank.images", "calibration.images")  # buffers that older files of this format do not have
 FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
 M = TypeVar("M", bound=L.LightningModule)
 
@@ -114,7 +116,7 @@ def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: 
         UserError: Naming the first tensor that is missing, unknown, or of another type or shape, or the bank that
             no patch features of this model can make up.
     """
-    own = module.state_dict()
+    own = {key: value for key, value in module.state_dict().items() if key in saved or not key.endswith(LATER)}
     for key in sorted({*own, *saved} if strict else {*own} & {*saved}):
         if key not in saved or key not in own:
             raise UserError(
@@ -129,11 +131,16 @@ def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: 
     for name, part in module.named_modules():
         if isinstance(part, PatchCoreModel) and (rows := saved.get(f"{name}.memory_bank.features")) is not None:
             radii = len(saved.get(f"{name}.memory_bank.radii", ()))
+            images = saved.get(f"{name}.memory_bank.images", torch.empty(0, dtype=torch.int32))
+            known = images.dtype == torch.int32 and len(images) in (0, len(rows)) and bool((images >= -1).all())
             reach = rows.float().square().sum(1)  # squared distances are of this size
-            if rows.shape[1] != part.patch_features.dimension or radii not in (0, len(rows) + 1) or reach.isinf().any():
+            sized = rows.shape[1] == part.patch_features.dimension and radii in (0, len(rows) + 1)
+            if not sized or not known or reach.isinf().any():
                 raise UserError(f"the checkpoint's {name}.memory_bank is no bank of this model's features; fit again.")
-        if isinstance(part, Calibration) and len({len(saved.get(f"{name}.{n}", ())) for n in ("scores", "peaks")}) > 1:
-            raise UserError(f"the checkpoint's {name} has not as many scores as peaks; fit again.")
+        if isinstance(part, Calibration):
+            names = [f"{name}.{of}" for of in ("scores", "peaks", "images")]
+            if len({len(saved[key]) for key in names if key in saved}) > 1:
+                raise UserError(f"the checkpoint's {name} has not as many scores as peaks and images; fit again.")
 
 
 def holds_backbone(checkpoint: dict[str, Any]) -> bool:
@@ -151,8 +158,10 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
         name: Name of the file, for errors.
 
     Raises:
-        UserError: If an argument is unknown, or one is missing that a file cannot hold.
+        UserError: If an argument is unknown, one is missing that a file cannot hold, or those given contradict each
+            other.
     """
+    refuse_rate_beside_threshold([name for name, value in overrides.items() if value is not None])
     saved = checkpoint.get("hyper_parameters", {})
     arguments = plain_settings(saved, inspect.signature(kind.__init__).parameters, name)
     for argument in checkpoint["patchcore"]["left_out"]:
@@ -165,9 +174,18 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
     with warnings.catch_warnings():
         if brings_weights:
             warnings.simplefilter("ignore", UntrainedBackboneWarning)
-        module = kind(**(arguments | ({"weights": None} if brings_weights else {}) | dict(overrides)))
+        module = with_settings(kind, arguments | ({"weights": None} if brings_weights else {}) | dict(overrides))
     if brings_weights:
         module.hparams["weights"] = arguments["weights"]
+    return module
+
+
+def with_settings(kind: type[M], settings: Mapping[str, Any]) -> M:
+    """Make a module with settings out of several places: a threshold may stand in one of them, a rate in another."""
+    by_hand = {name: settings[name] for name in THRESHOLDS if name in settings}
+    module = kind(**{name: value for name, value in settings.items() if name not in by_hand})
+    for name, value in by_hand.items():
+        setattr(module, name, value)
     return module
 
 

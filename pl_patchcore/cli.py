@@ -27,16 +27,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
-from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint
+from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings, write_checkpoint
 from pl_patchcore.commands import COMMANDS, answered, fail, shorten
 from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.data.base import loader_error
 from pl_patchcore.errors import UserError
-from pl_patchcore.files import check_output, hold, output_folder, whole_file
+from pl_patchcore.files import check_output, hold, output_folder, plain_console, whole_file
 from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.option_errors import in_one_line
-from pl_patchcore.options import GROUPS
+from pl_patchcore.options import GROUPS, refuse_rate_beside_threshold
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
 
@@ -75,6 +75,31 @@ class Trainer(L.Trainer):
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         model.update(self, datamodule=datamodule)
+
+    def calibrate(self, model: PatchCore, datamodule: AnomalyDataModule, ckpt_path: str = "") -> None:
+        """Set a fitted model's thresholds from the data module's nominal training images, without a fit.
+
+        They must not be in the memory bank. The first process scores them all (see `PatchCore.calibrate`).
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: Checkpoint of the fitted model; the calibrated one is written to the run's folder, as
+                ``calibrated.ckpt``.
+        """
+        if not self.is_global_zero:
+            return
+        checkpoint = read_checkpoint(ckpt_path)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        datamodule.transform = datamodule.transform or model.transform
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        model.to(self.strategy.root_device).calibrate(datamodule.train_dataloader())
+        target = output_folder(self) / "calibrated.ckpt"
+        with whole_file(target) as partial:
+            write_checkpoint(model, partial)
+        plain_console().print(f"calibrated model: {target}")
 
     def benchmark(
         self,
@@ -225,10 +250,13 @@ class PatchCoreCLI(LightningCLI):
         # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
         # leave that out; it does without where there is no ckpt_path.
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
+        named = {word.partition("=")[0].removeprefix("--model.") for word in self.arguments}
+        refuse_rate_beside_threshold([name for name, value in self.chosen["model"].items() if name in named and value])
+        parser.add_instantiator(self._make_model, PatchCore)
         seed = self.chosen.get("seed_everything")
         if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
-        if command in ("test", "validate", "predict", "update"):
+        if command in ("test", "validate", "predict", "update", "calibrate"):
             if self.ckpt_path in (None, "", "best", "last", "hpc"):
                 raise UserError(f"{command} needs ckpt_path, the checkpoint of a fitted model: the path of its file.")
             self._read_checkpoint(parser, self.ckpt_path)
@@ -264,10 +292,11 @@ class PatchCoreCLI(LightningCLI):
             name for name in ("weights", "backbone") if name in self.given and model[name] != self.saved.get(name)
         ]
         self.brings_weights = holds_backbone(checkpoint) and not changed
-        parser.add_instantiator(self._make_model, PatchCore)
 
     def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:
-        """Make the model with the settings of the checkpoint, under those that the user gives."""
+        """Make the model with the settings of the checkpoint, if there is one, under those that the user gives."""
+        if self.given is None:
+            return with_settings(kind, values)
         settings = dict(self.saved)
         for name, value in vars(self.given).items():
             settings[name] = {**settings.get(name, {}), **vars(value)} if name in GROUPS else values[name]
@@ -275,7 +304,7 @@ class PatchCoreCLI(LightningCLI):
             if self.brings_weights:
                 settings["weights"] = None  # the checkpoint's own are loaded over the random ones
                 warnings.simplefilter("ignore", UntrainedBackboneWarning)
-            return kind(**settings)
+            return with_settings(kind, settings)
 
     def before_instantiate_classes(self) -> None:
         """Do not collect predictions, maps and all, in memory: they are written as they come."""

@@ -19,6 +19,7 @@ COMMANDS = {  # name of a command, which is a method of `cli.Trainer`: what it d
     "predict": "Score images with a fitted model.",
     "run": "Fit, then test, in one process.",
     "update": "Add nominal images to a fitted model.",
+    "calibrate": "Set a fitted model's thresholds from other nominal images.",
     "benchmark": "Fit and test on every category of a data set.",
 }
 HELP = """\

@@ -1,8 +1,8 @@
 """Training images -> a fitted model: the companion of `PatchCoreModel` and `EnsembleModel` while they are fitted.
 
-Collects patch features batch by batch, selects each member's coreset, fills the memory banks, and scores the images
-that were held out for calibration. Plain torch; `patchcore.py` drives it from Lightning's hooks. The features are kept
-by `coreset/collection.py`.
+Collects patch features batch by batch, selects each member's coreset, fills the memory banks, and scores images for
+calibration: those that were held out, or training images without their own rows. Plain torch; `patchcore.py` drives it
+from Lightning's hooks. The features are kept by `coreset/collection.py`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from pl_patchcore.calibration import draw_held_out, is_held_out
+from pl_patchcore.calibration import draw_held_out, draw_one_of_each, is_held_out
 from pl_patchcore.coreset.collection import Collection, ExpectedImages
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
+from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
 
@@ -27,6 +30,19 @@ log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 RAW_LEVEL = 64.0  # an image that reaches it was hardly normalised: by ImageNet's mean and deviation, white is 2.6
+PROBES = 64  # patches of an image that `_is_copied` looks at
+COPY_DISTANCE = 0.5  # of a patch to the nearest foreign row, in distances to the nearest one of yet another image
+COPY_PATCHES = 0.15  # share of an image's patches that are so near, where the image has a near-copy
+MOST_COPIED = 0.1  # share of the images that may have a near-copy without a warning
+
+
+class _Scored(NamedTuple):
+    """An image scored for calibration."""
+
+    image: int  # its index in the data set
+    score: float
+    peak: float  # of its anomaly map
+    copied: bool  # whether the memory bank holds a near-copy of it
 
 
 class Fitting:
@@ -36,6 +52,7 @@ class Fitting:
         model: The model.
         store: Where patch features are kept until the coreset is selected.
         calibration_share: Share of the images held out from the memory bank, in [0, 1).
+        leave_one_out: Most images (or groups) that are scored without their own rows, where none are held out; 0: none.
         seed: Seed of the draw of these.
         images: Images of the data set, if their number is known.
         batches: Batches to come in this process; infinite where that is not known.
@@ -55,6 +72,7 @@ class Fitting:
         *,
         store: StoreOptions | None = None,
         calibration_share: float = 0.0,
+        leave_one_out: int = 0,
         seed: int = 0,
         images: int | None = None,
         batches: float = math.inf,
@@ -65,16 +83,20 @@ class Fitting:
     ) -> None:
         self.members = model.members
         self.model, self.store, self.share, self.seed = model, store or StoreOptions(), calibration_share, seed
+        self.leave_one_out, self.groups = leave_one_out, dict[int, int]()  # group of each image of this process
         self.images, self.batches, self.neighbours, self.fixed_size = images, batches, neighbours, fixed_size
         self.processes = processes or Processes(alone=True)
         self.held_out = None if images is None else draw_held_out(images, calibration_share, seed)
         self.collections: list[Collection] = []
         self.size: tuple[int, ...] = ()
         self.count = 0
-        banks = [member.memory_bank for member in self.members]
+        banks, calibration, self.update = [member.memory_bank for member in self.members], model.calibration, update
         self.earlier = [
             bank.features.float().cpu() if update else torch.empty(0, dtype=torch.float32) for bank in banks
         ]
+        self.earlier_images = [bank.images.tolist() or [-1] * bank.size for bank in banks] if update else [[]]
+        self.earlier_scores = (calibration.scores.clone(), calibration.peaks.clone()) if update else None
+        self.numbers: dict[int, int] = {}  # of each image's group, in the memory bank
         self.seen = [int(bank.seen) if update else 0 for bank in banks]
         self.fixed = self.members[0].input_size.tolist() if update else [0, 0]
         self._forget()
@@ -88,12 +110,13 @@ class Fitting:
         self.model.calibration.clear()
 
     @torch.no_grad()
-    def add(self, images: Tensor, index: Tensor | None = None) -> None:
+    def add(self, images: Tensor, index: Tensor | None = None, group: Tensor | None = None) -> None:
         """Take in a batch.
 
         Args:
             images: ``(B, 3, H, W)``, all batches of one size.
             index: Index of each image in the data set, int64 ``(B,)``; None: they come in its order.
+            group: Number of the group that each image belongs to, int64 ``(B,)``; None: each is a group of its own.
 
         Raises:
             UserError: If they are of another size than those before, or there is no room for their features.
@@ -107,10 +130,12 @@ class Fitting:
             )
         if not self.size:
             self._look_at_first(images)
+        groups = (index if group is None else group).tolist()
+        self.groups.update(zip(index.tolist(), groups, strict=True))
         if self.held_out is None:
-            held = [is_held_out(i, self.share, self.seed) for i in index.tolist()]
+            held = [is_held_out(number, self.share, self.seed) for number in groups]
         else:
-            held = [i in self.held_out for i in index.tolist()]
+            held = [number in self.held_out for number in groups]
         self.count += len(images)
         for place, member in enumerate(self.members):
             patches = member.patch_features(images)
@@ -182,7 +207,7 @@ class Fitting:
 
     def _select(self, shown: bool) -> None:
         height, width = (int(side) for side in self.processes.largest(*(self.size[1:] or (0, 0))))
-        scales = []
+        scales, self.numbers = [], self._number_groups()
         for place, member in enumerate(self.members):
             if place == len(self.collections):  # no image came to this process
                 self._begin(member, 0)
@@ -190,16 +215,28 @@ class Fitting:
             if self.fixed_size:
                 member.input_size = torch.tensor([height, width], device=member.input_size.device)
             scales.append(self._tell_coverage(member, self.collections[place]))
-        if isinstance(self.model, EnsembleModel):
+        if isinstance(self.model, EnsembleModel) and not self.update:  # or earlier scores would have another unit
             scale = torch.tensor(scales, dtype=torch.float32, device=self.model.scale.device)
             self.model.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        self._calibrate((height, width))
+        self._calibrate((height, width), shown)
+
+    def _number_groups(self) -> dict[int, int]:
+        """Number of the group of each image of all processes; the earlier memory bank's numbers come before."""
+        groups: dict[int, int] = {}
+        for part in self.processes.objects(self.groups):
+            groups |= part
+        first, found = 1 + max([-1, *(number for images in self.earlier_images for number in images)]), dict[int, int]()
+        return {image: first + found.setdefault(groups[image], len(found)) for image in sorted(groups)}
 
     def _fill(self, member: PatchCoreModel, place: int, shown: bool) -> None:
         start, bank, collection = time.perf_counter(), member.memory_bank, self.collections[place]
         device = bank.features.device
         rows, radii = collection.select(self.earlier[place], self.seen[place], self.processes, shown=shown)
-        bank.fill(rows.to(device), None if radii is None else radii.to(device))
+        earlier = self.earlier_images[place] if self.update else []
+        images = [
+            earlier[-1 - source] if source < 0 else self.numbers[source] for source in collection.sources.tolist()
+        ]
+        bank.fill(rows.to(device), radii, torch.tensor(images, dtype=torch.int32))
         bank.seen = torch.full_like(bank.seen, self.seen[place] + collection.total)
         bank.recall(collection.sample().to(device))
         if member.scorer.num_neighbors > bank.size:
@@ -229,30 +266,94 @@ class Fitting:
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
         return float((distance.square() if member.scorer.distance == "squared" else distance).mean())
 
-    def _calibrate(self, size: tuple[int, int]) -> None:
-        """Score the held-out images of all processes."""
-        found = [torch.empty(3, 0, dtype=torch.float64)]  # in each column an image's index, score, peak of its map
-        for index, scores, maps in self._score_held_out(size):
-            values = (torch.tensor([index]), scores, maps.flatten(1).amax(1))
-            found.append(torch.stack([value.cpu().double() for value in values]))
-        known = torch.cat(self.processes.objects(torch.cat(found, 1).T.contiguous()))  # (n, 3)
-        _, scores, peaks = known[known[:, 0].argsort(stable=True)].float().unbind(1)
-        device = self.members[0].input_size.device
-        self.model.calibration.fill(scores.to(device), peaks.to(device))
-        if self.share and not len(known):
+    def _calibrate(self, size: tuple[int, int], shown: bool) -> None:
+        """Score the images that calibration needs, one of each group; keep what an earlier fit found."""
+        own = list(self._score_held_out(size) if self.share else self._score_without_own_rows(size, shown))
+        scored = sorted(each for part in self.processes.objects(own) for each in part)
+        drawn = draw_one_of_each({each.image: self.numbers[each.image] for each in scored}, self.seed)
+        scored = [each for each in scored if each.image in drawn]
+        scores, peaks = (torch.tensor([each[at] for each in scored], dtype=torch.float32) for at in (1, 2))
+        self.model.calibration.fill(scores, peaks, torch.tensor([each.image for each in scored]))
+        if self.earlier_scores is not None:
+            self.model.calibration.keep(*self.earlier_scores)
+        if self.share and not scored:
             log.warning("calibration_share holds no image out; there are no thresholds.")
+        if (copied := sum(each.copied for each in scored)) > MOST_COPIED * len(scored):
+            log.warning(
+                "%d of %d images have a near-copy among the training images, which makes the thresholds too low: tell "
+                "which images belong together, by data.group_by, the column group of a manifest, or an entry 'group' "
+                "of the batches.",
+                *(copied, len(scored)),
+            )
 
-    def _score_held_out(self, size: tuple[int, int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _score_held_out(self, size: tuple[int, int]) -> Iterator[_Scored]:
         for images in zip(*(collection.held_out_images() for collection in self.collections), strict=True):
-            parts = [
-                member.scorer(patches.to(member.input_size.device), member.memory_bank, size)
-                for member, (_, patches) in zip(self.members, images, strict=True)
-            ]
-            scores, maps = self.model.combined(parts) if isinstance(self.model, EnsembleModel) else parts[0]
-            yield images[0][0], scores, maps
+            patches = [part.to(self.members[0].input_size.device) for _, part in images]
+            yield self._scored(images[0][0], patches, [member.memory_bank for member in self.members], size)
+
+    def _score_without_own_rows(self, size: tuple[int, int], shown: bool) -> Iterator[_Scored]:
+        """Score one image of each group without the group's rows, of at most ``leave_one_out`` groups."""
+        banks = [member.memory_bank for member in self.members]
+        if not self.leave_one_out:
+            return
+        numbers = {*self.numbers.values()}
+        if any(int(bank.images[0]) in numbers and (bank.images == bank.images[0]).all() for bank in banks):
+            log.warning(
+                "leave_one_out needs rows of two images (or groups of images) in the memory bank, and all are of one; "
+                "there are no thresholds from these images."
+            )
+            return
+        if banks[0].approximate:
+            log.info(
+                "leave_one_out searches exactly; %s finds larger distances, by as much as is said above.",
+                banks[0].search,
+            )
+        drawn = draw_one_of_each(self.numbers, self.seed, self.leave_one_out)
+        searches = [bank.exact() for bank in banks]
+        images, own = zip(*(each.bank_images(drawn) for each in self.collections), strict=True), drawn & {*self.groups}
+        with tqdm(images, "Leave one out", len(own), unit=" images", disable=not shown, mininterval=0.5) as bar:
+            start = time.perf_counter()
+            for place, image in enumerate(bar):
+                patches = [part.to(self.members[0].input_size.device) for _, part in image]
+                number = self.numbers[image[0][0]]
+                rows = [ForeignRows(bank, number, search) for bank, search in zip(banks, searches, strict=True)]
+                scored = self._scored(image[0][0], patches, rows, size)
+                if not place:
+                    log.info(
+                        "leave_one_out: scoring %d of %d training images without their own rows, about %.0f s.",
+                        *(len(drawn), len(self.numbers), (time.perf_counter() - start) * len(own)),
+                    )
+                yield scored._replace(copied=_is_copied(patches[0], banks[0], rows[0]))
+
+    def _scored(
+        self, index: int, patches: list[Tensor], banks: list[MemoryBank] | list[ForeignRows], size: tuple[int, int]
+    ) -> _Scored:
+        """Score an image by its patch features ``(1, h, w, D)``, of each member."""
+        parts = [
+            member.scorer(part, bank, size) for member, part, bank in zip(self.members, patches, banks, strict=True)
+        ]
+        score, maps = self.model.combined(parts) if isinstance(self.model, EnsembleModel) else parts[0]
+        return _Scored(index, float(score), float(maps.max()), False)
 
     def close(self) -> None:
         """Free the patch features."""
         for collection in self.collections:
             collection.close()
         self.collections = []
+
+
+def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:
+    """Whether an image with the patch features ``(1, h, w, D)`` has a near-copy in the memory bank.
+
+    The distance to the nearest foreign row is compared with that to the nearest one of yet another image (or to the
+    8th nearest row, where all of them are of one image). Images of different things are about as far from the one as
+    from the other.
+    """
+    flat = patches.flatten(0, 2)
+    probes = flat[:: max(1, len(flat) // PROBES)]
+    distance, rows = foreign(probes, min(8, foreign.size))
+    other = bank.images[rows] != bank.images[rows[:, :1]]
+    other[:, -1] = True
+    second = distance.gather(1, other.int().argmax(1, keepdim=True))[:, 0]
+    near = distance[:, 0] < COPY_DISTANCE * second
+    return bool(near.float().mean() >= COPY_PATCHES)

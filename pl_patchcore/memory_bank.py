@@ -54,12 +54,15 @@ class MemoryBank(nn.Module):
         features: The kept rows, ``(M, D)``; ``(0, 0)`` until filled.
         radii: How far the first rows reach, by their number, float32 ``(M + 1,)``; ``(0,)`` where not known.
         seen: How many patch features the rows were selected from, int64.
+        images: Number of the image, or of the group of images, that each row comes from, int32 ``(M,)``, -1 where not
+            known; ``(0,)`` where none is known.
         index: The index of an approximate search, uint8; ``(0,)`` otherwise.
     """
 
     features: Tensor
     radii: Tensor
     seen: Tensor
+    images: Tensor
     index: Tensor
 
     def __init__(self, search: str = "auto", dtype: BankDtype = "float32") -> None:
@@ -71,6 +74,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("features", torch.empty(0, 0, dtype=getattr(torch, dtype)))
         self.register_buffer("radii", torch.empty(0, dtype=torch.float32))
         self.register_buffer("seen", torch.tensor(0, dtype=torch.int64))
+        self.register_buffer("images", torch.empty(0, dtype=torch.int32))
         self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
         self._prepared: tuple[Any, int, Any] = None, 0, None  # features, their version, the search among them
 
@@ -85,8 +89,14 @@ class MemoryBank(nn.Module):
             check_factory(self.search, dimension, rows)
 
     @torch.inference_mode(False)  # its tensors would not tell when they are written to
-    def fill(self, features: Tensor, radii: Tensor | None = None) -> None:
-        """Replace the bank by ``features``, ``(M, D)``; ``(0, 0)`` empties it. Builds the index, if there is one."""
+    def fill(self, features: Tensor, radii: Tensor | None = None, images: Tensor | None = None) -> None:
+        """Replace the bank by ``features``, ``(M, D)``; ``(0, 0)`` empties it. Builds the index, if there is one.
+
+        Args:
+            features: The rows.
+            radii: See the attribute; None: not known.
+            images: See the attribute; None: not known.
+        """
         if not torch.isfinite(features).all():
             raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
         rounded = features.detach().to(self.features.dtype, copy=True)
@@ -95,6 +105,7 @@ class MemoryBank(nn.Module):
             raise UserError(f"{far}; use bfloat16.")
         self.index, radii = self._built(rounded).to(rounded.device), self.radii[:0] if radii is None else radii
         self.radii = radii.to(rounded.device, torch.float32, copy=True)
+        self.images = (self.images[:0] if images is None else images).to(rounded.device, torch.int32, copy=True)
         self.features = rounded
         self._prepare()
 
@@ -124,15 +135,19 @@ class MemoryBank(nn.Module):
             raise UserError(f"queries must be (Q, {dimension}), got {tuple(queries.shape)}.")
         if len(queries) and not torch.isfinite(torch.stack(queries.aminmax())).all():  # NaN comes through
             raise UserError("patch features hold NaN or infinity; look for a broken image or an overflow in float16.")
-        features, version, search = self._prepared
-        # _version: nothing public tells that a tensor was written to; tensors of inference mode do not have it.
-        if features is not self.features or version != features._version:
-            search = self._prepare()
+        search = self._ready()
         with full_precision(queries.device):
             distance, rows = search(queries, k)
             if self.approximate and (short := distance[:, -1].isinf()).any():  # the index finds too few rows
                 distance[short], rows[short] = ExactSearch(self.features, "torch")(queries[short], k)
             return distance, rows
+
+    def exact(self) -> ExactSearch:
+        """Exact search among the rows as they are now, whatever ``search`` says."""
+        if not self.approximate:
+            return self._ready()  # type: ignore[no-any-return]
+        with full_precision(self.features.device):
+            return ExactSearch(self.features, "auto")
 
     def recall(self, queries: Tensor) -> float:
         """Share of queries for which the approximate search finds a nearest row, and log it; 1 for exact search.
@@ -163,6 +178,12 @@ class MemoryBank(nn.Module):
                 return index
         return build_index(self.search, features)
 
+    def _ready(self) -> Any:
+        """The search, prepared again if the rows were written to."""
+        features, version, search = self._prepared
+        # _version: nothing public tells that a tensor was written to; tensors of inference mode do not have it.
+        return search if features is self.features and version == features._version else self._prepare()
+
     @torch.inference_mode(False)
     def _prepare(self) -> Any:
         """Prepare the search among the rows as they are now, if there are any."""
@@ -182,6 +203,7 @@ class MemoryBank(nn.Module):
         """Give the buffers the sizes of those saved, and build the index if another was saved; torch documents this."""
         if (features := state_dict.get(prefix + "features")) is not None:
             state_dict[prefix + "index"] = self._built(features, state_dict.get(prefix + "index"))
+            state_dict.setdefault(prefix + "images", self.images.new_empty(0))  # older files have none
         for name, buffer in self.named_buffers():
             if (saved := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, buffer.new_empty(saved.shape))
@@ -190,6 +212,41 @@ class MemoryBank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_prepared": (None, 0, None)}
+
+
+class ForeignRows:
+    """A memory bank without the rows of one image (or group of images); `AnomalyScorer` takes it in a bank's place.
+
+    Args:
+        bank: A memory bank that knows the images of its rows.
+        image: Number in ``bank.images`` whose rows are left out.
+        search: The bank's exact search, from `MemoryBank.exact`.
+
+    Attributes:
+        features: All rows of the bank, ``(M, D)``.
+        size: Number of rows that are not left out.
+    """
+
+    def __init__(self, bank: MemoryBank, image: int, search: ExactSearch) -> None:
+        self.features, self.search, self.own = bank.features, search, bank.images == image
+        self.left_out = int(self.own.sum())
+        self.size = bank.size - self.left_out
+
+    def __call__(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """As `MemoryBank`, k at most ``size``: more and more neighbours are asked for, until k are foreign."""
+        distance = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
+        rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        left, asked = torch.arange(len(queries), device=queries.device), k
+        while len(left):
+            asked = min(4 * asked, k + self.left_out)
+            with full_precision(queries.device):
+                nearest, found = self.search(queries[left], asked)
+            own = self.own[found]  # (Q, asked)
+            first = own.int().argsort(stable=True, dim=1)[:, :k]  # foreign rows come first, by distance as they were
+            done = (~own).sum(1) >= k
+            distance[left[done]], rows[left[done]] = nearest.gather(1, first)[done], found.gather(1, first)[done]
+            left = left[~done]
+        return distance, rows
 
 
 class ExactSearch:

@@ -87,6 +87,11 @@ class MemoryBankCallback(L.Callback):
     ) -> None:
         known = inspect.signature(PatchCore).parameters.keys() - {"backbone", "layers", "weights"}
         refuse_unknown(options, known, "MemoryBankCallback")
+        if options.get("calibration") == "images":
+            raise UserError(
+                "MemoryBankCallback has no images for calibration images; take leave_one_out or split, or calibrate "
+                "its patchcore by patchcore.calibrate."
+            )
         self.encoder, self.layers, self.data, self.asked_path = encoder, layers, data, path
         self.options = {"save_backbone": True} | options
         self.patchcore: PatchCore | None = None
@@ -187,11 +192,11 @@ class MemoryBankCallback(L.Callback):
             for batch in tqdm(islice(loader, batches), "Memory bank", batches, disable=not shown, unit=" batches"):
                 own = own_images.of(batch)
                 if len(own["image"]):
-                    fitting.add(own["image"].to(device), own["index"].cpu())
+                    fitting.add(own["image"].to(device), own["index"].cpu(), own["group"].cpu())
             fitting.select(shown=shown)
         finally:
             fitting.close()
-        model.model.calibration.tell(model.false_alarm_rate)
+        model.tell_thresholds()
 
     def _loader(self, model: PatchCore, trainer: L.Trainer) -> tuple[Any, int | None]:
         """The loader of this process's share, and how many of its batches to take; None where that is not known."""

@@ -34,7 +34,7 @@ class PatchCoreModel(nn.Module):
 
     Attributes:
         input_size: Height and width of the images that it scores, int64 ``(2,)``; zeros: any size.
-        calibration: Scores of nominal images held out from the memory bank.
+        calibration: Scores of nominal images, which set thresholds.
 
     Example:
         >>> from pl_patchcore.fitting import Fitting

@@ -182,6 +182,7 @@ MEMBER_ARGUMENTS = (  # of an ensemble; the members share all else
     "backbone", "layers", "weights", "patch_size", "patches", "coreset_method", "coreset_ratio", "coreset_size",
     "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma", "search", "bank_dtype",
 )  # fmt: skip
+THRESHOLDS = ("image_threshold", "pixel_threshold")  # arguments that set a threshold by hand
 MOST = 2**63 - 1  # of a whole number
 _WORDS = {
     int: "a whole number from 0 up",
@@ -335,6 +336,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     alike = [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]]
     return (alike or difflib.get_close_matches(name, names, 1, 0) or [""])[0]
+
+
+def refuse_rate_beside_threshold(given: Collection[str]) -> None:
+    """Refuse a false-alarm rate in one call with a threshold set by hand, which it could not move.
+
+    Args:
+        given: Names of the arguments given, thresholds of null left out.
+
+    Raises:
+        UserError: If both are there.
+    """
+    by_hand = [name for name in THRESHOLDS if name in given]
+    if by_hand and "false_alarm_rate" in given:
+        raise UserError(
+            f"false_alarm_rate moves calibrated thresholds, and {by_hand[0]} is set by hand; give one of them."
+        )
 
 
 def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS, weights_path
 from pl_patchcore.build import build_model
+from pl_patchcore.calibration import CalibrationKind, calibration_kind, draw_one_of_each
 from pl_patchcore.checkpoint import (
     FORMAT,
     check_identity,
@@ -57,6 +59,7 @@ from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import Mode, TestFigures
 from pl_patchcore.options import (
     MEMBER_ARGUMENTS,
+    THRESHOLDS,
     EnsembleOptions,
     ImageOptions,
     PatchOptions,
@@ -64,12 +67,16 @@ from pl_patchcore.options import (
     check_arguments,
     keeps_arguments,
     options_of,
+    refuse_rate_beside_threshold,
 )
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
+
+
+DEFAULT_RATE = 0.01  # false_alarm_rate where none is given
 
 
 class PatchCore(L.LightningModule):
@@ -101,10 +108,16 @@ class PatchCore(L.LightningModule):
             filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and its recall
             measured at the end of fit.
         bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
-        calibration_share: Share of the training images, in [0, 1), kept out of the memory bank and scored after
-            selection, to set thresholds for anomaly scores and maps with; 0 for no thresholds.
-        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed these thresholds; can be changed
+        calibration: Nominal images that set the thresholds for anomaly scores and maps. ``leave_one_out``: training
+            images, each scored without its own rows of the memory bank. ``split``: those that ``calibration_share``
+            keeps out of it. ``images``: those of the data module's ``calibration``. ``none``: no thresholds. Null:
+            ``split`` where ``calibration_share`` is not 0, else ``none``.
+        calibration_share: Share of the training images, in [0, 1), kept out of the memory bank; goes with ``split``.
+        calibration_images: Most images that ``leave_one_out`` scores, drawn by ``seed``.
+        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds; can be changed
             without fitting again.
+        image_threshold: Threshold for anomaly scores set by hand, in place of the calibrated one; null for that.
+        pixel_threshold: The same for anomaly maps.
         metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
             of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
@@ -151,8 +164,12 @@ class PatchCore(L.LightningModule):
         sigma: float = 4.0,
         search: str = "auto",
         bank_dtype: BankDtype = "float32",
+        calibration: CalibrationKind | None = None,
         calibration_share: float = 0.0,
-        false_alarm_rate: float = 0.01,
+        calibration_images: int = 500,
+        false_alarm_rate: float = DEFAULT_RATE,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
         metrics_mode: Mode = "auto",
         save_backbone: bool = False,
         seed: int = 0,
@@ -164,27 +181,25 @@ class PatchCore(L.LightningModule):
         settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
         check_arguments(PatchCore.__init__, locals())
         super().__init__()
-        if not 0 <= calibration_share < 1:
-            raise UserError(f"calibration_share must be in [0, 1), got {calibration_share}.")
-        if not 0 < false_alarm_rate < 1:
-            raise UserError(f"false_alarm_rate must be in (0, 1), got {false_alarm_rate}.")
+        self.calibration = calibration_kind(calibration, calibration_share, calibration_images, false_alarm_rate)
         of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
         of_ensemble = options_of(EnsembleOptions, ensemble)
         for given in of_ensemble.members or ():
             check_arguments(PatchCore.__init__, given, "ensemble.members: ")
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
-        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range" and calibration_share:
-            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
-        for member in self.model.members:
-            self.store.check_method(member.coreset.method)
+        self._check_parts()
         self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
-        self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
+        self.metrics_mode, self.save_backbone, self.calibration_images = metrics_mode, save_backbone, calibration_images
         plain, self.left_out = plain_arguments(self.arguments)
         for each in (plain, *((plain.get("ensemble") or {}).get("members") or ())):  # a path holds in any folder
             if isinstance(name := each.get("weights"), str):
                 each["weights"] = str(weights_path(name) or name)
         self.hparams.update(plain)
+        self.thresholds_by_hand: dict[str, float | None] = {}  # null: not set
+        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
+        if false_alarm_rate != DEFAULT_RATE:
+            refuse_rate_beside_threshold(["false_alarm_rate", *filter(self.thresholds_by_hand.get, THRESHOLDS)])
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
@@ -236,7 +251,6 @@ class PatchCore(L.LightningModule):
         module.load_state_dict(saved["state_dict"], strict=strict)
         for member in module.model.members:
             member.patch_features.identify()
-        module.cut_bank()
         return module if map_location is None else module.to(map_location)
 
     # Scoring
@@ -299,13 +313,75 @@ class PatchCore(L.LightningModule):
 
     @property
     def image_threshold(self) -> float | None:
-        """Anomaly score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`); None if uncalibrated."""
+        """Score above which an image is anomalous; None where there is none.
+
+        Set by hand, or the score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`). Setting it
+        keeps it in checkpoints; None brings the calibrated one back.
+        """
+        if (by_hand := self.thresholds_by_hand["image_threshold"]) is not None:
+            return by_hand
         return self.model.calibration.image_threshold(self.false_alarm_rate)
+
+    @image_threshold.setter
+    def image_threshold(self, value: float | None) -> None:
+        self._set_by_hand("image_threshold", value)
 
     @property
     def pixel_threshold(self) -> float | None:
-        """Value that the peaks of nominal images' anomaly maps exceed at ``false_alarm_rate``; None if uncalibrated."""
+        """Value of an anomaly map above which a pixel is anomalous; None where there is none.
+
+        Set by hand, as ``image_threshold``, or what the peaks of nominal images' maps exceed at ``false_alarm_rate``.
+        """
+        if (by_hand := self.thresholds_by_hand["pixel_threshold"]) is not None:
+            return by_hand
         return self.model.calibration.pixel_threshold(self.false_alarm_rate)
+
+    @pixel_threshold.setter
+    def pixel_threshold(self, value: float | None) -> None:
+        self._set_by_hand("pixel_threshold", value)
+
+    def _set_by_hand(self, name: str, value: float | None) -> None:
+        check_arguments(PatchCore.__init__, {name: value})
+        if value is not None and value <= 0:
+            raise UserError(f"{name} must be above 0, got {value}; null takes the calibrated one.")
+        self.thresholds_by_hand[name] = None if value is None else float(value)
+        if name in self.hparams:
+            self.hparams[name] = self.thresholds_by_hand[name]
+
+    def tell_thresholds(self, kind: CalibrationKind | None = None) -> None:
+        """Log the thresholds, what they promise, and which are set by hand.
+
+        Args:
+            kind: Where the scores of the calibration are from; None: as ``calibration`` says.
+
+        Raises:
+            UserError: If the calibrated threshold is 0; of ``leave_one_out`` there is none then.
+        """
+        kind = kind or self.calibration
+        try:
+            self.model.calibration.tell(self.false_alarm_rate, kind)
+        except UserError as error:
+            if kind != "leave_one_out":
+                raise
+            self.model.calibration.clear()
+            log.warning("no thresholds: %s", error)
+        self._tell_by_hand()
+
+    def _tell_by_hand(self) -> None:
+        for name, value in self.thresholds_by_hand.items():
+            if value is not None:
+                log.info("%s is set by hand: %g.", name, value)
+
+    def _check_parts(self) -> None:
+        """Refuse options that the model's parts contradict."""
+        if self.calibration != "none":
+            self._refuse_test_range()
+        for member in self.model.members:
+            self.store.check_method(member.coreset.method)
+
+    def _refuse_test_range(self) -> None:
+        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range":
+            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
 
     @property
     def patch_features(self) -> PatchFeatures:
@@ -366,6 +442,7 @@ class PatchCore(L.LightningModule):
         loaders = self.trainer.val_dataloaders if validating else self.trainer.test_dataloaders
         loader = single_loader(loaders)
         self._check_fitted()
+        self._tell_by_hand()
         self._find_ranges([loader])
         self._test_figures = TestFigures(self.image_threshold, self.pixel_threshold, self.metrics_mode, self.device)
 
@@ -391,6 +468,7 @@ class PatchCore(L.LightningModule):
     def on_predict_epoch_start(self) -> None:
         """Refuse an empty memory bank before any batch is read."""
         self._check_fitted()
+        self._tell_by_hand()
         loaders: Any = self.trainer.predict_dataloaders
         self._find_ranges(loaders if isinstance(loaders, list | tuple) else [loaders])
 
@@ -415,9 +493,14 @@ class PatchCore(L.LightningModule):
     def _check_fitted(self) -> None:
         if not self.model.fitted:
             raise UserError("the memory bank is empty; fit first, or give ckpt_path of a fitted model.")
-        self.cut_bank()
 
-    def cut_bank(self) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `torch.nn.Module.load_state_dict`; cuts the memory bank down to ``coreset_size``, if it is larger."""
+        loaded = super().load_state_dict(state_dict, strict, assign)
+        self._cut_bank()
+        return loaded
+
+    def _cut_bank(self) -> None:
         """Bring a bank that was loaded down to ``coreset_size``: the first rows are the coreset of that size."""
         coreset, bank = self.model.members[0].coreset, self.memory_bank
         if len(self.model.members) > 1 or coreset.size is None or coreset.size >= bank.size:
@@ -428,8 +511,11 @@ class PatchCore(L.LightningModule):
             )
         log.info("memory bank: the first %d of %d patch features.", coreset.size, bank.size)
         if len(self.model.calibration.scores):
-            log.warning("the thresholds were calibrated with the larger memory bank and are left out; fit again.")
-        bank.fill(bank.features[: coreset.size], bank.radii[: coreset.size + 1])
+            log.warning(
+                "the thresholds were calibrated with the larger memory bank and are left out; pl-patchcore calibrate "
+                "(in Python model.calibrate) sets new ones."
+            )
+        bank.fill(bank.features[: coreset.size], bank.radii[: coreset.size + 1], bank.images[: coreset.size])
         self.model.calibration.clear()
 
     def _own(self, batch: Any, number: int, loader: int = 0) -> dict[str, Any]:
@@ -470,8 +556,13 @@ class PatchCore(L.LightningModule):
         return torch.optim.SGD(self.anchor.parameters(), lr=0.0)
 
     def on_fit_start(self) -> None:
-        """Refuse ``max_steps`` that end the fit before all images have come."""
+        """Refuse ``max_steps`` that end the fit before all images have come, and missing calibration images."""
         self._all_came = None
+        if self.calibration == "images" and not self._updating and self._calibration_loader() is None:
+            raise UserError(
+                "calibration is images, but the data module has none; set data.calibration to a folder of nominal "
+                "images, or calibrate the fitted model by pl-patchcore calibrate (in Python model.calibrate)."
+            )
         if self.trainer.max_steps >= 0:
             self.trainer.fit_loop.setup_data()
             if self.trainer.max_steps < self.trainer.num_training_batches < math.inf:
@@ -510,6 +601,7 @@ class PatchCore(L.LightningModule):
             self.model,
             store=self.store,
             calibration_share=self.calibration_share,
+            leave_one_out=self.calibration_images if self.calibration == "leave_one_out" else 0,
             seed=self.seed,
             images=images,
             batches=batches,
@@ -529,7 +621,7 @@ class PatchCore(L.LightningModule):
         assert self._fitting is not None  # since on_train_start
         own = self._own(batch, batch_idx)
         if len(own["image"]):
-            self._fitting.add(own["image"], own["index"].cpu())
+            self._fitting.add(own["image"], own["index"].cpu(), own["group"].cpu())
         if batch_idx == 0:
             check_room(self.trainer, self._fitting.bank_bytes + sum(value.nbytes for value in self._saved().values()))
         self.log("train/images", float(self._fitting.count), batch_size=max(1, len(own["image"])))
@@ -563,9 +655,20 @@ class PatchCore(L.LightningModule):
             return
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         self._fitting.select(shown=shown)
-        images, held = sum(self.processes().objects(self._fitting.count)), len(self.model.calibration.scores)
-        log.info("%d images: %d in the memory bank, %d held out to set thresholds.", images, images - held, held)
-        self.model.calibration.tell(self.false_alarm_rate)
+        self._tell_images(sum(self.processes().objects(self._fitting.count)))
+        if self.calibration == "images" and (loader := self._calibration_loader()) is not None:
+            earlier = self.model.calibration.scores, self.model.calibration.peaks
+            with self.trainer.precision_plugin.forward_context():
+                self._calibrate_on(loader)
+            self.model.calibration.keep(*earlier)
+        self.tell_thresholds()
+
+    def _tell_images(self, images: int) -> None:
+        """Account for each image of a fit."""
+        scored = int((self.model.calibration.images >= 0).sum())
+        held_out, by = (0, " by leave-one-out") if self.calibration == "leave_one_out" else (scored, "")
+        told = f"; thresholds from {scored} of them{by}" if scored else ""
+        log.info("%d images: %d in the memory bank, %d held out%s.", images, images - held_out, held_out, told)
 
     def on_train_end(self) -> None:
         """Select the memory bank, then have the checkpoint callbacks save it."""
@@ -617,7 +720,8 @@ class PatchCore(L.LightningModule):
         The memory bank is selected again from what it held and the new images' patch features, down to
         ``coreset_size``, or to ``coreset_ratio`` of all patch features ever seen. What an earlier selection left
         out is gone: the bank is as good as one fitted on all images at once where the earlier bank stands well for
-        its images. Thresholds are calibrated anew on held-out new images, if ``calibration_share`` asks for them.
+        its images. Scores of the calibration stay as they were, and new images' scores come to them, as
+        ``calibration`` says.
 
         Args:
             trainer: A Trainer.
@@ -637,6 +741,45 @@ class PatchCore(L.LightningModule):
             raise
         finally:
             self._updating = False
+
+    def calibrate(self, loader: Any) -> None:
+        """Set the thresholds of a fitted model from nominal images that are not in its memory bank, without a fit.
+
+        They take the place of those before. For a memory bank that was cut down, or a new camera or light.
+
+        Args:
+            loader: Loader of batches as `lightning.Trainer.fit` takes them. Of images with the same ``group`` one is
+                drawn.
+
+        Raises:
+            UserError: If the model is not fitted, an image is labelled anomalous, or the threshold is 0.
+        """
+        self._check_fitted()
+        self._refuse_test_range()
+        self._calibrate_on(loader)
+        self.tell_thresholds("images")
+
+    @torch.no_grad()
+    def _calibrate_on(self, loader: Any) -> None:
+        own, groups, found = OwnImages(loader, 0, 1), dict[int, int](), dict[int, tuple[float, float]]()
+        for each in tqdm(loader, "Calibration", unit=" batches", delay=2):
+            batch = own.of(each)
+            if "label" in batch and (torch.as_tensor(batch["label"]) > 0).any():
+                raise UserError("images that calibrate must be nominal, and one is labelled anomalous; leave it out.")
+            scores, maps = self(batch["image"].to(self.device))
+            index = batch["index"].tolist()
+            groups.update(zip(index, batch["group"].tolist(), strict=True))
+            found.update(zip(index, zip(scores.tolist(), maps.flatten(1).amax(1).tolist(), strict=True), strict=True))
+        if not found:
+            raise UserError("there is no image to calibrate with; give a loader of nominal images.")
+        drawn = sorted(draw_one_of_each(groups, self.seed))
+        scores, peaks = torch.tensor([found[image] for image in drawn], dtype=torch.float32).unbind(1)
+        self.model.calibration.fill(scores, peaks, torch.tensor(drawn))
+
+    def _calibration_loader(self) -> Any:
+        """The data module's loader of images to calibrate with; None where there are none."""
+        loader = getattr(self.trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+        return None if loader is None else loader()
 
     # Checkpoints
 

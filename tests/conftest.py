@@ -4,6 +4,7 @@ Imports torch in fixtures only: the process that hands tests out to others needs
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import secrets
@@ -17,6 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are short, and run side b
 # A busy machine is no reason to fail: hypothesis otherwise times each example, and how long they take to draw.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """The command line sets levels for the whole process; no test sees those of another."""
+    loggers = [logging.getLogger(name) for name in ("pl_patchcore", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -66,6 +66,8 @@ def model_and_data(own, images, batch):
     options["calibration_share"] = 0.3 if images > 4 else 0.0
     if own in ("approximate", "random"):
         options["coreset_method"] = own
+    if own == "leave one out":
+        options |= {"calibration": "leave_one_out", "calibration_share": 0.0, "calibration_images": 9}
     if own == "ensemble":
         options["ensemble"] = {"members": [{"layers": ["1"]}, {"layers": ["3"]}]}
     data = SyntheticDataModule(

@@ -121,11 +121,17 @@ def test_what_is_told(caplog):
         assert not caplog.records
         filled(19).tell(0.1)
         assert caplog.messages == [
-            "thresholds from 19 held-out nominal images: 18 for anomaly scores, 180 for anomaly maps; a nominal image "
-            "exceeds each with probability 0.1."
+            "thresholds from 19 held-out nominal images: 18 for anomaly scores, 180 for anomaly maps; of new nominal "
+            "images 10 % exceed each on average, and with 95 % confidence at most 23 %."
         ]
+        updated = filled(3)
+        updated.keep(torch.ones(16), torch.ones(16))
+        updated.tell(0.1, "leave_one_out")
+        assert "thresholds from 19 training images, each scored without its own rows of the memory bank" in caplog.text
+        assert ", 16 of them scored before the update: " in caplog.text
+        assert "of new nominal images approximately 10 % exceed each on average" in caplog.text
         filled(3).tell(0.01)
-    assert "false_alarm_rate 0.01 needs at least 99 held-out images, there are 3" in caplog.messages[-1]
+    assert "false_alarm_rate 0.01 needs at least 99 held-out nominal images, there are 3" in caplog.messages[-1]
     assert "and promise 0.25" in caplog.messages[-1]
 
 
@@ -178,7 +184,7 @@ def test_too_few_images_are_said(caplog, trainer):
     model = model_of(calibration_share=0.3, false_alarm_rate=0.01)
     with caplog.at_level(logging.INFO):
         trainer(enable_checkpointing=False).fit(model, data_of())
-    assert "false_alarm_rate 0.01 needs at least 99 held-out images, there are 3" in caplog.text
+    assert "false_alarm_rate 0.01 needs at least 99 held-out nominal images, there are 3" in caplog.text
     assert "and promise 0.25" in caplog.text
     assert "thresholds from 3 held-out nominal images" in caplog.text
 

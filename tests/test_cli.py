@@ -239,7 +239,10 @@ def test_own_images(tmp_path, monkeypatch, capsys, caplog):
     with caplog.at_level(logging.INFO):
         main(["fit", "--config", small, "--data.nominal", "images/ok", "--data.num_workers", "0"])
         assert "FolderDataModule: 10 nominal training images; no test images" in caplog.messages
-        assert "10 images: 8 in the memory bank, 2 held out to set thresholds." in caplog.messages
+        assert (
+            "10 images: 10 in the memory bank, 0 held out; thresholds from 10 of them by leave-one-out."
+            in caplog.messages
+        )
         files.append(checkpoint_of(tmp_path))
         assert caplog.messages[-2] == f"Model: {Path(files[0]).relative_to(tmp_path)}"
         # the configuration that fit has saved is one for every command
@@ -302,6 +305,30 @@ def test_settings_of_a_checkpoint_are_data(ran, config, tmp_path, capsys):
     ):
         torch.save(checkpoint | {"hyper_parameters": checkpoint["hyper_parameters"] | changed}, path)
         assert message in error_of(capsys, "test", "--config", data, "--ckpt_path", str(path))
+
+
+def test_calibrate_and_thresholds_set_by_hand(ran, config, tmp_path, capsys):
+    path = checkpoint_of(ran[0])
+    main(["calibrate", "--config", config(DATA), "--ckpt_path", path, "--data.seed", "1"])
+    new = tmp_path / "out" / "calibrated.ckpt"
+    assert f"calibrated model: {new}" in capsys.readouterr().out.replace("\n", "")
+    model, old = PatchCore.load_from_checkpoint(new), PatchCore.load_from_checkpoint(path)
+    assert torch.equal(model.memory_bank.features, old.memory_bank.features)
+    data = SyntheticDataModule(**DATA["data"]["init_args"], seed=1)
+    with torch.no_grad():
+        scores = model(torch.stack([model.transform(record.image()) for record in data.records[0]]))[0]
+    torch.testing.assert_close(model.model.calibration.scores, scores)
+    by_hand = ["--model.image_threshold", "1e9", "--ckpt_path", str(new)]
+    file = config(DATA, model={"false_alarm_rate": 0.2})  # another call's rate does not matter
+    main(["predict", "--config", file, *by_hand])
+    with (tmp_path / "out" / "predictions.csv").open() as table:
+        assert {row["anomalous"] for row in csv.DictReader(table)} == {"0"}
+    both = error_of(capsys, "predict", "--config", file, *by_hand, "--model.false_alarm_rate=0.1")
+    assert both == "false_alarm_rate moves calibrated thresholds, and image_threshold is set by hand; give one of them."
+    assert "calibrate needs ckpt_path" in error_of(capsys, "calibrate", "--config", config(DATA))
+    (tmp_path / "fit").mkdir()
+    main(["fit", "--config", write(tmp_path / "fit", TINY), "--model.pixel_threshold", "7.5"])
+    assert PatchCore.load_from_checkpoint(checkpoint_of(tmp_path / "fit")).pixel_threshold == 7.5
 
 
 def test_update(ran, config, tmp_path, capsys):
@@ -515,11 +542,11 @@ def test_error_in_a_loader_process_is_one_line(capsys, config, tmp_path):
 
 
 def test_help(capsys):
-    commands = "{fit,validate,test,predict,run,update,benchmark}"
+    commands = "{fit,validate,test,predict,run,update,calibrate,benchmark}"
     assert commands in error_of(capsys)
     main(["-v", "--help"])
     assert commands in capsys.readouterr().out
-    assert set(COMMANDS) == LightningCLI.subcommands().keys() | {"run", "update", "benchmark"}
+    assert set(COMMANDS) == LightningCLI.subcommands().keys() | {"run", "update", "calibrate", "benchmark"}
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -53,6 +53,7 @@ def test_bank_and_radii_are_those_of_the_selection_in_data_set_order(tmp_path, k
         selected_from, picks = found.selected
         assert torch.equal(selected_from, projected)
         assert torch.equal(picks, expected.rows)
+        assert torch.equal(found.sources, expected.rows // 16)
         assert found.total == 160
         assert found.dimension == D
         found.close()

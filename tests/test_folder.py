@@ -53,6 +53,60 @@ def test_a_strangers_folder(root, trainer, caplog):
     assert set(found.figures) == {"all", "Fleck ü", "Kratzer"}
 
 
+def grouped(data):
+    data.transform = model().transform
+    data.setup("fit")
+    return [data.train_set[place]["group"] for place in range(len(data.train_set))]
+
+
+def test_groups_by_name(root):
+    data = FolderDataModule(root / "ok", test_share=0, group_by="(?i)(teil|[a-z])", num_workers=0)
+    stems = [r.path.relative_to(root / "ok").as_posix() for r in data.records[0]]
+    assert {record.group for record in data.records[0]} >= {"Teil", "S", "a"}
+    groups = dict(zip(stems, grouped(data), strict=True))
+    assert groups["Teil 1.JPG"] == groups["Teil 2.jpeg"] == stems.index("Teil 1.JPG")
+    assert groups["a.TIFF"] == stems.index("a.TIFF")
+    whole = FolderDataModule(root / "ok", test_share=0, group_by=r"^[^/]+(?=/)|\w+", num_workers=0)
+    assert "Schicht 2" in {record.group for record in whole.records[0]}
+    assert grouped(FolderDataModule(root / "ok", test_share=0, num_workers=0)) == list(range(10))
+    with pytest.raises(UserError, match=r"data\.group_by 'Teil' finds nothing in .*; give a regular expression"):
+        _ = FolderDataModule(root / "ok", group_by="Teil").records
+    with pytest.raises(UserError, match=r"data\.group_by '\(' is no regular expression: "):
+        FolderDataModule(root / "ok", group_by="(")
+    with pytest.raises(UserError, match=r"a manifest has the column group"):
+        FolderDataModule(manifest="list.csv", group_by="x")
+
+
+def test_groups_and_calibration_images_of_a_manifest(root):
+    manifest = root / "list.csv"
+    lines = ["ok/e.png,nominal,train,p", "ok/f.jpg,nominal,train,", "ok/b.webp,nominal,train,p"]
+    lines += ["ok/a.TIFF,nominal,calibration,q", "ok/Teil 1.JPG,nominal,test,"]
+    manifest.write_text("\n".join(["path,label,split,group", *lines]))
+    data = FolderDataModule(manifest=manifest, num_workers=0)
+    assert grouped(data) == [0, 1, 0]
+    assert [record.path.name for record in data.calibration_records] == ["a.TIFF"]
+    manifest.write_text("path,label,split\nbad/Kratzer/1.JPG,anomalous,calibration")
+    with pytest.raises(UserError, match="an anomalous image cannot train or calibrate"):
+        _ = FolderDataModule(manifest=manifest).records
+
+
+def test_thresholds_from_images_given_apart(root, trainer):
+    apart = root / "apart"
+    apart.mkdir()
+    for name in ("e.png", "f.jpg", "a.TIFF", "b.webp"):
+        (root / "ok" / name).rename(apart / name)
+    data = FolderDataModule(root / "ok", calibration=apart, test_share=0, num_workers=0)
+    found = model(calibration="images")
+    trainer(enable_checkpointing=False).fit(found, data)
+    scores = found(torch.stack([found.transform(record.image()) for record in data.calibration_records]))[0]
+    torch.testing.assert_close(found.model.calibration.scores, scores.detach())
+    assert found.memory_bank.seen.item() == 6 * 144
+    found.update(trainer(enable_checkpointing=False), FolderDataModule(apart, test_share=0, num_workers=0))
+    assert found.model.calibration.images.tolist() == [-1] * 4
+    with pytest.raises(UserError, match="must lie apart"):
+        _ = FolderDataModule(root / "ok", calibration=root / "ok" / "Schicht 2").records
+
+
 def test_split_is_seeded_and_leaves_nothing_out(root):
     parts = [FolderDataModule(root / "ok", split_seed=seed).records for seed in (0, 0, 1)]
     names = [[r.path.name for r in test] for _, test in parts]
@@ -156,7 +210,7 @@ def test_manifest(root):
     ("line", "message"),
     [
         ("ok/e.png,fine,train", r"line 3: label must be nominal or anomalous, got 'fine'"),
-        ("ok/e.png,nominal,training", r"line 3: split must be train or test, got 'training'"),
+        ("ok/e.png,nominal,training", r"line 3: split must be train, test or calibration, got 'training'"),
         ("ok/e.png,anomalous,train", r"line 3: an anomalous image cannot train"),
         ("ok/e.png,nominal", r"line 3: has more or fewer fields"),
         (",nominal,train", r"line 3: names no path"),

@@ -306,3 +306,10 @@ def test_a_part_of_another_module(trainer, train_loader, loader, images, tmp_pat
     assert figures["anomaly"] == pytest.approx(expected.mean().item())
     assert trainer(enable_checkpointing=False).fit(again.anomaly, loader) is None  # it can be fitted again
     assert torch.equal(again.anomaly.memory_bank.features, bank)
+
+
+def test_calibration_images_are_refused():
+    with pytest.raises(
+        UserError, match=r"take leave_one_out or split, or calibrate its patchcore by patchcore\.calibrate"
+    ):
+        MemoryBankCallback("encoder", ["1"], calibration="images")

@@ -167,6 +167,15 @@ def test_masks_of_any_number_type(root):
     assert mask.sum() == 16 * 16
 
 
+def test_calibration_leaves_clips_out(written):
+    data = ready(MSTCDataModule(written, "all", frame_step=10, num_workers=0))
+    train = data.records[0]
+    clips = [record.path.parent.name for record in train]
+    groups = [data.train_set[place]["group"] for place in range(len(train))]
+    assert groups == [clips.index(clip) for clip in clips]
+    assert 1 < len(set(groups)) < len(groups)
+
+
 def test_anomalous_frame_without_marked_pixels_is_unknown(root):
     path = root / "testing" / "test_pixel_mask" / "01_0014.npy"
     np.save(path, np.zeros_like(np.load(path)))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import PatchCore, UserError
 from pl_patchcore.coreset import greedy_coreset
-from pl_patchcore.report import CoverageReport, draw_coverage
+from pl_patchcore.report import CoverageReport, PredictionWriter, draw_coverage
 
 
 def images(number, seed):
@@ -55,13 +55,13 @@ def test_update_keeps_to_a_fixed_size_and_knows_the_new_images(trainer):
     assert (model.eval()(new)[0] < 0.7 * before).all()
 
 
-def test_update_recalibrates_on_the_new_images(trainer):
+def test_update_calibrates_on_the_old_and_the_new_held_out_images(trainer):
     model = model_of(calibration_share=0.5, false_alarm_rate=0.3)
     fit(model, trainer, images(6, 0))
     before = model.model.calibration.scores.clone()
     model.update(trainer(), loader(images(8, 1)))
-    assert len(model.model.calibration.scores) == 4
-    assert not torch.equal(before, model.model.calibration.scores)
+    assert torch.equal(before, model.model.calibration.scores[:3])
+    assert model.model.calibration.images.lt(0).tolist() == [True] * 3 + [False] * 4
 
 
 def test_a_failed_update_leaves_the_model_as_it_was(trainer):
@@ -91,7 +91,7 @@ def test_a_fit_after_an_update_starts_clean(trainer):
     assert torch.equal(model.memory_bank.features, expected.memory_bank.features)
 
 
-def test_a_smaller_bank_is_the_beginning(trainer, caplog):
+def test_a_smaller_bank_is_the_beginning(trainer, caplog, tmp_path):
     model, small = model_of(calibration_share=0.5, false_alarm_rate=0.3), model_of(coreset_size=20)
     path = fit(model, trainer, images(6, 0))
     with caplog.at_level(logging.INFO):
@@ -101,7 +101,8 @@ def test_a_smaller_bank_is_the_beginning(trainer, caplog):
     assert loaded.image_threshold is None
     assert "thresholds were calibrated with the larger memory bank" in caplog.text
     tested = model_of(coreset_size=20, calibration_share=0.5)
-    trainer().predict(tested, loader(images(4, 1)), ckpt_path=path)
+    trainer(callbacks=[PredictionWriter()]).predict(tested, loader(images(4, 1)), ckpt_path=path)
+    assert (tmp_path / "predictions.csv").read_text().splitlines()[0] == "path,score,picture"
     assert torch.equal(tested.memory_bank.features, loaded.memory_bank.features)
     path = fit(small, trainer, images(6, 0))
     bank = PatchCore.load_from_checkpoint(path, backbone=TinyBackbone(), coreset_size=90).memory_bank.features

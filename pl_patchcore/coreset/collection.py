@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,8 @@ class Collection:
     Attributes:
         dimension: Numbers in a patch feature, D.
         total: Patch features for the memory bank, of all processes; known once `select` was called.
+        sources: Index in the data set of the image that each selected row is from, int64 ``(M,)``, or -1 - k for row k
+            of the earlier memory bank; known once `select` was called.
         planned: Bytes of main memory that the fit takes until `close`, as planned with the first batch.
         bank_numbers: Numbers in the memory bank, as planned with the first batch; 0 where that is not known.
 
@@ -81,12 +83,14 @@ class Collection:
         self.coreset, self.options, self.device, self.holds_out = coreset, store, device, held_out
         self.expected, self.check, self.neighbours, self.promised = expected, check, neighbours, promised
         self.dimension, self.total, self.planned, self.bank_numbers = 0, 0, 0.0, 0
+        self.sources = torch.empty(0, dtype=torch.int64)
         self._grid = (0, 0)  # patches of an image, down and across
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
         self._earlier = torch.empty(0, 0, dtype=torch.float32)  # an earlier memory bank, projected, (K, d)
         self._picks: Tensor | None = None
         self._processes = Processes(alone=True)
+        self._indices = torch.empty(0, dtype=torch.int64)  # of the images of all processes, in data-set order
         self._numbers: Tensor | None = None  # of this process's rows among those of all, where there are several
 
     def add(self, patches: Tensor, index: Tensor, held_out: Tensor | None = None) -> None:
@@ -183,7 +187,10 @@ class Collection:
                 picks, far = bounded_coreset(self._projected, number, size, chunk_size, bar.update)
                 selection, told = Selection(picks), (chunk_size, far)
                 log.info("selected %d rows at once: no patch feature is farther than %.4g (projected).", *told)
-        return _rows_of_both(selection.rows.cpu(), earlier, self._rows), selection.radii
+        numbers = selection.rows.cpu()
+        image = (numbers - len(earlier)).clamp(min=0) // (self._grid[0] * self._grid[1])
+        self.sources = torch.where(numbers < len(earlier), -1 - numbers, self._indices[image])
+        return _rows_of_both(numbers, earlier, self._rows), selection.radii
 
     def _join(self, processes: Processes) -> None:
         """Find out what all processes have collected, and what numbers this one's rows have among theirs."""
@@ -193,7 +200,8 @@ class Collection:
             self.dimension, self._grid = dimension, (h, w)
             self._store = FeatureStore(dimension, 1, self._projection())
         parts = processes.objects(self._stored.images if dimension else [])
-        order = torch.tensor([index for part in parts for index in part], dtype=torch.int64).argsort(stable=True)
+        indices = torch.tensor([index for part in parts for index in part], dtype=torch.int64)
+        self._indices, order = indices.sort(stable=True)
         if not len(order):
             raise UserError("no training image is left for the memory bank; lower calibration_share.")
         self.total, self._processes = len(order) * h * w, processes
@@ -244,10 +252,17 @@ class Collection:
 
     def held_out_images(self) -> Iterator[tuple[int, Tensor]]:
         """Index and patch features ``(1, h, w, D)`` of each held-out image of this process, one at a time."""
-        store = self._held_out
+        return self._images(self._held_out)
+
+    def bank_images(self, wanted: Container[int]) -> Iterator[tuple[int, Tensor]]:
+        """The same of those images for the memory bank whose index is ``wanted``, as the store has rounded them."""
+        return self._images(self._store, wanted)
+
+    def _images(self, store: FeatureStore | None, wanted: Container[int] | None = None) -> Iterator[tuple[int, Tensor]]:
         if store is not None and len(store):
             for index, rows in zip(store.images, torch.arange(len(store)).split(store.patches), strict=True):
-                yield index, store.take(rows).view(1, *self._grid, -1)
+                if wanted is None or index in wanted:
+                    yield index, store.take(rows).view(1, *self._grid, -1)
 
 
 def _rows_of_both(numbers: Tensor, earlier: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:

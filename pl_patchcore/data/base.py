@@ -49,6 +49,8 @@ class Record:
         mask_path: Ground-truth mask, or a folder of several that are united; None means all nominal for a nominal
             image, unknown for an anomalous one.
         mask_above: Levels above this are anomalous, in a mask of 8 bits and in one of more; `settle_masks` sets it.
+        group: Name of the group of images that it belongs to, such as a clip; calibration leaves a group out as a
+            whole. Empty: it is a group of its own.
     """
 
     mask_is_image: ClassVar[bool] = True  # False: `read` is overridden, and knows what the mask says
@@ -59,6 +61,7 @@ class Record:
     category: str
     mask_path: Path | None = None
     mask_above: tuple[int, int] = MID_GREY
+    group: str = ""
 
     def read(self, transform: Preprocessing | None = None) -> tuple[Image.Image, np.ndarray]:
         """Read the image, RGB, and its ground truth, uint8 ``(H, W)``: 0 nominal, 1 anomalous, 255 unknown.
@@ -160,7 +163,8 @@ class ImageDataset(Dataset[Sample]):
     """Records as samples.
 
     A sample holds ``image``, ``mask``, ``original_size`` and ``crop_box`` as `Preprocessing.apply` gives them;
-    ``label``, ``index`` in the data set; ``category``, ``defect`` and ``path`` as strings.
+    ``label``, ``index`` in the data set, ``group`` (index of the first image of its group); ``category``, ``defect``
+    and ``path`` as strings.
 
     Args:
         records: The images, in the data set's order.
@@ -169,6 +173,8 @@ class ImageDataset(Dataset[Sample]):
 
     def __init__(self, records: Sequence[Record], transform: Preprocessing) -> None:
         self.records, self.transform = records, transform
+        first: dict[str, int] = {}
+        self.groups = [first.setdefault(r.group, i) if r.group else i for i, r in enumerate(records)]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -176,7 +182,8 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
-        return self.transform.apply(*record.read(self.transform)) | {"label": record.label, "index": index} | names
+        numbers = {"label": record.label, "index": index, "group": self.groups[index]}
+        return self.transform.apply(*record.read(self.transform)) | numbers | names
 
 
 def collate(samples: list[Sample]) -> Sample:
@@ -261,6 +268,10 @@ class AnomalyDataModule(L.LightningDataModule):
         """List the images that ``predict`` scores; None: the test records."""
         return None
 
+    def load_calibration_records(self) -> list[Record]:
+        """List nominal images that set the thresholds where ``model.calibration`` is ``images``."""
+        return []
+
     @cached_property
     def listed(self) -> tuple[list[Record], list[Record]]:
         """Training and test records as `load_records` lists them, once."""
@@ -287,10 +298,16 @@ class AnomalyDataModule(L.LightningDataModule):
     def predict_records(self) -> list[Record]:
         """Records that ``predict`` scores."""
         found = self.load_predict_records()
-        if found is None:
-            return self.records[1]
-        broken = self._find_broken(found) if self.on_broken == "skip" else set()
-        return [record for record in found if record not in broken]
+        return self.records[1] if found is None else self._readable(found)
+
+    @cached_property
+    def calibration_records(self) -> list[Record]:
+        """Records of nominal images that set the thresholds where ``model.calibration`` is ``images``."""
+        return self._readable(self.load_calibration_records())
+
+    def _readable(self, records: list[Record]) -> list[Record]:
+        broken = self._find_broken(records) if self.on_broken == "skip" else set()
+        return [record for record in records if record not in broken]
 
     def look(self, stage: str) -> None:
         """List the images of a stage, unless they may have to be fetched first: a wrong path shows before other work.
@@ -311,7 +328,7 @@ class AnomalyDataModule(L.LightningDataModule):
         """Fetch what is to be downloaded, and check every file that is to be read before any work is done."""
         self.download_data()
         predicting = self.trainer is not None and self.trainer.state.fn == "predict"
-        parts = () if predicting else self.records
+        parts = () if predicting else (*self.records, self.calibration_records)
         if self.trainer is None or predicting:
             parts = (*parts, self.predict_records)
         if not self._checked and self.on_broken == "error":
@@ -358,6 +375,7 @@ class AnomalyDataModule(L.LightningDataModule):
             self.predict_set = ImageDataset(self.predict_records, transform)
         else:
             self.train_set, self.test_set = (ImageDataset(part, transform) for part in self.records)
+            self.calibration_set = ImageDataset(self.calibration_records, transform)
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
         if stage in ("fit", "predict"):
@@ -383,6 +401,11 @@ class AnomalyDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Sample]:
         """Nominal and anomalous images."""
         return Loader(self.test_set, batch_size=self.batch_size, **self.loading)
+
+    def calibration_dataloader(self) -> DataLoader[Sample] | None:
+        """Nominal images that set the thresholds where ``model.calibration`` is ``images``; None if there are none."""
+        data = self.calibration_set
+        return Loader(data, batch_size=self.batch_size, **self.loading) if len(data) else None
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""

@@ -81,7 +81,10 @@ class OwnImages:
                 self.order = list(sampler)[: len(range(sampler.rank, total, sampler.num_replicas))]
 
     def of(self, batch: Any) -> dict[str, Any]:
-        """The batch, of any form, without repeated images; with ``index`` int64 ``(B,)``, their places in the set."""
+        """The batch, of any form, without repeated images; with ``index`` int64 ``(B,)``, their places in the set.
+
+        And ``group`` ``(B,)``, the number of the group that each belongs to: its index, where the batch tells no other.
+        """
         named = as_batch(batch)
         first, images = self.position, len(named["image"])
         if self.order is not None and len(self.order) - first < images:
@@ -94,7 +97,10 @@ class OwnImages:
             index = torch.tensor(self.order[first : self.position], dtype=torch.int64)
         else:
             index = torch.arange(first, self.position) * self.world_size + self.rank
-        return named | {"index": index}
+        group = torch.as_tensor(named.get("group", index))
+        if group.shape != index.shape or group.is_floating_point():
+            raise UserError("the entry 'group' of a batch must hold a whole number for each image.")
+        return named | {"index": index, "group": group}
 
 
 def _of_each(value: Any, batch: dict[str, Any]) -> bool:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ _OF_OTHERS = {
     *("abnormal", "anomaly", "anomalies", "anomalous"),
 }
 _OF_MASKS = {"ground_truth", "groundtruth", "gt", "mask", "masks", "labels", "annotations", "segmentation"}
-_COLUMNS = ("path", "split", "label", "defect", "category", "mask")
+_COLUMNS = ("path", "split", "label", "defect", "category", "mask", "group")
 
 
 class FolderDataModule(AnomalyDataModule):
@@ -46,10 +48,15 @@ class FolderDataModule(AnomalyDataModule):
             suffix (``scratch/01.jpg``: ``scratch/01.png`` or ``scratch/01_mask.png``), or folders of that name with
             several masks each. Above mid-grey is defect; if none is as bright, each level above 0 is.
         manifest: CSV file in place of the folders, with a header line. Columns: ``path`` (relative to the CSV file);
-            ``label``, ``nominal`` or ``anomalous``; and as wanted ``split`` (``train`` or ``test``; without it nominal
-            images are split by ``test_share``), ``defect``, ``category``, ``mask``.
+            ``label``, ``nominal`` or ``anomalous``; and as wanted ``split`` (``train``, ``test`` or ``calibration``;
+            without it nominal images are split by ``test_share``), ``defect``, ``category``, ``mask``, ``group``.
         predict: Folder of images, or one image, for ``predict``; nothing else is needed then. None predicts the test
             images.
+        calibration: Folder of nominal images that set the thresholds where ``model.calibration`` is ``images``.
+        group_by: Regular expression that finds in an image's name, with the folders inside ``nominal``, what images of
+            one thing have in common: its first group, or the whole match. Calibration by ``leave_one_out`` leaves such
+            a group out as a whole, since near-copies that stay make thresholds too low. None: no groups, or the column
+            ``group`` of the manifest.
         test_share: Share of the nominal images held out for the test, in [0, 1).
         split_seed: Seed of that draw.
         category: Name in tables of what the folders show.
@@ -68,6 +75,8 @@ class FolderDataModule(AnomalyDataModule):
         masks: str | None = None,
         manifest: str | None = None,
         predict: str | None = None,
+        calibration: str | None = None,
+        group_by: str | None = None,
         test_share: float = 0.2,
         split_seed: int = 0,
         category: str = "images",
@@ -76,16 +85,24 @@ class FolderDataModule(AnomalyDataModule):
         check_arguments(FolderDataModule.__init__, locals(), "data.")
         super().__init__(**loading)
         folders = {"nominal": nominal, "test_nominal": test_nominal, "anomalous": anomalous, "masks": masks}
+        folders["calibration"] = calibration
         given = [name for name, folder in folders.items() if folder is not None]
         if manifest is not None and given:
             raise UserError(f"data.manifest takes the place of data.{given[0]}; give one of them.")
+        if manifest is not None and group_by is not None:
+            raise UserError("data.group_by goes with folders; a manifest has the column group.")
         if masks is not None and anomalous is None:
             raise UserError("data.masks needs data.anomalous, the images they belong to.")
         if not 0 <= test_share < 1:
             raise UserError(f"test_share must be in [0, 1), got {test_share}.")
+        try:
+            self.group_by = None if group_by is None else re.compile(group_by)
+        except re.error as error:
+            raise UserError(f"data.group_by {group_by!r} is no regular expression: {error}.") from error
         self.folders = {name: Path(folder) for name, folder in folders.items() if folder is not None}
         self.manifest = None if manifest is None else Path(manifest)
         self.predict = None if predict is None else Path(predict)
+        self._calibration: list[Record] = []
         self.test_share, self.split_seed, self.category = test_share, split_seed, category
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
@@ -103,10 +120,11 @@ class FolderDataModule(AnomalyDataModule):
             name: list_images(folder, f"set data.{name} to a folder of images", recursive=True)
             for name, folder in self.folders.items()
         }
-        for name in listed.keys() & {"nominal", "test_nominal"}:
+        for name in listed.keys() & {"nominal", "test_nominal", "calibration"}:
             _refuse_others(name, self.folders[name], listed[name])
             listed[name] = _once(self.folders[name], listed[name])
-        train = [Record(path, 0, NOMINAL, self.category) for path in listed["nominal"]]
+        train = self._grouped("nominal", listed["nominal"])
+        self._calibration = self._grouped("calibration", listed.get("calibration", []))
         if "test_nominal" in listed:
             test = [Record(path, 0, NOMINAL, self.category) for path in listed["test_nominal"]]
         else:
@@ -122,7 +140,29 @@ class FolderDataModule(AnomalyDataModule):
                 inside = path.relative_to(root).parts
                 defect = inside[0] if len(inside) > 1 else "anomalous"
                 test.append(Record(path, 1, defect, self.category, masks.get(path)))
-        return _refuse_twice(train, test, "nominal, test and anomalous images must lie apart")
+        apart = "nominal, test, calibration and anomalous images must lie apart"
+        return _refuse_twice(train, test, apart, self._calibration)
+
+    def load_calibration_records(self) -> list[Record]:
+        """Images of the folder ``calibration``, or of this ``split`` of the CSV file."""
+        _ = self.listed  # which finds them, to see that all images lie apart
+        return self._calibration
+
+    def _grouped(self, folder: str, paths: Sequence[Path]) -> list[Record]:
+        """Nominal records of images in one of the folders, with their groups."""
+        records = [Record(path, 0, NOMINAL, self.category) for path in paths]
+        if self.group_by is None:
+            return records
+        names = [path.relative_to(self.folders[folder]).as_posix() for path in paths]
+        found = [self.group_by.search(name) for name in names]
+        if None in found:
+            raise UserError(
+                f"data.group_by {self.group_by.pattern!r} finds nothing in {shown(names[found.index(None)])}; give a "
+                "regular expression that finds the group in every name."
+            )
+        return [
+            replace(r, group=next(iter(m.groups()), None) or m[0]) for r, m in zip(records, found, strict=True) if m
+        ]
 
     def load_predict_records(self) -> list[Record] | None:
         """Images to predict; whether they are anomalous is not known."""
@@ -162,7 +202,7 @@ class FolderDataModule(AnomalyDataModule):
         if strange or not {"path", "label"} <= set(names):
             what = (strange or ["lacks the columns path and label"])[0]
             raise UserError(f"{path}: {what}; its first line must name columns of {', '.join(_COLUMNS)}.")
-        parts: dict[str, list[Record]] = {"train": [], "test": [], "": []}
+        parts: dict[str, list[Record]] = {"train": [], "test": [], "calibration": [], "": []}
         try:
             for row in rows:
                 record, split = self._read_line(row, path.parent, f"{path}, line {rows.line_num}")
@@ -170,7 +210,8 @@ class FolderDataModule(AnomalyDataModule):
         except csv.Error as error:
             raise UserError(f"{path}, line {rows.line_num}: is no CSV ({error}); look for a quote too many.") from error
         train, test = self._split(parts[""])
-        return _refuse_twice(parts["train"] + train, parts["test"] + test, f"list it once in {path}")
+        self._calibration = parts["calibration"]
+        return _refuse_twice(parts["train"] + train, parts["test"] + test, f"list it once in {path}", self._calibration)
 
     def _read_line(self, row: dict[str, Any], folder: Path, where: str) -> tuple[Record, str]:
         if None in row or None in row.values():
@@ -180,23 +221,26 @@ class FolderDataModule(AnomalyDataModule):
             raise UserError(f"{where}: label must be nominal or anomalous, got {row['label']!r}.")
         label = _LABELS[row["label"]]
         split = row["split"] or ("" if label == 0 else "test")
-        if split not in ("", "train", "test"):
-            raise UserError(f"{where}: split must be train or test, got {split!r}.")
-        if label == 1 and split == "train":
-            raise UserError(f"{where}: an anomalous image cannot train; set its split to test.")
+        if split not in ("", "train", "test", "calibration"):
+            raise UserError(f"{where}: split must be train, test or calibration, got {split!r}.")
+        if label == 1 and split in ("train", "calibration"):
+            raise UserError(f"{where}: an anomalous image cannot train or calibrate; set its split to test.")
         if not row["path"]:
             raise UserError(f"{where}: names no path.")
         if label == 0 and row["mask"]:
             raise UserError(f"{where}: a nominal image has no mask; leave it empty.")
         mask = folder / row["mask"] if row["mask"] else None
         defect = (row["defect"] or "anomalous") if label else NOMINAL
-        return Record(folder / row["path"], label, defect, row["category"] or self.category, mask), split
+        category, group = row["category"] or self.category, row["group"]
+        return Record(folder / row["path"], label, defect, category, mask, group=group), split
 
 
-def _refuse_twice(train: list[Record], test: list[Record], remedy: str) -> tuple[list[Record], list[Record]]:
-    """Refuse an image that is in the two lists, or twice in one, under whatever path."""
+def _refuse_twice(
+    train: list[Record], test: list[Record], remedy: str, calibration: list[Record]
+) -> tuple[list[Record], list[Record]]:
+    """Refuse an image that is in two of the lists, or twice in one, under whatever path."""
     first: dict[object, Path] = {}
-    for record in (*train, *test):
+    for record in (*train, *test, *calibration):
         if (other := first.setdefault(_file(record.path), record.path)) is not record.path:
             also = "" if other == record.path else f", also as {shown(other)}"
             raise UserError(f"{shown(record.path)}: is named twice{also}; {remedy}.")

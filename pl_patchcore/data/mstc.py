@@ -142,7 +142,7 @@ class MSTCDataModule(AnomalyDataModule):
                 raise UserError(f"scene {scene} has no video in {self.root / _VIDEOS}; there are {', '.join(videos)}.")
             for video in videos[scene]:
                 numbers = range(0, self._length(video), self.frame_step)
-                train += [VideoRecord(video / f"{number:06d}", 0, NOMINAL, scene) for number in numbers]
+                train += [VideoRecord(video / f"{n:06d}", 0, NOMINAL, scene, group=video.stem) for n in numbers]
             for folder in tests.get(scene, []):
                 test += self._frames(folder, scene)
         return train, test
