@@ -20,9 +20,9 @@ hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("untimed")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def log_levels():
-    """The command line sets levels for the whole process; no test sees those of another."""
+    """The command line sets levels for the whole process; no module sees those of another."""
     loggers = [logging.getLogger(name) for name in ("pl_patchcore", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     yield
