@@ -189,7 +189,7 @@ class PatchCoreCLI(LightningCLI):
     def __init__(self, words: Sequence[str], verbose: bool = False) -> None:
         self.arguments, self.verbose = ordered(words) if words[0] in COMMANDS else list(words), verbose
         self.saved: dict[str, Any] = {}  # the model's settings in the checkpoint to be loaded
-        self.given: Any = None  # those that the user gives beside it
+        self.given: Any = None  # those that the user sets, by options and files that do not come with the package
         if self.arguments[0] not in COMMANDS:  # completion by tab, without the arguments of a thousand classes
             set_parsing_settings(subclasses_disabled=[lambda kind: kind.__module__.startswith(("torch", "lightning"))])
         super().__init__(
@@ -252,6 +252,14 @@ class PatchCoreCLI(LightningCLI):
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
         named = {word.partition("=")[0].removeprefix("--model.") for word in self.arguments}
         refuse_rate_beside_threshold([name for name, value in self.chosen["model"].items() if name in named and value])
+        own = [
+            word for word in self.arguments[1:]
+            if not (word.startswith("--config=") and comes_with_the_package(word.removeprefix("--config=")))
+        ]  # fmt: skip
+        own = [f"--data={self.chosen['data']['class_path']}", *own]  # their options need it
+        self.given = self.command_parser.parse_args(own, defaults=False).get("model") or Namespace()  # type: ignore[no-untyped-call]
+        if "calibration_share" in self.given and "calibration" not in self.given:
+            self.given["calibration"] = self.chosen["model"]["calibration"] = None  # a share asks for a split
         parser.add_instantiator(self._make_model, PatchCore)
         seed = self.chosen.get("seed_everything")
         if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
@@ -277,12 +285,6 @@ class PatchCoreCLI(LightningCLI):
         """
         checkpoint = read_checkpoint(path)
         self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
-        own = [
-            word for word in self.arguments[1:]
-            if not (word.startswith("--config=") and comes_with_the_package(word.removeprefix("--config=")))
-        ]  # fmt: skip
-        own = [f"--data={self.chosen['data']['class_path']}", *own]  # their options need it
-        self.given = self.command_parser.parse_args(own, defaults=False).get("model") or Namespace()  # type: ignore[no-untyped-call]
         if "backbone" not in self.saved and "backbone" not in self.given:
             raise UserError(
                 f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
@@ -295,7 +297,7 @@ class PatchCoreCLI(LightningCLI):
 
     def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:
         """Make the model with the settings of the checkpoint, if there is one, under those that the user gives."""
-        if self.given is None:
+        if not self.saved:
             return with_settings(kind, values)
         settings = dict(self.saved)
         for name, value in vars(self.given).items():
@@ -341,7 +343,7 @@ class PatchCoreCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Let the saved configuration hold only what the user sets, so that every command can start with it."""
-        if self.given is not None:  # a checkpoint brings the rest of the model
+        if self.saved:  # a checkpoint brings the rest of the model
             self.chosen["model"] = self.given
         for name in ("verbose", "return_predictions", *["ckpt_path"] * (self.ckpt_path is None)):
             self.chosen.pop(name, None)

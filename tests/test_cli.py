@@ -238,7 +238,7 @@ def test_own_images(tmp_path, monkeypatch, capsys, caplog):
     files = []
     with caplog.at_level(logging.INFO):
         main(["fit", "--config", small, "--data.nominal", "images/ok", "--data.num_workers", "0"])
-        assert "FolderDataModule: 10 nominal training images; no test images" in caplog.messages
+        assert "FolderDataModule: 10 nominal training images; no test images (data.test_share 0)" in caplog.messages
         assert (
             "10 images: 10 in the memory bank, 0 held out; thresholds from 10 of them by leave-one-out."
             in caplog.messages
@@ -257,6 +257,9 @@ def test_own_images(tmp_path, monkeypatch, capsys, caplog):
     capsys.readouterr()
     main(["predict", "--config", "out/config.yaml", "--ckpt_path", name, "--data.predict", "images/bad"])
     assert "3 anomaly scores written to" in capsys.readouterr().out
+    # a share asks for a split, in place of what is there by default; the configuration says so, too
+    main(["fit", "--config", small, "--data.nominal", "images/bad", "--model.calibration_share", "0.4", *HERE])
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["model"]["calibration"] is None
     # what comes with the package does not win over a checkpoint
     main(["predict", "--config", "data/folder", "--ckpt_path", name, "--data.predict", "images/bad", *HERE])
     rate = yaml.safe_load(Path("out/config.yaml").read_text())["model"].get("false_alarm_rate")

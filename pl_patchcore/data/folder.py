@@ -143,6 +143,11 @@ class FolderDataModule(AnomalyDataModule):
         apart = "nominal, test, calibration and anomalous images must lie apart"
         return _refuse_twice(train, test, apart, self._calibration)
 
+    def describe(self) -> str:
+        """One line; where there is no test image, with the option that would hold some out."""
+        told = super().describe()
+        return told if self.records[1] else f"{told} (data.test_share {self.test_share:g})"
+
     def load_calibration_records(self) -> list[Record]:
         """Images of the folder ``calibration``, or of this ``split`` of the CSV file."""
         _ = self.listed  # which finds them, to see that all images lie apart
