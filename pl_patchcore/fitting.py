@@ -258,7 +258,7 @@ class Fitting:
         """Log how far patch features lie from the memory bank; their mean distance, those in it not counted."""
         bank = member.memory_bank
         sample = collection.sample().to(bank.features.device)
-        nearest, _ = bank(sample, min(2, bank.size))
+        nearest, _ = bank(sample, 2)
         log.info(
             "coverage: %d sampled patch features lie %.4g from the memory bank on average, %.4g at most.",
             *(len(sample), nearest[:, 0].mean().item(), nearest[:, 0].max().item()),
@@ -351,7 +351,7 @@ def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:
     """
     flat = patches.flatten(0, 2)
     probes = flat[:: max(1, len(flat) // PROBES)]
-    distance, rows = foreign(probes, min(8, foreign.size))
+    distance, rows = foreign(probes, 8)
     other = bank.images[rows] != bank.images[rows[:, :1]]
     other[:, -1] = True
     second = distance.gather(1, other.int().argmax(1, keepdim=True))[:, 0]

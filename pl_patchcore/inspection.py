@@ -218,16 +218,19 @@ def inspect(
     score: Callable[[Tensor], dict[str, Tensor]],
     settings: Settings,
     color: Color = "rgb",
-) -> list[Inspection]:
+) -> Inspection | list[Inspection]:
     """Inspect images of any kind and size; neighbours of one size are scored together.
 
     Args:
-        images: One, or a sequence of them; see `preprocessing.as_rgb`.
+        images: One, or a sequence of them; see `preprocessing.read_image`.
         transform: Preprocessing of the model.
         score: Images ``(B, 3, H, W)`` on the CPU, normalised, to ``score (B,)``, ``anomaly_map (B, H, W)`` and, as far
             as they are known, ``anomalous (B,)`` and ``p_value (B,)``.
         settings: Thresholds and least area.
         color: Order of the channels of arrays and tensors.
+
+    Returns:
+        An inspection, or a list of them for a sequence.
 
     Raises:
         UserError: If an image is of no kind that is read, naming its place in the sequence.
@@ -246,7 +249,9 @@ def inspect(
             found += _score(waiting, score, settings)
             waiting = []
         waiting.append((sample, original))
-    return found + list(_score(waiting, score, settings)) if waiting else found
+    if waiting:
+        found += _score(waiting, score, settings)
+    return found if several else found[0]
 
 
 def _prepare(

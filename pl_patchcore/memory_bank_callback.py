@@ -196,7 +196,7 @@ class MemoryBankCallback(L.Callback):
             fitting.select(shown=shown)
         finally:
             fitting.close()
-        model.tell_thresholds()
+        model.model.calibration.tell(model.calibration)
 
     def _loader(self, model: PatchCore, trainer: L.Trainer) -> tuple[Any, int | None]:
         """The loader of this process's share, and how many of its batches to take; None where that is not known."""
