@@ -176,6 +176,11 @@ class Calibration(nn.Module):
     Casting a model casts them: thresholds are then rounded as its scores are. The false-alarm rate and thresholds set
     by hand are not in the state dict.
 
+    Args:
+        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds.
+        image_threshold: Threshold for anomaly scores set by hand, above 0; None: the calibrated one.
+        pixel_threshold: The same for anomaly maps.
+
     Attributes:
         scores: Anomaly scores, ``(n,)``, float32; of any n by ``load_state_dict``.
         peaks: Highest value of each image's anomaly map, ``(n,)``, float32.
@@ -183,9 +188,11 @@ class Calibration(nn.Module):
             older than the last update of the memory bank.
         by_hand: Thresholds set by hand, by name.
 
+    Raises:
+        UserError: For a value out of range, when it is set, too.
+
     Example:
-        >>> calibration = Calibration()
-        >>> calibration.false_alarm_rate = 0.5
+        >>> calibration = Calibration(false_alarm_rate=0.5)
         >>> calibration.image_threshold
         >>> calibration.fill(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]))
         >>> calibration.image_threshold, calibration.pixel_threshold
@@ -196,14 +203,20 @@ class Calibration(nn.Module):
     peaks: Tensor
     images: Tensor
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        false_alarm_rate: float = DEFAULT_RATE,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("scores", torch.empty(0, dtype=torch.float32))
         self.register_buffer("peaks", torch.empty(0, dtype=torch.float32))
         self.register_buffer("images", torch.empty(0, dtype=torch.int32))
         self.register_load_state_dict_pre_hook(_take_sizes)  # type: ignore[no-untyped-call]
-        self._rate = DEFAULT_RATE
         self.by_hand: dict[str, float] = {}
+        self.false_alarm_rate, self.image_threshold = false_alarm_rate, image_threshold
+        self.pixel_threshold = pixel_threshold
 
     def fill(self, scores: Tensor, peaks: Tensor, images: Tensor | None = None) -> None:
         """Take in the scores, the peaks of the maps and the indices of all images, ``(n,)`` each; None: 0 to n - 1."""
@@ -223,14 +236,17 @@ class Calibration(nn.Module):
         self.fill(self.scores[:0], self.peaks[:0])
 
     @torch.no_grad()
-    def fill_from(self, model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int = 0) -> None:
-        """Score nominal images that are not in the memory bank; they take the place of those before.
+    def fill_from(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int = 0, *, kept: bool = False
+    ) -> None:
+        """Score nominal images that are not in the memory bank, and take the scores in.
 
         Args:
             model: The fitted model, which gives scores ``(B,)`` and maps ``(B, H, W)`` of images.
             batches: Dicts with ``image (B, 3, H, W)``, normalised, ``index`` and ``group``, int64 ``(B,)``; where there
                 is a ``label (B,)``, it must be 0.
             seed: Seed of the draw of one image of each group.
+            kept: Whether scores that are there, older than the memory bank, are kept; else the new take their place.
 
         Raises:
             UserError: If an image is labelled anomalous, or there is none.
@@ -247,7 +263,10 @@ class Calibration(nn.Module):
             raise UserError("there is no image to calibrate with; give a loader of nominal images.")
         drawn = sorted(draw_one_of_each(groups, seed))
         scores, peaks = torch.tensor([found[image] for image in drawn], dtype=torch.float32).unbind(1)
+        earlier = self.scores, self.peaks
         self.fill(scores, peaks, torch.tensor(drawn))
+        if kept:
+            self.keep(*earlier)
 
     @property
     def false_alarm_rate(self) -> float:

@@ -174,6 +174,12 @@ def running_loader(trainer: L.Trainer, number: int = 0) -> Any:
     return loaders[number] if isinstance(loaders, list | tuple) else loaders
 
 
+def calibration_loader(trainer: L.Trainer) -> Any:
+    """The data module's loader of images to calibrate with; None where there are none."""
+    loader = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+    return None if loader is None else loader()
+
+
 def all_images(trainer: L.Trainer, loaders: Any) -> Iterator[Tensor]:
     """Images ``(B, 3, H, W)`` of whole data sets, apart from what Lightning has begun; the same on every process."""
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:

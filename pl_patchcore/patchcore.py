@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pl_patchcore.anomaly_map import Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
-from pl_patchcore.calibration import DEFAULT_RATE, CalibrationKind, calibration_kind
+from pl_patchcore.calibration import DEFAULT_RATE, Calibration, CalibrationKind, calibration_kind
 from pl_patchcore.checkpoint import check_against, is_frozen, made_of, mark_of, plain, plain_arguments, read_checkpoint
 from pl_patchcore.configs import recipe
 from pl_patchcore.coreset import CoresetMethod
@@ -41,6 +41,7 @@ from pl_patchcore.lightning_parts import (
     all_has_come,
     all_images,
     begin_without_steps,
+    calibration_loader,
     check_room,
     refuse_monitors,
     refuse_too_few_steps,
@@ -176,20 +177,20 @@ class PatchCore(L.LightningModule):
         of_ensemble = options_of(EnsembleOptions, ensemble)
         for given in of_ensemble.members or ():
             check_arguments(PatchCore.__init__, given, "ensemble.members: ")
+        calibrated = Calibration(false_alarm_rate, image_threshold, pixel_threshold)
+        if false_alarm_rate != DEFAULT_RATE:
+            refuse_rate_beside_threshold(["false_alarm_rate", *calibrated.by_hand])
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
+        self.model.calibration = calibrated
         if self.calibration != "none":
             refuse_test_range(self.model)
         for member in self.model.members:
             self.store.check_method(member.coreset.method)
         self.calibration_share, self.calibration_images, self.seed = calibration_share, calibration_images, seed
         self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
-        plain, self.left_out = plain_arguments(self.arguments)
-        self.hparams.update(plain)
-        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
-        self.false_alarm_rate = false_alarm_rate
-        if false_alarm_rate != DEFAULT_RATE:
-            refuse_rate_beside_threshold(["false_alarm_rate", *self.model.calibration.by_hand])
+        of_file, self.left_out = plain_arguments(self.arguments)
+        self.hparams.update(of_file)
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
@@ -475,7 +476,7 @@ class PatchCore(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse ``max_steps`` that end the fit before all images have come, and missing calibration images."""
         self._all_came = None
-        if self.calibration == "images" and not self._updating and self._calibration_loader() is None:
+        if self.calibration == "images" and not self._updating and calibration_loader(self.trainer) is None:
             raise UserError(
                 "calibration is images, but the data module has none; set data.calibration to a folder of nominal "
                 "images, or calibrate the fitted model by pl-patchcore calibrate (in Python model.calibrate)."
@@ -558,11 +559,9 @@ class PatchCore(L.LightningModule):
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         self._fitting.select(shown=shown)
         self._tell_images(sum(self.processes().objects(self._fitting.count)))
-        if self.calibration == "images" and (loader := self._calibration_loader()) is not None:
-            earlier = self.model.calibration.scores, self.model.calibration.peaks
+        if self.calibration == "images" and (loader := calibration_loader(self.trainer)) is not None:
             with self.trainer.precision_plugin.forward_context():
-                self._calibrate_on(loader)
-            self.model.calibration.keep(*earlier)
+                self._calibrate_on(loader, kept=True)
         self.model.calibration.tell(self.calibration)
 
     def _tell_images(self, images: int) -> None:
@@ -648,14 +647,9 @@ class PatchCore(L.LightningModule):
         self._calibrate_on(loader)
         self.model.calibration.tell("images")
 
-    def _calibrate_on(self, loader: Any) -> None:
+    def _calibrate_on(self, loader: Any, *, kept: bool = False) -> None:
         shown = tqdm(loader, "Calibration", unit=" batches", delay=2)
-        self.model.calibration.fill_from(self, map(OwnImages(loader, 0, 1).of, shown), self.seed)
-
-    def _calibration_loader(self) -> Any:
-        """The data module's loader of images to calibrate with; None where there are none."""
-        loader = getattr(self.trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
-        return None if loader is None else loader()
+        self.model.calibration.fill_from(self, map(OwnImages(loader, 0, 1).of, shown), self.seed, kept=kept)
 
     # Checkpoints
 

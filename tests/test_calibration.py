@@ -66,8 +66,7 @@ def test_share_is_kept(share):
 
 
 def filled(n=4, rate=0.4):
-    calibration = Calibration()
-    calibration.false_alarm_rate = rate
+    calibration = Calibration(rate)
     calibration.fill(torch.arange(1.0, n + 1), 10 * torch.arange(1.0, n + 1))
     return calibration
 
