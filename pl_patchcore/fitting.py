@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -340,6 +340,40 @@ class Fitting:
         for collection in self.collections:
             collection.close()
         self.collections = []
+
+
+def start_fitting(
+    module: Any, loader: Any, batches: float, processes: Processes, neighbours: int = 1, *, update: bool = False
+) -> Fitting:
+    """Begin a fit of a `PatchCore`, as its options say; its memory bank is forgotten, or goes into the selection.
+
+    Args:
+        module: The `PatchCore`.
+        loader: Loader of the training images.
+        batches: Its batches in this process; infinite where that is not known.
+        processes: Processes that fit the model together.
+        neighbours: Processes that share this machine's memory.
+        update: As in `Fitting`.
+    """
+    try:
+        images: int | None = len(loader.dataset)
+    except (AttributeError, TypeError):
+        images = None
+        if processes.count > 1:
+            log.warning("a stream must give every process as many batches: where one has fewer, the others wait.")
+    return Fitting(
+        module.model,
+        store=module.store,
+        calibration_share=module.calibration_share,
+        leave_one_out=module.calibration_images if module.calibration == "leave_one_out" else 0,
+        seed=module.seed,
+        images=images,
+        batches=batches,
+        processes=processes,
+        neighbours=neighbours,
+        update=update,
+        fixed_size=module.transform.size is not None,
+    )
 
 
 def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:

@@ -28,11 +28,11 @@ from pl_patchcore.calibration import DEFAULT_RATE, Calibration, CalibrationKind,
 from pl_patchcore.checkpoint import check_against, is_frozen, made_of, mark_of, plain, plain_arguments, read_checkpoint
 from pl_patchcore.configs import recipe
 from pl_patchcore.coreset import CoresetMethod
-from pl_patchcore.data.batch import OwnImages, count_images
+from pl_patchcore.data.batch import OwnImages
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel, refuse_test_range
 from pl_patchcore.errors import UserError
-from pl_patchcore.fitting import Fitting
+from pl_patchcore.fitting import Fitting, start_fitting
 from pl_patchcore.foreign import Source
 from pl_patchcore.inspection import Inspection, Settings, inspect
 from pl_patchcore.lightning_parts import (
@@ -488,37 +488,9 @@ class PatchCore(L.LightningModule):
         self._close_fitting()
         begin_without_steps(self)
         self._all_came = None
-        trainer = self.trainer
-        neighbours = trainer.num_devices if trainer.world_size > 1 else 1
-        self._fitting = self.start_fitting(
-            trainer.train_dataloader, trainer.num_training_batches, self.processes(), neighbours
-        )
-
-    def start_fitting(self, loader: Any, batches: float, processes: Processes, neighbours: int = 1) -> Fitting:
-        """The companion that collects images and selects the memory bank; the present bank is forgotten.
-
-        Args:
-            loader: Loader of the training images.
-            batches: Its batches in this process; infinite where that is not known.
-            processes: Processes that fit the model together.
-            neighbours: Processes that share this machine's memory.
-        """
-        images = count_images(loader)
-        if images is None and processes.count > 1:
-            log.warning("a stream must give every process as many batches: where one has fewer, the others wait.")
-        return Fitting(
-            self.model,
-            store=self.store,
-            calibration_share=self.calibration_share,
-            leave_one_out=self.calibration_images if self.calibration == "leave_one_out" else 0,
-            seed=self.seed,
-            images=images,
-            batches=batches,
-            processes=processes,
-            neighbours=neighbours,
-            update=self._updating,
-            fixed_size=self.transform.size is not None,
-        )
+        loader, batches = self.trainer.train_dataloader, self.trainer.num_training_batches
+        neighbours = self.trainer.num_devices if self.trainer.world_size > 1 else 1
+        self._fitting = start_fitting(self, loader, batches, self.processes(), neighbours, update=self._updating)
 
     def on_train_epoch_start(self) -> None:
         """End the fit after one epoch, whatever ``min_epochs`` and ``min_steps`` say."""

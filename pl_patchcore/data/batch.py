@@ -52,14 +52,6 @@ def as_batch(batch: Any) -> dict[str, Any]:
     return named
 
 
-def count_images(loader: Any) -> int | None:
-    """Number of images in a loader's data set; None where it does not tell."""
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError):
-        return None
-
-
 class OwnImages:
     """Numbers the images of a loader as in the data set, and leaves out those that a sampler repeats.
 
