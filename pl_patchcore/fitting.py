@@ -342,6 +342,23 @@ class Fitting:
         self.collections = []
 
 
+def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:
+    """Whether an image with the patch features ``(1, h, w, D)`` has a near-copy in the memory bank.
+
+    The distance to the nearest foreign row is compared with that to the nearest one of yet another image (or to the
+    8th nearest row, where all of them are of one image). Images of different things are about as far from the one as
+    from the other.
+    """
+    flat = patches.flatten(0, 2)
+    probes = flat[:: max(1, len(flat) // PROBES)]
+    distance, rows = foreign(probes, 8)
+    other = bank.images[rows] != bank.images[rows[:, :1]]
+    other[:, -1] = True
+    second = distance.gather(1, other.int().argmax(1, keepdim=True))[:, 0]
+    near = distance[:, 0] < COPY_DISTANCE * second
+    return bool(near.float().mean() >= COPY_PATCHES)
+
+
 def start_fitting(
     module: Any, loader: Any, batches: float, processes: Processes, neighbours: int = 1, *, update: bool = False
 ) -> Fitting:
@@ -374,20 +391,3 @@ def start_fitting(
         update=update,
         fixed_size=module.transform.size is not None,
     )
-
-
-def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:
-    """Whether an image with the patch features ``(1, h, w, D)`` has a near-copy in the memory bank.
-
-    The distance to the nearest foreign row is compared with that to the nearest one of yet another image (or to the
-    8th nearest row, where all of them are of one image). Images of different things are about as far from the one as
-    from the other.
-    """
-    flat = patches.flatten(0, 2)
-    probes = flat[:: max(1, len(flat) // PROBES)]
-    distance, rows = foreign(probes, 8)
-    other = bank.images[rows] != bank.images[rows[:, :1]]
-    other[:, -1] = True
-    second = distance.gather(1, other.int().argmax(1, keepdim=True))[:, 0]
-    near = distance[:, 0] < COPY_DISTANCE * second
-    return bool(near.float().mean() >= COPY_PATCHES)

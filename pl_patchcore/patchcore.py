@@ -129,6 +129,10 @@ class PatchCore(L.LightningModule):
     """
 
     arguments: dict[str, Any]  # of the outermost class's constructor, by `keeps_arguments`
+    _test_figures: TestFigures | None = None  # of the test under way
+    _fitting: Fitting | None = None  # the fit under way
+    _updating = False  # whether a fit adds to the memory bank
+    _all_came: bool | None = None  # whether the loader has ended by itself; None before the epoch's end
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -194,10 +198,6 @@ class PatchCore(L.LightningModule):
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
-        self._test_figures: TestFigures | None = None  # of the test under way
-        self._fitting: Fitting | None = None  # the fit under way
-        self._updating = False  # whether a fit adds to the memory bank
-        self._all_came: bool | None = None  # whether the loader has ended by itself; None before the epoch's end
         self._own_images = OwnImages(None, 0, 1)  # of the loader under way
 
     @classmethod
