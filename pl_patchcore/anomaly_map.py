@@ -28,7 +28,7 @@ class AnomalyScorer(nn.Module):
     Args:
         num_neighbors: Neighbours whose distances are averaged for a patch (1 in the paper).
         distance: ``euclidean``, or ``squared`` as the authors' code has it.
-        reweighting_neighbors: b of equation 7, at most the bank's size; 1 means no re-weighting.
+        reweighting_neighbors: b of equation 7, of a smaller bank all rows; 1 means no re-weighting.
         sigma: Standard deviation of the maps' Gaussian, pixels; 0 for none.
     """
 
@@ -61,7 +61,7 @@ class AnomalyScorer(nn.Module):
             (or its square), from 0 up without bound.
         """
         b, h, w, d = patches.shape
-        nearest, rows = bank(patches.reshape(-1, d), min(self.num_neighbors, bank.size))
+        nearest, rows = bank(patches.reshape(-1, d), self.num_neighbors)
         distances = nearest.square() if self.distance == "squared" else nearest
         distances = distances.mean(1).view(b, h * w)
         star, patch = distances.max(1)  # equation 6
@@ -81,16 +81,15 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank | ForeignRows, 
         patch: Most anomalous patch feature x of each image, ``(B, D)``.
         nearest: Number of its nearest row m* of the bank, int64 ``(B,)``.
         bank: The memory bank.
-        b: Neighbours, at most the bank's size.
+        b: Neighbours; of a smaller bank all rows.
 
     Returns:
         float32 ``(B,)`` in [0, 1]; all 1 for b = 1 or a bank of one row.
     """
-    b = min(b, bank.size)
-    if b == 1:
-        return patch.new_ones(patch.shape[0], dtype=torch.float32)
     star = bank.features[nearest].float()  # (B, D)
     _, rows = bank(star, b)
+    if rows.shape[1] == 1:
+        return patch.new_ones(patch.shape[0], dtype=torch.float32)
     # Duplicates of m* may stand before it, even crowd it out; being equal, any of them stands for it.
     company = bank.features[rows].double()  # (B, b, D)
     distance = torch.linalg.vector_norm(patch.double()[:, None] - company, dim=2)

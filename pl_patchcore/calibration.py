@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -36,19 +37,19 @@ log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 CalibrationKind = Literal["leave_one_out", "split", "images", "none"]
+DEFAULT_RATE = 0.01  # false_alarm_rate where none is given
 CONFIDENCE = 0.95  # that the second of `promised_rates` is not exceeded
 SLACK = 1e-9  # so that 20 * 0.05 is 1
 STREAM = 1  # of random numbers: a split of the data set by the same seed must not go along with this draw
 
 
-def calibration_kind(kind: CalibrationKind | None, share: float, most: int, rate: float) -> CalibrationKind:
+def calibration_kind(kind: CalibrationKind | None, share: float, most: int) -> CalibrationKind:
     """Look at the arguments of a `PatchCore` that are about calibration.
 
     Args:
         kind: ``calibration``.
         share: ``calibration_share``.
         most: ``calibration_images``.
-        rate: ``false_alarm_rate``.
 
     Returns:
         ``kind``, or what stands for null.
@@ -66,8 +67,6 @@ def calibration_kind(kind: CalibrationKind | None, share: float, most: int, rate
         )
     if most < 1:
         raise UserError(f"calibration_images must be at least 1, got {most}.")
-    if not 0 < rate < 1:
-        raise UserError(f"false_alarm_rate must be in (0, 1), got {rate}.")
     return kind
 
 
@@ -172,34 +171,52 @@ def p_values(scores: Tensor, held_out: Tensor) -> Tensor:
 
 
 class Calibration(nn.Module):
-    """Scores of nominal images, saved with the model; empty until `fill`.
+    """Scores of nominal images, saved with the model, and the thresholds that they or a person set; empty until `fill`.
 
-    Casting a model casts them: thresholds are then rounded as its scores are.
+    Casting a model casts them: thresholds are then rounded as its scores are. The false-alarm rate and thresholds set
+    by hand are not in the state dict.
+
+    Args:
+        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds.
+        image_threshold: Threshold for anomaly scores set by hand, above 0; None: the calibrated one.
+        pixel_threshold: The same for anomaly maps.
 
     Attributes:
         scores: Anomaly scores, ``(n,)``, float32; of any n by ``load_state_dict``.
         peaks: Highest value of each image's anomaly map, ``(n,)``, float32.
         images: Index of each image in the data set that it was scored from, ``(n,)``, int32; -1 for a score that is
             older than the last update of the memory bank.
+        by_hand: Thresholds set by hand, by name.
+
+    Raises:
+        UserError: For a value out of range, when it is set, too.
 
     Example:
-        >>> calibration = Calibration()
-        >>> calibration.image_threshold(0.5)
+        >>> calibration = Calibration(false_alarm_rate=0.5)
+        >>> calibration.image_threshold
         >>> calibration.fill(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0]))
-        >>> calibration.image_threshold(0.5), calibration.pixel_threshold(0.25)
-        (2.0, 6.0)
+        >>> calibration.image_threshold, calibration.pixel_threshold
+        (2.0, 5.0)
     """
 
     scores: Tensor
     peaks: Tensor
     images: Tensor
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        false_alarm_rate: float = DEFAULT_RATE,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("scores", torch.empty(0, dtype=torch.float32))
         self.register_buffer("peaks", torch.empty(0, dtype=torch.float32))
         self.register_buffer("images", torch.empty(0, dtype=torch.int32))
         self.register_load_state_dict_pre_hook(_take_sizes)  # type: ignore[no-untyped-call]
+        self.by_hand: dict[str, float] = {}
+        self.false_alarm_rate, self.image_threshold = false_alarm_rate, image_threshold
+        self.pixel_threshold = pixel_threshold
 
     def fill(self, scores: Tensor, peaks: Tensor, images: Tensor | None = None) -> None:
         """Take in the scores, the peaks of the maps and the indices of all images, ``(n,)`` each; None: 0 to n - 1."""
@@ -218,30 +235,129 @@ class Calibration(nn.Module):
         """Forget them."""
         self.fill(self.scores[:0], self.peaks[:0])
 
-    def image_threshold(self, rate: float) -> float | None:
-        """Anomaly score that a nominal image exceeds with probability ``rate``; None while empty."""
-        return conformal_threshold(self.scores, rate)[0] if len(self.scores) else None
-
-    def pixel_threshold(self, rate: float) -> float | None:
-        """Value that a nominal image's anomaly map exceeds somewhere with probability ``rate``; None while empty."""
-        return conformal_threshold(self.peaks, rate)[0] if len(self.peaks) else None
-
-    def p_values(self, scores: Tensor) -> Tensor:
-        """Share of nominal images that score as high as each of ``scores`` ``(B,)`` (see `p_values`)."""
-        return p_values(scores, self.scores)
-
-    def tell(self, rate: float, kind: CalibrationKind = "split") -> None:
-        """Log the thresholds, and what they promise; nothing while empty.
+    @torch.no_grad()
+    def fill_from(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int = 0, *, kept: bool = False
+    ) -> None:
+        """Score nominal images that are not in the memory bank, and take the scores in.
 
         Args:
-            rate: False-alarm rate accepted.
+            model: The fitted model, which gives scores ``(B,)`` and maps ``(B, H, W)`` of images.
+            batches: Dicts with ``image (B, 3, H, W)``, normalised, ``index`` and ``group``, int64 ``(B,)``; where there
+                is a ``label (B,)``, it must be 0.
+            seed: Seed of the draw of one image of each group.
+            kept: Whether scores that are there, older than the memory bank, are kept; else the new take their place.
+
+        Raises:
+            UserError: If an image is labelled anomalous, or there is none.
+        """
+        groups, found = dict[int, int](), dict[int, tuple[float, float]]()
+        for batch in batches:
+            if "label" in batch and (torch.as_tensor(batch["label"]) > 0).any():
+                raise UserError("images that calibrate must be nominal, and one is labelled anomalous; leave it out.")
+            scores, maps = model(batch["image"].to(self.scores.device))
+            index = batch["index"].tolist()
+            groups.update(zip(index, batch["group"].tolist(), strict=True))
+            found.update(zip(index, zip(scores.tolist(), maps.flatten(1).amax(1).tolist(), strict=True), strict=True))
+        if not found:
+            raise UserError("there is no image to calibrate with; give a loader of nominal images.")
+        drawn = sorted(draw_one_of_each(groups, seed))
+        scores, peaks = torch.tensor([found[image] for image in drawn], dtype=torch.float32).unbind(1)
+        earlier = self.scores, self.peaks
+        self.fill(scores, peaks, torch.tensor(drawn))
+        if kept:
+            self.keep(*earlier)
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """Share of nominal images, in (0, 1), that may exceed the thresholds; setting it moves those not set by hand.
+
+        Raises:
+            UserError: When it is set to anything else.
+        """
+        return self._rate
+
+    @false_alarm_rate.setter
+    def false_alarm_rate(self, value: float) -> None:
+        if not _lies_between(value, 0, 1):
+            raise UserError(f"false_alarm_rate must be in (0, 1), got {value}.")
+        self._rate = float(value)
+
+    @property
+    def image_threshold(self) -> float | None:
+        """Score above which an image is anomalous; None where there is none.
+
+        Set by hand, or the score that nominal images exceed at ``false_alarm_rate``; None brings the latter back.
+
+        Raises:
+            UserError: When it is set to what is no number above 0.
+        """
+        return self._threshold("image_threshold", self.scores)
+
+    @image_threshold.setter
+    def image_threshold(self, value: float | None) -> None:
+        self._set_by_hand("image_threshold", value)
+
+    @property
+    def pixel_threshold(self) -> float | None:
+        """Value of an anomaly map above which a pixel is anomalous: as ``image_threshold``, of the maps' peaks."""
+        return self._threshold("pixel_threshold", self.peaks)
+
+    @pixel_threshold.setter
+    def pixel_threshold(self, value: float | None) -> None:
+        self._set_by_hand("pixel_threshold", value)
+
+    def _threshold(self, name: str, nominal: Tensor) -> float | None:
+        calibrated = conformal_threshold(nominal, self._rate)[0] if len(nominal) else None
+        return self.by_hand.get(name, calibrated)
+
+    def _set_by_hand(self, name: str, value: float | None) -> None:
+        if value is not None and not _lies_between(value, 0, math.inf):
+            raise UserError(f"{name} must be a number above 0, got {value!r}; null takes the calibrated one.")
+        self.by_hand.pop(name, None)
+        if value is not None:
+            self.by_hand[name] = float(value)
+
+    def verdicts(self, scores: Tensor) -> dict[str, Tensor]:
+        """What is known of anomaly scores ``(B,)`` by the threshold and the nominal images.
+
+        Returns:
+            With a threshold ``anomalous (B,)``, bool, whether the score is above it, and ``normalized (B,)``, the score
+            in units of it; with scores of nominal images ``p_value (B,)``, see `p_values`.
+        """
+        found = {}
+        if (threshold := self.image_threshold) is not None:
+            found = {"anomalous": scores > threshold, "normalized": scores / threshold}
+        return found | ({"p_value": p_values(scores, self.scores)} if len(self.scores) else {})
+
+    def tell(self, kind: CalibrationKind = "split") -> None:
+        """Log the thresholds, what they promise, and which are set by hand.
+
+        Args:
             kind: Where the scores are from.
 
         Raises:
-            UserError: If the threshold is 0, which no score can be compared to.
+            UserError: If the calibrated threshold is 0, which no score can be compared to; of ``leave_one_out`` there
+                is none then, and a warning.
         """
+        try:
+            self._tell_calibrated(kind)
+        except UserError as error:
+            if kind != "leave_one_out":
+                raise
+            self.clear()
+            log.warning("no thresholds: %s", error)
+        self.tell_by_hand()
+
+    def tell_by_hand(self) -> None:
+        """Log the thresholds that are set by hand."""
+        for name, value in self.by_hand.items():
+            log.info("%s is set by hand: %g.", name, value)
+
+    def _tell_calibrated(self, kind: CalibrationKind) -> None:
         if not (n := len(self.scores)):
             return
+        rate = self._rate
         threshold, (expected, at_most) = conformal_threshold(self.scores, rate)[0], promised_rates(n, rate)
         if threshold <= 0:
             raise UserError(
@@ -252,21 +368,15 @@ class Calibration(nn.Module):
         log.info(
             "thresholds from %d %s%s: %.4g for anomaly scores, %.4g for anomaly maps; of new nominal images %s%.2g %% "
             "exceed each on average, and with %.0f %% confidence at most %.2g %%.",
-            *(n, _NAMES[kind], earlier, threshold, self.pixel_threshold(rate)),
+            *(n, _NAMES[kind], earlier, threshold, conformal_threshold(self.peaks, rate)[0]),
             *("approximately " * (kind == "leave_one_out"), 100 * expected, 100 * CONFIDENCE, 100 * at_most),
         )
         if n < images_needed(rate):
             log.warning(
                 "false_alarm_rate %g needs at least %d %s, there are %d: the thresholds are the highest of them, and "
                 "promise %.3g; %stake more nominal images.",
-                *(
-                    rate,
-                    images_needed(rate),
-                    _NAMES[kind],
-                    n,
-                    expected,
-                    "raise calibration_share or " * (kind == "split"),
-                ),
+                *(rate, images_needed(rate), _NAMES[kind], n, expected),
+                "raise calibration_share or " * (kind == "split"),
             )
 
 
@@ -276,6 +386,10 @@ _NAMES: dict[CalibrationKind, str] = {  # what the scores are of
     "images": "nominal images that are not in the memory bank",
     "none": "nominal images",
 }
+
+
+def _lies_between(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and low < float(value) < high
 
 
 def _take_sizes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

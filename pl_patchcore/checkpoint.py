@@ -21,7 +21,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
 from pl_patchcore.calibration import Calibration
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
@@ -143,9 +143,50 @@ def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: 
                 raise UserError(f"the checkpoint's {name} has not as many scores as peaks and images; fit again.")
 
 
+def is_frozen(key: str) -> bool:
+    """Whether a tensor of that name is the backbone's, which no fit changes."""
+    return "patch_features." in key
+
+
+def mark_of(module: Any, began: bool) -> dict[str, Any]:
+    """What a checkpoint of a `PatchCore` says of itself, in plain values: its key ``patchcore``.
+
+    Args:
+        module: The module.
+        began: Whether a fit has taken in images.
+    """
+    return {
+        "format": FORMAT,
+        "fitted": module.model.fitted,
+        "began": module.model.fitted or began,
+        "identity": module.identity(),
+        "left_out": list(module.left_out),
+    }
+
+
+def check_against(module: Any, checkpoint: dict[str, Any], path: str | PathLike[str] | None = None) -> None:
+    """Refuse a checkpoint whose memory bank was not made with a module's features.
+
+    Args:
+        module: The `PatchCore` that it is loaded into; its weights are identified.
+        checkpoint: The checkpoint, its ``state_dict`` with or without the backbone's weights.
+        path: File that it was read from by others than `read_checkpoint`.
+
+    Raises:
+        UserError: As `require_fitted`, `check_identity` and `check_state`, and for a damaged file.
+    """
+    require_fitted(checkpoint)
+    if path is not None and "://" not in str(path):
+        read_checkpoint(path)  # Lightning looks at no checksum
+    module.model.identify()
+    check_identity(checkpoint, module.identity())
+    frozen = {key: value for key, value in module.state_dict().items() if is_frozen(key)}
+    check_state(module, frozen | checkpoint["state_dict"], strict=module.strict_loading)
+
+
 def holds_backbone(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint brings the backbone's weights (``save_backbone``)."""
-    return any("patch_features." in key for key in checkpoint["state_dict"])
+    return any(map(is_frozen, checkpoint["state_dict"]))
 
 
 def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, Any], name: str) -> M:
@@ -245,13 +286,20 @@ def _short(value: Any) -> str:
 
 
 def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those of a constructor's arguments that have a plain form, in it, and the names of the others."""
-    found, left_out = {}, []
+    """Those of a `PatchCore`'s arguments that have a plain form, in it, and the names of the others.
+
+    Paths of weights become absolute, to hold in any folder.
+    """
+    found: dict[str, Any] = {}
+    left_out = []
     for name, value in arguments.items():
         try:
             found[name] = plain(value)
         except TypeError:
             left_out.append(name)
+    for each in (found, *((found.get("ensemble") or {}).get("members") or ())):
+        if isinstance(name := each.get("weights"), str):
+            each["weights"] = str(weights_path(name) or name)
     return found, left_out
 
 

@@ -399,13 +399,13 @@ def main(args: Sequence[str] | None = None) -> None:
         # a loader process's error carries the traceback it had there; the last line is the message
         lines = [line for line in str(error).splitlines() if line.strip()]
         fail(lines[-1].split("UserError: ", 1)[-1] if lines and lines[0].startswith("Caught ") else str(error))
+    except (RuntimeError, ConnectionResetError, EOFError) as error:  # of a loader process that was killed, perhaps
+        if (explained := loader_error(error)) is error:
+            raise
+        sys.stderr.write("\n")  # a line of its own: torch ends its word about a killed process with a null character
+        fail(str(explained))
     except OSError as error:  # a full or read-only disk, an occupied name
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         fail(f"{where}{os.strerror(error.errno or 0).lower()}; choose another place.")
-    except RuntimeError as error:  # torch tells of a loader process that was killed wherever the run happens to be
-        if (explained := loader_error(error)) is error:
-            raise
-        sys.stderr.write("\n")  # a line of its own: torch ends its word about a killed process with a null character
-        fail(str(explained))

@@ -6,6 +6,7 @@ before they are averaged. Has the methods of `PatchCoreModel`; `patchcore.py` us
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pl_patchcore.calibration import Calibration
+from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.model import PatchCoreModel
+
+log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
 
 
 class EnsembleModel(nn.Module):
@@ -73,6 +78,7 @@ class EnsembleModel(nn.Module):
     @torch.no_grad()
     def find_ranges(self, batches: Iterable[Tensor]) -> None:
         """Go through all images of a test set once, for ``test_range``."""
+        log.info("combine test_range: going through all images once to find each member's range.")
         ranges = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32).repeat(len(self.models), 2, 1)
         for images in batches:
             for bounds, model in zip(ranges, self.models, strict=True):
@@ -84,6 +90,11 @@ class EnsembleModel(nn.Module):
     def train(self, mode: bool = True) -> EnsembleModel:
         """Stay in eval mode."""
         return super().train(False)
+
+    def identify(self) -> None:
+        """As `PatchFeatures.identify`, of each member."""
+        for model in self.members:
+            model.identify()
 
     @property
     def fitted(self) -> bool:
@@ -99,3 +110,13 @@ class EnsembleModel(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What the memory banks depend on, in plain values."""
         return {"members": [model.identity for model in self.members]}
+
+
+def refuse_test_range(model: PatchCoreModel | EnsembleModel) -> None:
+    """Refuse to calibrate an ensemble whose scores depend on all images of the test set.
+
+    Raises:
+        UserError: If it is one.
+    """
+    if isinstance(model, EnsembleModel) and model.combine == "test_range":
+        raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -258,7 +258,7 @@ class Fitting:
         """Log how far patch features lie from the memory bank; their mean distance, those in it not counted."""
         bank = member.memory_bank
         sample = collection.sample().to(bank.features.device)
-        nearest, _ = bank(sample, min(2, bank.size))
+        nearest, _ = bank(sample, 2)
         log.info(
             "coverage: %d sampled patch features lie %.4g from the memory bank on average, %.4g at most.",
             *(len(sample), nearest[:, 0].mean().item(), nearest[:, 0].max().item()),
@@ -351,9 +351,43 @@ def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:
     """
     flat = patches.flatten(0, 2)
     probes = flat[:: max(1, len(flat) // PROBES)]
-    distance, rows = foreign(probes, min(8, foreign.size))
+    distance, rows = foreign(probes, 8)
     other = bank.images[rows] != bank.images[rows[:, :1]]
     other[:, -1] = True
     second = distance.gather(1, other.int().argmax(1, keepdim=True))[:, 0]
     near = distance[:, 0] < COPY_DISTANCE * second
     return bool(near.float().mean() >= COPY_PATCHES)
+
+
+def start_fitting(
+    module: Any, loader: Any, batches: float, processes: Processes, neighbours: int = 1, *, update: bool = False
+) -> Fitting:
+    """Begin a fit of a `PatchCore`, as its options say; its memory bank is forgotten, or goes into the selection.
+
+    Args:
+        module: The `PatchCore`.
+        loader: Loader of the training images.
+        batches: Its batches in this process; infinite where that is not known.
+        processes: Processes that fit the model together.
+        neighbours: Processes that share this machine's memory.
+        update: As in `Fitting`.
+    """
+    try:
+        images: int | None = len(loader.dataset)
+    except (AttributeError, TypeError):
+        images = None
+        if processes.count > 1:
+            log.warning("a stream must give every process as many batches: where one has fewer, the others wait.")
+    return Fitting(
+        module.model,
+        store=module.store,
+        calibration_share=module.calibration_share,
+        leave_one_out=module.calibration_images if module.calibration == "leave_one_out" else 0,
+        seed=module.seed,
+        images=images,
+        batches=batches,
+        processes=processes,
+        neighbours=neighbours,
+        update=update,
+        fixed_size=module.transform.size is not None,
+    )

@@ -7,7 +7,7 @@ Score and verdict are there at once; map, mask and regions are computed when the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,35 @@ class Inspection:
         self.size = original_size
         self._heat, self._crop_box, self._original = heat, crop_box, original
         self._settings = settings
+
+    @classmethod
+    def of(
+        cls,
+        outputs: Mapping[str, Any],
+        i: int,
+        place: tuple[tuple[int, int], tuple[float, ...]],
+        original: Callable[[], Image.Image],
+        settings: Settings,
+    ) -> Inspection:
+        """What was found in image ``i`` of a batch.
+
+        Args:
+            outputs: As `PatchCore.judge` gives them.
+            i: Number of the image in the batch.
+            place: As `geometry` gives it.
+            original: See the class.
+            settings: See the class.
+        """
+        return cls(
+            score=float(outputs["score"][i]),
+            anomalous=bool(outputs["anomalous"][i]) if "anomalous" in outputs else None,
+            p_value=float(outputs["p_value"][i]) if "p_value" in outputs else None,
+            heat=outputs["anomaly_map"][i].float().cpu().numpy().copy(),  # free of the batch
+            original_size=place[0],
+            crop_box=place[1],
+            original=original,
+            settings=settings,
+        )
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -184,7 +213,7 @@ class Inspection:
         image = smaller(self.original, longest_side)
         scale = max(image.size) / max(self.size)
         picture = with_strip(image, self.sentence, COLOURS[self.anomalous])
-        polygons = [polygon for region in self.regions for polygon in (region.outline, *region.holes)]
+        polygons = [polygon for region in self.regions for polygon in region.polygons]
         lines = [[(x * scale, y * scale) for x, y in (*polygon, polygon[0])] for polygon in polygons]
         if not lines and self.anomalous is not False:  # the map of the picture's size, as that of a large image is slow
             lines = [_ring(_highest(self.map_of_size(image.height, image.width)), max(2.0, 0.03 * max(image.size)))]
@@ -212,22 +241,31 @@ class Inspection:
         }
 
 
+def geometry(sample: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[float, ...]]:
+    """Size of the original image of a sample, and the part of it that the input covers, as plain numbers."""
+    height, width = sample["original_size"].tolist()
+    return (height, width), tuple(sample["crop_box"].tolist())
+
+
 def inspect(
     images: ImageLike | Sequence[ImageLike],
     transform: Preprocessing,
     score: Callable[[Tensor], dict[str, Tensor]],
     settings: Settings,
     color: Color = "rgb",
-) -> list[Inspection]:
+) -> Inspection | list[Inspection]:
     """Inspect images of any kind and size; neighbours of one size are scored together.
 
     Args:
-        images: One, or a sequence of them; see `preprocessing.as_rgb`.
+        images: One, or a sequence of them; see `preprocessing.read_image`.
         transform: Preprocessing of the model.
         score: Images ``(B, 3, H, W)`` on the CPU, normalised, to ``score (B,)``, ``anomaly_map (B, H, W)`` and, as far
             as they are known, ``anomalous (B,)`` and ``p_value (B,)``.
         settings: Thresholds and least area.
         color: Order of the channels of arrays and tensors.
+
+    Returns:
+        An inspection, or a list of them for a sequence.
 
     Raises:
         UserError: If an image is of no kind that is read, naming its place in the sequence.
@@ -246,7 +284,9 @@ def inspect(
             found += _score(waiting, score, settings)
             waiting = []
         waiting.append((sample, original))
-    return found + list(_score(waiting, score, settings)) if waiting else found
+    if waiting:
+        found += _score(waiting, score, settings)
+    return found if several else found[0]
 
 
 def _prepare(
@@ -267,20 +307,9 @@ def _score(
 ) -> Iterator[Inspection]:
     with torch.inference_mode():
         outputs = score(torch.stack([sample["image"] for sample, _ in waiting]))
-        columns = {name: outputs[name].tolist() for name in ("score", "anomalous", "p_value") if name in outputs}
-        heats = [heat.float().cpu().numpy().copy() for heat in outputs["anomaly_map"]]  # free of the batch
+        outputs = {name: value.cpu() for name, value in outputs.items()}
     for i, (sample, original) in enumerate(waiting):
-        height, width = sample["original_size"].tolist()
-        yield Inspection(
-            score=columns["score"][i],
-            anomalous=columns["anomalous"][i] if "anomalous" in columns else None,
-            p_value=columns["p_value"][i] if "p_value" in columns else None,
-            heat=heats[i],
-            original_size=(height, width),
-            crop_box=tuple(sample["crop_box"].tolist()),
-            original=original,
-            settings=settings,
-        )
+        yield Inspection.of(outputs, i, geometry(sample), original, settings)
 
 
 @dataclass(frozen=True)

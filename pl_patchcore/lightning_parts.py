@@ -5,7 +5,8 @@ The one place that counts steps in Lightning's loop and calls its checkpoint cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pl_patchcore.checkpoint import read_checkpoint
+from pl_patchcore.data.base import loader_error
+from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import free_bytes, whole_file
 
@@ -54,21 +58,22 @@ class WholeFiles(TorchCheckpointIO):
 class ReleaseOnException(L.Callback):
     """What a module does when a run of it fails or is interrupted: modules have no such hook.
 
-    Frees what it has collected, and says of a damaged ``ckpt_path`` what `read_checkpoint` says: Lightning has no hook
-    between the choice of a checkpoint and its loading.
+    Frees what it has collected, adds to the error of a loader process that was killed what helps, and says of a damaged
+    ``ckpt_path`` what `read_checkpoint` says: Lightning has no hook between the choice of a checkpoint and its loading.
     """
 
     def __init__(self, module: L.LightningModule, release: Callable[[], None]) -> None:
         self.module, self.release = module, release
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Free it; look at the checkpoint."""
+        """Free it; explain the error; look at the checkpoint."""
         if pl_module is not self.module:
             return
         self.release()
         path = trainer.ckpt_path
-        of_loader = "DataLoader worker" in str(exception)  # which torch raises wherever the run happens to be
-        if path is not None and "://" not in str(path) and isinstance(exception, Exception) and not of_loader:
+        if isinstance(exception, Exception) and (explained := loader_error(exception)) is not exception:
+            exception.add_note(str(explained))  # torch raises it wherever the run happens to be
+        elif path is not None and "://" not in str(path) and isinstance(exception, Exception):
             read_checkpoint(path)  # raises, if it was that
 
 
@@ -158,10 +163,83 @@ def single_loader(loaders: Any) -> Any:
     return several[0] if several else None
 
 
-def whole_loader(loader: Any) -> Any:
-    """A loader of the whole data set, apart from the one that Lightning has begun; the same on every process."""
-    if not isinstance(loader, DataLoader):
-        return loader
-    return DataLoader(
-        loader.dataset, loader.batch_size or 1, num_workers=loader.num_workers, collate_fn=loader.collate_fn
-    )
+def running_loader(trainer: L.Trainer, number: int = 0) -> Any:
+    """The loader whose batches a step gets; of several the one of that number."""
+    loaders: Any = (
+        trainer.train_dataloader if trainer.training
+        else trainer.test_dataloaders if trainer.testing
+        else trainer.predict_dataloaders if trainer.predicting
+        else trainer.val_dataloaders
+    )  # fmt: skip
+    return loaders[number] if isinstance(loaders, list | tuple) else loaders
+
+
+def calibration_loader(trainer: L.Trainer) -> Any:
+    """The data module's loader of images to calibrate with; None where there are none."""
+    loader = getattr(trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
+    return None if loader is None else loader()
+
+
+def all_images(trainer: L.Trainer, loaders: Any) -> Iterator[Tensor]:
+    """Images ``(B, 3, H, W)`` of whole data sets, apart from what Lightning has begun; the same on every process."""
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        whole = loader
+        if isinstance(loader, DataLoader):
+            options: Any = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn}
+            whole = DataLoader(loader.dataset, loader.batch_size or 1, **options)
+        for batch in whole:
+            yield trainer.strategy.batch_to_device(as_batch(batch)["image"], trainer.strategy.root_device)
+
+
+def refuse_too_few_steps(trainer: L.Trainer) -> None:
+    """Refuse ``max_steps`` that end a fit before all images have come.
+
+    Raises:
+        UserError: If they do.
+    """
+    if trainer.max_steps >= 0:
+        trainer.fit_loop.setup_data()
+        if trainer.max_steps < trainer.num_training_batches < math.inf:
+            raise UserError(
+                f"max_steps {trainer.max_steps} ends the fit before its {trainer.num_training_batches} "
+                "batches have come; leave it out, or take fewer images by limit_train_batches."
+            )
+
+
+def all_has_come(trainer: L.Trainer, ended: bool) -> bool:
+    """Whether the last training batch of a fit that goes well has come, on all processes.
+
+    Args:
+        trainer: The Trainer of the fit.
+        ended: Whether this process's loader has ended by itself.
+    """
+    if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.state.status != TrainerStatus.RUNNING:
+        return False  # also after an exception, perhaps of one process only
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    last = progress.is_last_batch and progress.current.processed == progress.current.ready
+    return bool(trainer.strategy.reduce_boolean_decision(bool(last or ended)))
+
+
+def refuse_unfinished(trainer: L.Trainer, began: bool, fitted: bool) -> None:
+    """Refuse a fit that ended without a memory bank.
+
+    Args:
+        trainer: The Trainer of the fit.
+        began: Whether training has begun.
+        fitted: Whether there is a memory bank.
+
+    Raises:
+        UserError: With the reason.
+    """
+    if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
+        raise UserError("the training loader has no batch; look at drop_last, the batch size and limit_train_batches.")
+    if not began:
+        raise UserError(
+            "the Trainer has trained nothing: its epochs, steps or time are used up; take a new Trainer. "
+            "The model is as it was."
+        )
+    if not fitted:
+        raise UserError(
+            "fit ended before every training batch was seen, so there is no memory bank; look at max_time and at "
+            "callbacks that stop the Trainer."
+        )

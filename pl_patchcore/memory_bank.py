@@ -110,14 +110,19 @@ class MemoryBank(nn.Module):
         self._prepare()
 
     def forward(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """Find the ``k`` nearest rows of each query ``(Q, D)``, k at most M.
+        """Find the ``k`` nearest rows of each query ``(Q, D)``; all M rows where there are no more.
 
         While a graph is recorded (``torch.export``, ``torch.compile``) the float32 product alone chooses, and only
         rows nearer to each other than its rounding can come in another order.
 
         Returns:
             Euclidean distances float32 ``(Q, k)``, ascending, and rows int64 ``(Q, k)``, ties to the lowest.
+
+        Raises:
+            UserError: If the bank is empty, k is below 1, or the queries have another shape, or hold NaN or infinity.
         """
+        size, dimension = self.features.shape
+        k = min(k, size)
         if torch.compiler.is_compiling():
             features, queries = self.features.float(), queries.float()
             mean = features.mean(0)
@@ -126,26 +131,28 @@ class MemoryBank(nn.Module):
             rows = square.topk(k, dim=1, largest=False).indices
             distance, order = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2).sort(1)
             return distance, rows.gather(1, order)
-        size, dimension = self.features.shape
         if not size:
             raise UserError("the memory bank is empty; fit the model first, or load a checkpoint of a fitted one.")
-        if not 1 <= k <= size:
-            raise UserError(f"k must be from 1 to the size of the memory bank, {size}, got {k}.")
+        if k < 1:
+            raise UserError(f"k must be at least 1, got {k}.")
         if queries.ndim != 2 or queries.shape[1] != dimension:
             raise UserError(f"queries must be (Q, {dimension}), got {tuple(queries.shape)}.")
         if len(queries) and not torch.isfinite(torch.stack(queries.aminmax())).all():  # NaN comes through
             raise UserError("patch features hold NaN or infinity; look for a broken image or an overflow in float16.")
-        search = self._ready()
+        # _version: nothing public tells that a tensor was written to; tensors of inference mode do not have it.
+        features, version, search = self._prepared
+        if features is not self.features or version != features._version:
+            search = self._prepare()
         with full_precision(queries.device):
             distance, rows = search(queries, k)
             if self.approximate and (short := distance[:, -1].isinf()).any():  # the index finds too few rows
                 distance[short], rows[short] = ExactSearch(self.features, "torch")(queries[short], k)
             return distance, rows
 
-    def exact(self) -> ExactSearch:
-        """Exact search among the rows as they are now, whatever ``search`` says."""
+    def exact(self) -> MemoryBank | ExactSearch:
+        """Exact search among the rows as they are now, whatever ``search`` says: the bank, if it is exact."""
         if not self.approximate:
-            return self._ready()  # type: ignore[no-any-return]
+            return self
         with full_precision(self.features.device):
             return ExactSearch(self.features, "auto")
 
@@ -177,12 +184,6 @@ class MemoryBank(nn.Module):
             if found.name == self.search and found.index.ntotal == len(features):
                 return index
         return build_index(self.search, features)
-
-    def _ready(self) -> Any:
-        """The search, prepared again if the rows were written to."""
-        features, version, search = self._prepared
-        # _version: nothing public tells that a tensor was written to; tensors of inference mode do not have it.
-        return search if features is self.features and version == features._version else self._prepare()
 
     @torch.inference_mode(False)
     def _prepare(self) -> Any:
@@ -227,13 +228,14 @@ class ForeignRows:
         size: Number of rows that are not left out.
     """
 
-    def __init__(self, bank: MemoryBank, image: int, search: ExactSearch) -> None:
+    def __init__(self, bank: MemoryBank, image: int, search: MemoryBank | ExactSearch) -> None:
         self.features, self.search, self.own = bank.features, search, bank.images == image
         self.left_out = int(self.own.sum())
         self.size = bank.size - self.left_out
 
     def __call__(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """As `MemoryBank`, k at most ``size``: more and more neighbours are asked for, until k are foreign."""
+        """As `MemoryBank`: more and more neighbours are asked for, until k of them are foreign."""
+        k = min(k, self.size)
         distance = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         left, asked = torch.arange(len(queries), device=queries.device), k

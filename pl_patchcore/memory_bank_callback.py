@@ -30,6 +30,7 @@ from pl_patchcore.data.batch import OwnImages, as_batch
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import output_folder, whole_file
+from pl_patchcore.fitting import start_fitting
 from pl_patchcore.options import nearest, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
 
@@ -186,7 +187,7 @@ class MemoryBankCallback(L.Callback):
         for weight in model.patch_features.network.state_dict().values():
             weight.copy_(processes.broadcast(weight))  # batch norms differ between processes
         model.patch_features.identify()
-        fitting = model.start_fitting(loader, batches or float("inf"), processes, trainer.num_devices)
+        fitting = start_fitting(model, loader, batches or float("inf"), processes, trainer.num_devices)
         shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
         try:
             for batch in tqdm(islice(loader, batches), "Memory bank", batches, disable=not shown, unit=" batches"):
@@ -196,7 +197,7 @@ class MemoryBankCallback(L.Callback):
             fitting.select(shown=shown)
         finally:
             fitting.close()
-        model.tell_thresholds()
+        model.model.calibration.tell(model.calibration)
 
     def _loader(self, model: PatchCore, trainer: L.Trainer) -> tuple[Any, int | None]:
         """The loader of this process's share, and how many of its batches to take; None where that is not known."""

@@ -8,6 +8,7 @@ copied, pickled, saved whole, moved, cast, called from several threads, nested i
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor, nn
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.calibration import Calibration
 from pl_patchcore.coreset import CoresetOptions
+from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.patch_features import PatchFeatures
+
+log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
 
 
 class PatchCoreModel(nn.Module):
@@ -34,7 +39,7 @@ class PatchCoreModel(nn.Module):
 
     Attributes:
         input_size: Height and width of the images that it scores, int64 ``(2,)``; zeros: any size.
-        calibration: Scores of nominal images, which set thresholds.
+        calibration: Scores of nominal images, and the thresholds.
 
     Example:
         >>> from pl_patchcore.fitting import Fitting
@@ -100,6 +105,34 @@ class PatchCoreModel(nn.Module):
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""
         return super().train(False)
+
+    def cut_bank(self) -> None:
+        """Bring a larger memory bank down to the coreset's size: its first rows are the coreset of that size.
+
+        Thresholds that were calibrated with the larger bank are left out.
+
+        Raises:
+            UserError: If the bank was selected in no order.
+        """
+        bank, size = self.memory_bank, self.coreset.size
+        if size is None or size >= bank.size:
+            return
+        if self.coreset.method not in ("greedy", "approximate"):
+            raise UserError(
+                f"coreset_size cannot cut down a bank selected by {self.coreset.method}, which has no order; fit again."
+            )
+        log.info("memory bank: the first %d of %d patch features.", size, bank.size)
+        if len(self.calibration.scores):
+            log.warning(
+                "the thresholds were calibrated with the larger memory bank and are left out; pl-patchcore calibrate "
+                "(in Python model.calibrate) sets new ones."
+            )
+        bank.fill(bank.features[:size], bank.radii[: size + 1], bank.images[:size])
+        self.calibration.clear()
+
+    def identify(self) -> None:
+        """As `PatchFeatures.identify`."""
+        self.patch_features.identify()
 
     @property
     def members(self) -> list[PatchCoreModel]:

@@ -13,53 +13,47 @@ trainable during ``fit`` only (as part of another module it must not be: DDP wou
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import Distance
-from pl_patchcore.backbone import PAPER_WEIGHTS, weights_path
+from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
-from pl_patchcore.calibration import CalibrationKind, calibration_kind, draw_one_of_each
-from pl_patchcore.checkpoint import (
-    FORMAT,
-    check_identity,
-    check_state,
-    made_of,
-    plain_arguments,
-    read_checkpoint,
-    require_fitted,
-)
+from pl_patchcore.calibration import DEFAULT_RATE, Calibration, CalibrationKind, calibration_kind
+from pl_patchcore.checkpoint import check_against, is_frozen, made_of, mark_of, plain, plain_arguments, read_checkpoint
 from pl_patchcore.configs import recipe
 from pl_patchcore.coreset import CoresetMethod
-from pl_patchcore.data.batch import OwnImages, as_batch
+from pl_patchcore.data.batch import OwnImages
 from pl_patchcore.distributed import Processes, on_first_process
-from pl_patchcore.ensemble import EnsembleModel
+from pl_patchcore.ensemble import EnsembleModel, refuse_test_range
 from pl_patchcore.errors import UserError
-from pl_patchcore.fitting import Fitting
+from pl_patchcore.fitting import Fitting, start_fitting
 from pl_patchcore.foreign import Source
 from pl_patchcore.inspection import Inspection, Settings, inspect
 from pl_patchcore.lightning_parts import (
     Anchor,
     ReleaseOnException,
+    all_has_come,
+    all_images,
     begin_without_steps,
+    calibration_loader,
     check_room,
     refuse_monitors,
+    refuse_too_few_steps,
+    refuse_unfinished,
+    running_loader,
     save_by_callbacks,
     single_loader,
-    whole_loader,
 )
 from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import Mode, TestFigures
 from pl_patchcore.options import (
     MEMBER_ARGUMENTS,
-    THRESHOLDS,
     EnsembleOptions,
     ImageOptions,
     PatchOptions,
@@ -74,9 +68,6 @@ from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
-
-
-DEFAULT_RATE = 0.01  # false_alarm_rate where none is given
 
 
 class PatchCore(L.LightningModule):
@@ -138,6 +129,10 @@ class PatchCore(L.LightningModule):
     """
 
     arguments: dict[str, Any]  # of the outermost class's constructor, by `keeps_arguments`
+    _test_figures: TestFigures | None = None  # of the test under way
+    _fitting: Fitting | None = None  # the fit under way
+    _updating = False  # whether a fit adds to the memory bank
+    _all_came: bool | None = None  # whether the loader has ended by itself; None before the epoch's end
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -181,32 +176,28 @@ class PatchCore(L.LightningModule):
         settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
         check_arguments(PatchCore.__init__, locals())
         super().__init__()
-        self.calibration = calibration_kind(calibration, calibration_share, calibration_images, false_alarm_rate)
+        self.calibration = calibration_kind(calibration, calibration_share, calibration_images)
         of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
         of_ensemble = options_of(EnsembleOptions, ensemble)
         for given in of_ensemble.members or ():
             check_arguments(PatchCore.__init__, given, "ensemble.members: ")
+        calibrated = Calibration(false_alarm_rate, image_threshold, pixel_threshold)
+        if false_alarm_rate != DEFAULT_RATE:
+            refuse_rate_beside_threshold(["false_alarm_rate", *calibrated.by_hand])
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
-        self._check_parts()
-        self.calibration_share, self.false_alarm_rate, self.seed = calibration_share, false_alarm_rate, seed
-        self.metrics_mode, self.save_backbone, self.calibration_images = metrics_mode, save_backbone, calibration_images
-        plain, self.left_out = plain_arguments(self.arguments)
-        for each in (plain, *((plain.get("ensemble") or {}).get("members") or ())):  # a path holds in any folder
-            if isinstance(name := each.get("weights"), str):
-                each["weights"] = str(weights_path(name) or name)
-        self.hparams.update(plain)
-        self.thresholds_by_hand: dict[str, float | None] = {}  # null: not set
-        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
-        if false_alarm_rate != DEFAULT_RATE:
-            refuse_rate_beside_threshold(["false_alarm_rate", *filter(self.thresholds_by_hand.get, THRESHOLDS)])
+        self.model.calibration = calibrated
+        if self.calibration != "none":
+            refuse_test_range(self.model)
+        for member in self.model.members:
+            self.store.check_method(member.coreset.method)
+        self.calibration_share, self.calibration_images, self.seed = calibration_share, calibration_images, seed
+        self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
+        of_file, self.left_out = plain_arguments(self.arguments)
+        self.hparams.update(of_file)
         self.anchor = Anchor()
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
-        self._test_figures: TestFigures | None = None  # of the test under way
-        self._fitting: Fitting | None = None  # the fit under way
-        self._updating = False  # whether a fit adds to the memory bank
-        self._all_came: bool | None = None  # whether the loader has ended by itself; None before the epoch's end
         self._own_images = OwnImages(None, 0, 1)  # of the loader under way
 
     @classmethod
@@ -249,8 +240,7 @@ class PatchCore(L.LightningModule):
         module.strict_loading = strict
         module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"], strict=strict)
-        for member in module.model.members:
-            member.patch_features.identify()
+        module.model.identify()
         return module if map_location is None else module.to(map_location)
 
     # Scoring
@@ -268,13 +258,7 @@ class PatchCore(L.LightningModule):
             calibrated one ``p_value (B,)``, see `calibration.p_values`.
         """
         scores, maps = self(images)
-        result = {"score": scores, "anomaly_map": maps}
-        if (threshold := self.image_threshold) is not None:
-            result["anomalous"] = scores > threshold
-            result["normalized"] = scores / threshold
-        if len(self.model.calibration.scores):
-            result["p_value"] = self.model.calibration.p_values(scores)
-        return result
+        return {"score": scores, "anomaly_map": maps} | self.model.calibration.verdicts(scores)
 
     @overload
     def inspect(  # type: ignore[overload-overlap]  # text is a sequence of texts, too
@@ -295,7 +279,7 @@ class PatchCore(L.LightningModule):
         Args:
             images: One image, or a sequence of images of any sizes: a path, a PIL image, an array ``(H, W)``,
                 ``(H, W, 3)`` or ``(H, W, 4)``, uint8, uint16 or floating-point in [0, 1], or a tensor ``(3, H, W)``,
-                uint8 or floating-point in [0, 1]; see `preprocessing.as_rgb`. Not normalised.
+                uint8 or floating-point in [0, 1]; see `preprocessing.read_image`. Not normalised.
             color: Order of the channels of arrays and tensors: ``rgb``, or ``bgr`` as OpenCV has it.
             least_area: Pixels of the original image below which a region is left out.
 
@@ -308,8 +292,7 @@ class PatchCore(L.LightningModule):
         self._check_fitted()
         settings = Settings(self.image_threshold, self.pixel_threshold, least_area)
         device = self.memory_bank.features.device  # follows every way a module can be moved
-        found = inspect(images, self.transform, lambda batch: self.judge(batch.to(device)), settings, color)
-        return found if isinstance(images, Sequence) and not isinstance(images, str) else found[0]
+        return inspect(images, self.transform, lambda batch: self.judge(batch.to(device)), settings, color)
 
     @property
     def image_threshold(self) -> float | None:
@@ -318,13 +301,12 @@ class PatchCore(L.LightningModule):
         Set by hand, or the score that nominal images exceed at ``false_alarm_rate`` (`calibration.py`). Setting it
         keeps it in checkpoints; None brings the calibrated one back.
         """
-        if (by_hand := self.thresholds_by_hand["image_threshold"]) is not None:
-            return by_hand
-        return self.model.calibration.image_threshold(self.false_alarm_rate)
+        return self.model.calibration.image_threshold
 
     @image_threshold.setter
     def image_threshold(self, value: float | None) -> None:
-        self._set_by_hand("image_threshold", value)
+        self.model.calibration.image_threshold = value
+        self._note(image_threshold=value)
 
     @property
     def pixel_threshold(self) -> float | None:
@@ -332,56 +314,26 @@ class PatchCore(L.LightningModule):
 
         Set by hand, as ``image_threshold``, or what the peaks of nominal images' maps exceed at ``false_alarm_rate``.
         """
-        if (by_hand := self.thresholds_by_hand["pixel_threshold"]) is not None:
-            return by_hand
-        return self.model.calibration.pixel_threshold(self.false_alarm_rate)
+        return self.model.calibration.pixel_threshold
 
     @pixel_threshold.setter
     def pixel_threshold(self, value: float | None) -> None:
-        self._set_by_hand("pixel_threshold", value)
+        self.model.calibration.pixel_threshold = value
+        self._note(pixel_threshold=value)
 
-    def _set_by_hand(self, name: str, value: float | None) -> None:
-        check_arguments(PatchCore.__init__, {name: value})
-        if value is not None and value <= 0:
-            raise UserError(f"{name} must be above 0, got {value}; null takes the calibrated one.")
-        self.thresholds_by_hand[name] = None if value is None else float(value)
-        if name in self.hparams:
-            self.hparams[name] = self.thresholds_by_hand[name]
+    @property
+    def false_alarm_rate(self) -> float:
+        """Share of nominal images, in (0, 1), that may exceed the calibrated thresholds; setting it moves them."""
+        return self.model.calibration.false_alarm_rate
 
-    def tell_thresholds(self, kind: CalibrationKind | None = None) -> None:
-        """Log the thresholds, what they promise, and which are set by hand.
+    @false_alarm_rate.setter
+    def false_alarm_rate(self, value: float) -> None:
+        self.model.calibration.false_alarm_rate = value
+        self._note(false_alarm_rate=value)
 
-        Args:
-            kind: Where the scores of the calibration are from; None: as ``calibration`` says.
-
-        Raises:
-            UserError: If the calibrated threshold is 0; of ``leave_one_out`` there is none then.
-        """
-        kind = kind or self.calibration
-        try:
-            self.model.calibration.tell(self.false_alarm_rate, kind)
-        except UserError as error:
-            if kind != "leave_one_out":
-                raise
-            self.model.calibration.clear()
-            log.warning("no thresholds: %s", error)
-        self._tell_by_hand()
-
-    def _tell_by_hand(self) -> None:
-        for name, value in self.thresholds_by_hand.items():
-            if value is not None:
-                log.info("%s is set by hand: %g.", name, value)
-
-    def _check_parts(self) -> None:
-        """Refuse options that the model's parts contradict."""
-        if self.calibration != "none":
-            self._refuse_test_range()
-        for member in self.model.members:
-            self.store.check_method(member.coreset.method)
-
-    def _refuse_test_range(self) -> None:
-        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range":
-            raise UserError("combine test_range looks at the test set and cannot be calibrated; use nominal.")
+    def _note(self, **changed: float | None) -> None:
+        """Keep arguments that were changed in checkpoints."""
+        self.hparams.update({name: plain(value) for name, value in changed.items() if name in self.hparams})
 
     @property
     def patch_features(self) -> PatchFeatures:
@@ -442,8 +394,8 @@ class PatchCore(L.LightningModule):
         loaders = self.trainer.val_dataloaders if validating else self.trainer.test_dataloaders
         loader = single_loader(loaders)
         self._check_fitted()
-        self._tell_by_hand()
-        self._find_ranges([loader])
+        self.model.calibration.tell_by_hand()
+        self._find_ranges(loader)
         self._test_figures = TestFigures(self.image_threshold, self.pixel_threshold, self.metrics_mode, self.device)
 
     def on_test_epoch_end(self, prefix: str = "test") -> None:
@@ -468,22 +420,13 @@ class PatchCore(L.LightningModule):
     def on_predict_epoch_start(self) -> None:
         """Refuse an empty memory bank before any batch is read."""
         self._check_fitted()
-        self._tell_by_hand()
-        loaders: Any = self.trainer.predict_dataloaders
-        self._find_ranges(loaders if isinstance(loaders, list | tuple) else [loaders])
+        self.model.calibration.tell_by_hand()
+        self._find_ranges(self.trainer.predict_dataloaders)
 
-    def _find_ranges(self, loaders: Sequence[Any]) -> None:
+    def _find_ranges(self, loaders: Any) -> None:
         """For an ensemble's ``test_range``: go through all images once, on every process."""
-        if not isinstance(self.model, EnsembleModel) or self.model.combine != "test_range":
-            return
-        log.info("combine test_range: going through all images once to find each member's range.")
-
-        def images() -> Iterator[Tensor]:
-            for loader in loaders:
-                for batch in whole_loader(loader):
-                    yield self.trainer.strategy.batch_to_device(as_batch(batch)["image"], self.device)
-
-        self.model.find_ranges(images())
+        if isinstance(self.model, EnsembleModel) and self.model.combine == "test_range":
+            self.model.find_ranges(all_images(self.trainer, loaders))
 
     def _figures_under_way(self) -> TestFigures:
         if self._test_figures is None:
@@ -497,39 +440,15 @@ class PatchCore(L.LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `torch.nn.Module.load_state_dict`; cuts the memory bank down to ``coreset_size``, if it is larger."""
         loaded = super().load_state_dict(state_dict, strict, assign)
-        self._cut_bank()
+        if not isinstance(self.model, EnsembleModel):
+            self.model.cut_bank()
         return loaded
-
-    def _cut_bank(self) -> None:
-        """Bring a bank that was loaded down to ``coreset_size``: the first rows are the coreset of that size."""
-        coreset, bank = self.model.members[0].coreset, self.memory_bank
-        if len(self.model.members) > 1 or coreset.size is None or coreset.size >= bank.size:
-            return
-        if coreset.method not in ("greedy", "approximate"):
-            raise UserError(
-                f"coreset_size cannot cut down a bank selected by {coreset.method}, which has no order; fit again."
-            )
-        log.info("memory bank: the first %d of %d patch features.", coreset.size, bank.size)
-        if len(self.model.calibration.scores):
-            log.warning(
-                "the thresholds were calibrated with the larger memory bank and are left out; pl-patchcore calibrate "
-                "(in Python model.calibrate) sets new ones."
-            )
-        bank.fill(bank.features[: coreset.size], bank.radii[: coreset.size + 1], bank.images[: coreset.size])
-        self.model.calibration.clear()
 
     def _own(self, batch: Any, number: int, loader: int = 0) -> dict[str, Any]:
         """A batch as a dict, without images that a sampler repeats, with their places in the data set."""
         if number == 0:
-            trainer = self.trainer
-            loaders: Any = (
-                trainer.train_dataloader if trainer.training
-                else trainer.test_dataloaders if trainer.testing
-                else trainer.predict_dataloaders if trainer.predicting
-                else trainer.val_dataloaders
-            )  # fmt: skip
-            one = loaders[loader] if isinstance(loaders, list | tuple) else loaders
-            self._own_images = OwnImages(one, self.global_rank, trainer.world_size)
+            running = running_loader(self.trainer, loader)
+            self._own_images = OwnImages(running, self.global_rank, self.trainer.world_size)
         return self._own_images.of(batch)
 
     # Fitting
@@ -539,8 +458,7 @@ class PatchCore(L.LightningModule):
         self.save_hyperparameters(dict(self.hparams))  # for loggers
         if stage != "fit":
             return
-        for member in self.model.members:
-            member.patch_features.identify()  # before Lightning casts the weights
+        self.model.identify()  # before Lightning casts the weights
         self.anchor.value.requires_grad_(True)
         self.store.check_processes(self.trainer.world_size)
         refuse_monitors(self.trainer)
@@ -558,58 +476,21 @@ class PatchCore(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse ``max_steps`` that end the fit before all images have come, and missing calibration images."""
         self._all_came = None
-        if self.calibration == "images" and not self._updating and self._calibration_loader() is None:
+        if self.calibration == "images" and not self._updating and calibration_loader(self.trainer) is None:
             raise UserError(
                 "calibration is images, but the data module has none; set data.calibration to a folder of nominal "
                 "images, or calibrate the fitted model by pl-patchcore calibrate (in Python model.calibrate)."
             )
-        if self.trainer.max_steps >= 0:
-            self.trainer.fit_loop.setup_data()
-            if self.trainer.max_steps < self.trainer.num_training_batches < math.inf:
-                raise UserError(
-                    f"max_steps {self.trainer.max_steps} ends the fit before its {self.trainer.num_training_batches} "
-                    "batches have come; leave it out, or take fewer images by limit_train_batches."
-                )
+        refuse_too_few_steps(self.trainer)
 
     def on_train_start(self) -> None:
         """Start to collect; also before every trial of a Tuner."""
         self._close_fitting()
         begin_without_steps(self)
         self._all_came = None
-        trainer = self.trainer
-        neighbours = trainer.num_devices if trainer.world_size > 1 else 1
-        self._fitting = self.start_fitting(
-            trainer.train_dataloader, trainer.num_training_batches, self.processes(), neighbours
-        )
-
-    def start_fitting(self, loader: Any, batches: float, processes: Processes, neighbours: int = 1) -> Fitting:
-        """The companion that collects images and selects the memory bank; the present bank is forgotten.
-
-        Args:
-            loader: Loader of the training images.
-            batches: Its batches in this process; infinite where that is not known.
-            processes: Processes that fit the model together.
-            neighbours: Processes that share this machine's memory.
-        """
-        try:
-            images: int | None = len(loader.dataset)
-        except (AttributeError, TypeError):
-            images = None
-            if processes.count > 1:
-                log.warning("a stream must give every process as many batches: where one has fewer, the others wait.")
-        return Fitting(
-            self.model,
-            store=self.store,
-            calibration_share=self.calibration_share,
-            leave_one_out=self.calibration_images if self.calibration == "leave_one_out" else 0,
-            seed=self.seed,
-            images=images,
-            batches=batches,
-            processes=processes,
-            neighbours=neighbours,
-            update=self._updating,
-            fixed_size=self.transform.size is not None,
-        )
+        loader, batches = self.trainer.train_dataloader, self.trainer.num_training_batches
+        neighbours = self.trainer.num_devices if self.trainer.world_size > 1 else 1
+        self._fitting = start_fitting(self, loader, batches, self.processes(), neighbours, update=self._updating)
 
     def on_train_epoch_start(self) -> None:
         """End the fit after one epoch, whatever ``min_epochs`` and ``min_steps`` say."""
@@ -645,23 +526,15 @@ class PatchCore(L.LightningModule):
 
         Every process must call it.
         """
-        if self._fitting is None or self.model.fitted or self.trainer.sanity_checking:
-            return
-        if self.trainer.state.fn != "fit" or self.trainer.state.status != TrainerStatus.RUNNING:
-            return  # after an exception, perhaps of one process only
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        last = progress.is_last_batch and progress.current.processed == progress.current.ready
-        if not self.trainer.strategy.reduce_boolean_decision(bool(last or self._all_came)):
+        if self._fitting is None or self.model.fitted or not all_has_come(self.trainer, bool(self._all_came)):
             return
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         self._fitting.select(shown=shown)
         self._tell_images(sum(self.processes().objects(self._fitting.count)))
-        if self.calibration == "images" and (loader := self._calibration_loader()) is not None:
-            earlier = self.model.calibration.scores, self.model.calibration.peaks
+        if self.calibration == "images" and (loader := calibration_loader(self.trainer)) is not None:
             with self.trainer.precision_plugin.forward_context():
-                self._calibrate_on(loader)
-            self.model.calibration.keep(*earlier)
-        self.tell_thresholds()
+                self._calibrate_on(loader, kept=True)
+        self.model.calibration.tell(self.calibration)
 
     def _tell_images(self, images: int) -> None:
         """Account for each image of a fit."""
@@ -682,20 +555,7 @@ class PatchCore(L.LightningModule):
         """Free what was collected; refuse a fit without a memory bank."""
         began = self._fitting is not None
         self.release()
-        if self.trainer.limit_train_batches == 0 or self.trainer.num_training_batches == 0:
-            raise UserError(
-                "the training loader has no batch; look at drop_last, the batch size and limit_train_batches."
-            )
-        if not began:
-            raise UserError(
-                "the Trainer has trained nothing: its epochs, steps or time are used up; take a new Trainer. "
-                "The model is as it was."
-            )
-        if not self.model.fitted:
-            raise UserError(
-                "fit ended before every training batch was seen, so there is no memory bank; look at max_time and at "
-                "callbacks that stop the Trainer."
-            )
+        refuse_unfinished(self.trainer, began, self.model.fitted)
 
     def release(self) -> None:
         """Free what a fit has collected."""
@@ -755,49 +615,25 @@ class PatchCore(L.LightningModule):
             UserError: If the model is not fitted, an image is labelled anomalous, or the threshold is 0.
         """
         self._check_fitted()
-        self._refuse_test_range()
+        refuse_test_range(self.model)
         self._calibrate_on(loader)
-        self.tell_thresholds("images")
+        self.model.calibration.tell("images")
 
-    @torch.no_grad()
-    def _calibrate_on(self, loader: Any) -> None:
-        own, groups, found = OwnImages(loader, 0, 1), dict[int, int](), dict[int, tuple[float, float]]()
-        for each in tqdm(loader, "Calibration", unit=" batches", delay=2):
-            batch = own.of(each)
-            if "label" in batch and (torch.as_tensor(batch["label"]) > 0).any():
-                raise UserError("images that calibrate must be nominal, and one is labelled anomalous; leave it out.")
-            scores, maps = self(batch["image"].to(self.device))
-            index = batch["index"].tolist()
-            groups.update(zip(index, batch["group"].tolist(), strict=True))
-            found.update(zip(index, zip(scores.tolist(), maps.flatten(1).amax(1).tolist(), strict=True), strict=True))
-        if not found:
-            raise UserError("there is no image to calibrate with; give a loader of nominal images.")
-        drawn = sorted(draw_one_of_each(groups, self.seed))
-        scores, peaks = torch.tensor([found[image] for image in drawn], dtype=torch.float32).unbind(1)
-        self.model.calibration.fill(scores, peaks, torch.tensor(drawn))
-
-    def _calibration_loader(self) -> Any:
-        """The data module's loader of images to calibrate with; None where there are none."""
-        loader = getattr(self.trainer.datamodule, "calibration_dataloader", None)  # type: ignore[attr-defined]
-        return None if loader is None else loader()
+    def _calibrate_on(self, loader: Any, *, kept: bool = False) -> None:
+        shown = tqdm(loader, "Calibration", unit=" batches", delay=2)
+        self.model.calibration.fill_from(self, map(OwnImages(loader, 0, 1).of, shown), self.seed, kept=kept)
 
     # Checkpoints
 
     def _saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but the frozen backbone, unless it is to be saved."""
-        return {n: v for n, v in self.state_dict().items() if self.save_backbone or "patch_features." not in n}
+        return {n: v for n, v in self.state_dict().items() if self.save_backbone or not is_frozen(n)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Finish the fit if its last batch has come; say what is in the file; leave the frozen backbone out."""
         self.finish()
         checkpoint["state_dict"] = self._saved()  # Lightning's was taken before the memory bank
-        checkpoint["patchcore"] = {
-            "format": FORMAT,
-            "fitted": self.model.fitted,
-            "began": self.model.fitted or (self._fitting is not None and self._fitting.count > 0),
-            "identity": self.identity(),
-            "left_out": list(self.left_out),
-        }
+        checkpoint["patchcore"] = mark_of(self, began=self._fitting is not None and self._fitting.count > 0)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose memory bank was not made with this model's features."""
@@ -807,14 +643,7 @@ class PatchCore(L.LightningModule):
                 "PatchCore fits in one pass and cannot resume from a checkpoint; leave ckpt_path out to fit again, "
                 "or test with it."
             )
-        own = {name: value for name, value in self.state_dict().items() if "patch_features." in name}
         if not fitting:  # while it is, a Tuner puts back what it saved before its trials
-            require_fitted(checkpoint)
-            path = None if self._trainer is None else self.trainer.ckpt_path
-            if path is not None and "://" not in str(path):
-                read_checkpoint(path)  # Lightning looks at no checksum
-            for member in self.model.members:
-                member.patch_features.identify()
-            check_identity(checkpoint, self.identity())
-            check_state(self, own | checkpoint["state_dict"], strict=self.strict_loading)
-        checkpoint["state_dict"] = own | checkpoint["state_dict"]
+            check_against(self, checkpoint, None if self._trainer is None else self.trainer.ckpt_path)
+        frozen = {name: value for name, value in self.state_dict().items() if is_frozen(name)}
+        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]

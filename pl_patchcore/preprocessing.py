@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,9 +36,10 @@ _ORIENTATION = 274  # EXIF tag
 # no EPS among them, for which Pillow would start another program
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 _NORMALISED = 3  # no level of an image normalised as usual lies above that
+_LARGER = "raise model.images.max_pixels to allow so large an image."
 _GREY_ONLY = "model.images.bits is for grey images; save this one with 8 bits a channel."
 _pillows_limit = threading.Lock()  # that limit belongs to the whole process
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor  # what `as_rgb` reads
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor  # what `read_image` reads
 Color = Literal["rgb", "bgr"]  # order of the channels
 
 
@@ -166,18 +167,18 @@ class Preprocessing:
         return result
 
     def read(self, image: ImageLike, color: Color = "rgb") -> Image.Image:
-        """Read an image of any kind as 8-bit RGB, upright: see `as_rgb`."""
-        return as_rgb(image, color, self.bits, self.max_pixels)
+        """Read an image of any kind as 8-bit RGB, upright: see `read_image`."""
+        return read_image(image, color, self.bits, self.max_pixels)
 
     def __call__(self, image: ImageLike, color: Color = "rgb") -> Tensor:
         """Turn an image of any kind into a float32 tensor ``(3, H, W)``, normalised.
 
         Args:
-            image: See `as_rgb`.
+            image: See `read_image`.
             color: Order of the channels of an array or a tensor.
 
         Raises:
-            UserError: As `as_rgb` and `apply`.
+            UserError: As `read_image` and `apply`.
         """
         return self.apply(self.read(image, color))["image"]
 
@@ -202,79 +203,61 @@ class Header(NamedTuple):
     pages: int
 
 
-def read_image(path: Path, bits: int | None = None, max_pixels: int | None = None) -> Image.Image:
-    """Read an image file as 8-bit RGB, upright.
+def read_image(
+    image: ImageLike, color: Color = "rgb", bits: int | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Read an image of any kind as 8-bit RGB, upright; a file and what is in memory of the same pixels give the same.
 
     EXIF orientation is applied; grey is repeated to three channels; an alpha channel is dropped (the colours under it
     are kept); of several pages the first is read. The scale of more than 8 bits is never taken from the pixels.
-
-    Args:
-        path: The file.
-        bits: Grey images of more than 8 bits a pixel are scaled from ``0 ... 2**bits - 1`` (12 for a camera of 12 bits
-            whose images are in 16); None: from the full range of 16 bits. A file of 12 bits tells its scale itself.
-        max_pixels: Largest image that is opened; None: Pillow's limit, 178,956,970.
-
-    Raises:
-        UserError: If the file is missing, no regular file, not an image, cut short, larger than ``max_pixels``, or its
-            pixels have no defined range.
-    """
-    with _opened(path, max_pixels) as file:
-        return _to_rgb(file, shown(path), bits)
-
-
-def as_rgb(
-    image: ImageLike, color: Color = "rgb", bits: int | None = None, max_pixels: int | None = None
-) -> Image.Image:
-    """Read an image of any kind as 8-bit RGB, upright, as `read_image` reads the file with the same pixels.
 
     Args:
         image: Path of a file; a PIL image; an array ``(H, W)``, ``(H, W, 3)`` or ``(H, W, 4)``, uint8, uint16, or
             floating-point in [0, 1]; or a tensor ``(3, H, W)``, uint8, or floating-point in [0, 1], which is an image
             before normalisation. A fourth channel is alpha, and dropped. Floating-point numbers are rounded to 8 bits.
         color: Order of the channels of an array or a tensor; ``bgr`` is OpenCV's. A file and a PIL image know theirs.
-        bits: As `read_image`; also of arrays ``(H, W)`` of uint16.
-        max_pixels: As `read_image`; None sets no limit for what is in memory already.
+        bits: Grey images of more than 8 bits a pixel, arrays ``(H, W)`` of uint16 among them, are scaled from
+            ``0 ... 2**bits - 1`` (12 for a camera of 12 bits whose images are in 16); None: from the full range of 16
+            bits. A file of 12 bits tells its scale itself.
+        max_pixels: Largest image that is opened; None: Pillow's limit, 178,956,970, for files, and none for others.
 
     Raises:
-        UserError: If it is none of these, its range is another, or as `read_image`.
+        UserError: If it is none of these; if a file is missing, no regular file, not an image or cut short; if it is
+            larger than ``max_pixels``, or its pixels have no defined range.
 
     Example:
-        >>> as_rgb(np.array([[[255, 0, 0]]], np.uint8), color="bgr").getpixel((0, 0))
+        >>> read_image(np.array([[[255, 0, 0]]], np.uint8), color="bgr").getpixel((0, 0))
         (0, 0, 255)
     """
     if color not in ("rgb", "bgr"):
         raise UserError(f"color must be 'rgb' or 'bgr', got {color!r}.")
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image), bits, max_pixels)
-    if isinstance(image, Image.Image):
-        name = f"a PIL image of mode {image.mode}"
-        with _in_plain_words(name):
-            _check_pixels(image, max_pixels, name)
-            return _to_rgb(image, name, bits)
-    if isinstance(image, Tensor):
-        name, pixels = f"a tensor of {tuple(image.shape)} {str(image.dtype).removeprefix('torch.')}", _of_tensor(image)
+        source = _opened(Path(image), max_pixels)
+    elif isinstance(image, Image.Image):
+        source = _opened(image, max_pixels, f"a PIL image of mode {image.mode}")
+    elif isinstance(image, Tensor):
+        name = f"a tensor of {tuple(image.shape)} {str(image.dtype).removeprefix('torch.')}"
+        source = _opened(_of_array(_of_tensor(image), name, color, bits), max_pixels, name)
     elif isinstance(image, np.ndarray):
-        name, pixels = f"an array of {image.shape} {image.dtype}", image
+        name = f"an array of {image.shape} {image.dtype}"
+        source = _opened(_of_array(image, name, color, bits), max_pixels, name)
     else:
         raise UserError(
             "an image must be a path, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4), or a tensor (3, H, W), "
             f"got a {type(image).__name__}."
         )
-    return _to_rgb(_of_array(pixels, name, color, bits, max_pixels), name, bits)
-
-
-def _to_rgb(image: Image.Image, name: str, bits: int | None) -> Image.Image:
-    """Upright 8-bit RGB of an opened image; ``name`` is for messages."""
-    bits = _check_range(name, image, bits)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        grey, high = np.asarray(image), 2 ** (bits or 16) - 1
-        if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
-            found = f"level {lowest if lowest < 0 else highest}"
-            raise UserError(f"{name}: holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew.")
-        grey = grey.astype(np.float32) / (high / 255)
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    return image.convert("RGB")
+    with source as opened:
+        if bits is not None or opened.mode.startswith(("I", "F")):
+            bits = _check_range(opened, bits)
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I"):
+            grey, high = np.asarray(upright), 2 ** (bits or 16) - 1
+            if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
+                found = f"level {lowest if lowest < 0 else highest}"
+                raise UserError(f"holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew.")
+            grey = grey.astype(np.float32) / (high / 255)
+            upright = Image.fromarray(grey.round().astype(np.uint8))
+        return upright.convert("RGB")
 
 
 def _of_tensor(image: Tensor) -> np.ndarray:
@@ -286,7 +269,7 @@ def _of_tensor(image: Tensor) -> np.ndarray:
     return (image.float() if image.is_floating_point() else image).numpy()
 
 
-def _of_array(pixels: np.ndarray, name: str, color: Color, bits: int | None, max_pixels: int | None) -> Image.Image:
+def _of_array(pixels: np.ndarray, name: str, color: Color, bits: int | None) -> Image.Image:
     """An array as the image that a file with these pixels gives."""
     if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (3, 4)):
         remedy = "give list(images) of a batch" if pixels.ndim == 4 else "put the channels last"
@@ -303,9 +286,7 @@ def _of_array(pixels: np.ndarray, name: str, color: Color, bits: int | None, max
             if bits not in (None, 16):
                 raise UserError(f"{name}: {_GREY_ONLY}")
             pixels = pixels >> 8  # as Pillow reads files of 16 bits a channel
-    image = Image.fromarray(pixels.astype(np.uint16 if pixels.ndim == 2 and pixels.dtype.itemsize == 2 else np.uint8))
-    _check_pixels(image, max_pixels, name)
-    return image
+    return Image.fromarray(pixels.astype(np.uint16 if pixels.ndim == 2 and pixels.dtype.itemsize == 2 else np.uint8))
 
 
 def _of_floats(pixels: np.ndarray, name: str) -> np.ndarray:
@@ -338,7 +319,7 @@ def read_mask(path: Path, max_pixels: int | None = None) -> np.ndarray:
         if image.mode.startswith(("I", "F")):
             deep = np.asarray(image)
             if not np.isfinite(deep).all() or (deep < 0).any() or (deep != deep.round()).any():
-                raise UserError(f"{shown(path)}: a mask needs whole levels from 0 up; save it with 0 and 255.")
+                raise UserError("a mask needs whole levels from 0 up; save it with 0 and 255.")
             return deep.astype(np.int64)
         if image.mode in ("1", "L"):
             return np.asarray(image.convert("L"))
@@ -347,9 +328,7 @@ def read_mask(path: Path, max_pixels: int | None = None) -> np.ndarray:
             alpha = np.asarray(image.getchannel("A"))
             if alpha.min() != alpha.max() and ((alpha > 127) != (levels > 127)).any():
                 if levels.min() != levels.max():
-                    raise UserError(
-                        f"{shown(path)}: colours and alpha mark different pixels; save the mask without alpha."
-                    )
+                    raise UserError("colours and alpha mark different pixels; save the mask without alpha.")
                 return alpha
         return levels
 
@@ -362,7 +341,7 @@ def check_image(path: Path, bits: int | None = None, max_pixels: int | None = No
     """
     with _opened(path, max_pixels) as image:
         if not mask:
-            _check_range(shown(path), image, bits)
+            _check_range(image, bits)
         width, height = image.size
         tags = getattr(image, "tag_v2", {})
         if image.format == "TIFF":  # some versions of Pillow give the upright size, some the stored one
@@ -378,7 +357,7 @@ def check_image(path: Path, bits: int | None = None, max_pixels: int | None = No
     if not whole and mask:
         read_mask(path, max_pixels)
     elif not whole:
-        read_image(path, bits, max_pixels)
+        read_image(path, bits=bits, max_pixels=max_pixels)
     return header
 
 
@@ -415,7 +394,7 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F")) or any("16" in str(tile) for tile in getattr(image, "tile", []))
 
 
-def _check_range(name: str, image: Image.Image, bits: int | None) -> int | None:
+def _check_range(image: Image.Image, bits: int | None) -> int | None:
     """Refuse pixels without a defined range; return the bits that the image, or else the option, says."""
     if image.mode.startswith("I;"):
         return 12 if getattr(image, "tag_v2", {}).get(258) == (12,) else bits  # 258: bits of a sample
@@ -426,47 +405,44 @@ def _check_range(name: str, image: Image.Image, bits: int | None) -> int | None:
             return bits
     if image.mode in ("I", "F"):
         kind, option = ("whole", " or set model.images.bits") if image.mode == "I" else ("floating-point", "")
-        raise UserError(f"{name}: {kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}.")
+        raise UserError(f"{kind} numbers of 32 bits have no defined range; save it with 8 or 16 bits{option}.")
     if bits not in (None, 16) and _is_deep(image):
-        raise UserError(f"{name}: {_GREY_ONLY}")
+        raise UserError(_GREY_ONLY)
     return bits
 
 
-def _check_pixels(image: Image.Image, max_pixels: int | None, name: str) -> None:
-    if max_pixels is not None and image.width * image.height > max_pixels:
-        size = f"{image.width}x{image.height} pixels"
-        raise UserError(f"{name}: has {size}; raise model.images.max_pixels to allow so large an image.")
-
-
 @contextmanager
-def _opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
-    """Open an image file; whatever Pillow raises for it, then or while it is decoded, is a `UserError`."""
-    check_file(path)
-    with (
-        _in_plain_words(shown(path)),
-        _own_limit() if max_pixels is not None else nullcontext(),
-        path.open("rb") as file,  # given the path, Pillow maps some files, and garbles TIFFs with a quarter turn
-        Image.open(file, formats=_FORMATS) as image,
-    ):
-        _check_pixels(image, max_pixels, shown(path))
-        yield image
+def _opened(image: Path | Image.Image, max_pixels: int | None, name: str = "") -> Iterator[Image.Image]:
+    """Open an image file, or take an image that is open already, whose ``name`` is for messages.
 
-
-@contextmanager
-def _in_plain_words(name: str) -> Iterator[None]:
-    """Raise what Pillow raises for an image as a `UserError`; ``name`` is the image's."""
+    Whatever is raised for it, then or while it is decoded, is a `UserError` that begins with its name.
+    """
+    if isinstance(image, Path):
+        check_file(image)
     try:
-        yield
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: {error}; raise model.images.max_pixels to allow so large an image.") from error
+        with ExitStack() as files:
+            opened = image
+            if isinstance(opened, Path):
+                if max_pixels is not None:
+                    files.enter_context(_own_limit())
+                file = files.enter_context(opened.open("rb"))  # given the path, Pillow maps some files, and garbles
+                opened = files.enter_context(Image.open(file, formats=_FORMATS))  # TIFFs with a quarter turn
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
+                raise UserError(f"has {opened.width}x{opened.height} pixels; {_LARGER}")
+            yield opened
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        reason = " ".join(reason.split())
-        raise UserError(
-            f"{name}: cannot be read ({reason}); replace the file or take it out of the data set."
-        ) from error
+        raise _in_plain_words(error, name or shown(str(image))) from error
+
+
+def _in_plain_words(error: Exception, name: str) -> UserError:
+    """What was raised for an image, as a line that begins with its ``name``."""
+    if isinstance(error, UserError):
+        return UserError(f"{name}: {error}")
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(f"{name}: {error}; {_LARGER}")
+    reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+    reason = " ".join(reason.split())
+    return UserError(f"{name}: cannot be read ({reason}); replace the file or take it out of the data set.")
 
 
 @contextmanager

@@ -41,19 +41,20 @@ class Region:
     mask: np.ndarray
 
     @cached_property
-    def _outlines(self) -> list[Polygon]:
+    def polygons(self) -> list[Polygon]:
+        """The outer outline, then those of the holes."""
         left, top = self.box[:2]
         return [[(left + x, top + y) for x, y in polygon] for polygon in outlines(self.mask)]
 
     @property
     def outline(self) -> Polygon:
         """Outer outline, clockwise corners ``(x, y)``; where pixels touch at a corner it meets itself there."""
-        return self._outlines[0]
+        return self.polygons[0]
 
     @property
     def holes(self) -> list[Polygon]:
         """Outlines of the holes."""
-        return self._outlines[1:]
+        return self.polygons[1:]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the mask, as plain values."""

@@ -65,25 +65,54 @@ def test_share_is_kept(share):
     assert not draw_held_out(40, 0, 0)
 
 
-def filled(n=4):
-    calibration = Calibration()
+def filled(n=4, rate=0.4):
+    calibration = Calibration(rate)
     calibration.fill(torch.arange(1.0, n + 1), 10 * torch.arange(1.0, n + 1))
     return calibration
 
 
+def thresholds(calibration, rate):
+    calibration.false_alarm_rate = rate
+    return calibration.image_threshold, calibration.pixel_threshold
+
+
 def test_calibration_is_filled_and_cleared():
     calibration, scores = Calibration(), torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    assert calibration.image_threshold(0.5) is calibration.pixel_threshold(0.5) is None
+    assert thresholds(calibration, 0.5) == (None, None)
     calibration.fill(scores, scores * 2)
     assert (calibration.scores.dtype, calibration.scores.requires_grad) == (torch.float32, False)
-    assert (calibration.image_threshold(0.5), calibration.pixel_threshold(0.25)) == (2.0, 6.0)
-    assert torch.equal(calibration.p_values(torch.tensor([2.5])), p_values(torch.tensor([2.5]), calibration.scores))
+    assert thresholds(calibration, 0.5) == (2.0, 4.0)
+    assert thresholds(calibration, 0.25) == (3.0, 6.0)
+    found = calibration.verdicts(torch.tensor([2.5, 4.5]))
+    assert found["anomalous"].tolist() == [False, True]
+    torch.testing.assert_close(found["normalized"], torch.tensor([2.5 / 3, 1.5]))
+    assert torch.equal(found["p_value"], p_values(torch.tensor([2.5, 4.5]), calibration.scores))
     calibration.fill(calibration.scores, calibration.peaks)
     with torch.no_grad():
         scores.zero_()
-    assert calibration.image_threshold(0.5) == 2.0  # of copies
+    assert thresholds(calibration, 0.5) == (2.0, 4.0)  # of copies
     calibration.clear()
-    assert calibration.image_threshold(0.5) is calibration.pixel_threshold(0.5) is None
+    assert thresholds(calibration, 0.5) == (None, None)
+    assert calibration.verdicts(torch.tensor([2.5])) == {}
+
+
+def test_thresholds_set_by_hand_come_before_calibrated_ones(caplog):
+    """Of a plain model, too: copies and pickles keep them."""
+    calibration = filled(4, 0.4)
+    calibration.pixel_threshold = 7
+    for each in (calibration, copy.deepcopy(calibration), pickle.loads(pickle.dumps(calibration))):
+        assert thresholds(each, 0.2) == (4.0, 7.0)
+        assert list(each.verdicts(torch.tensor([5.0]))) == ["anomalous", "normalized", "p_value"]
+    with caplog.at_level(logging.INFO):
+        calibration.tell()
+    assert caplog.messages[-1] == "pixel_threshold is set by hand: 7."
+    for name, value in (("image_threshold", 0), ("pixel_threshold", float("nan")), ("false_alarm_rate", 1), *(
+        ("false_alarm_rate", value) for value in (0, True, "0.1", None))
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"{name} must be"):
+            setattr(calibration, name, value)
+    calibration.pixel_threshold = None
+    assert (calibration.false_alarm_rate, *thresholds(calibration, 0.2)) == (0.2, 4.0, 40.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}])
@@ -95,8 +124,7 @@ def test_calibration_of_any_size_loads(options, before):
     for calibration in (own, copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         model = torch.nn.ModuleDict({"inner": calibration})
         model.load_state_dict(saved, **options)
-        assert calibration.image_threshold(0.4) == 3.0
-        assert calibration.pixel_threshold(0.4) == 30.0
+        assert thresholds(calibration, 0.4) == (3.0, 30.0)
         assert calibration.scores.data_ptr() != saved["inner.scores"].data_ptr() or options.get("assign")
     with pytest.raises(RuntimeError, match=r"Missing key.*inner\.peaks"):
         model.load_state_dict({"inner.scores": saved["inner.scores"]})
@@ -107,30 +135,30 @@ def test_calibration_of_any_size_loads(options, before):
 def test_calibration_of_a_cast_model(kind):
     calibration = filled(19).to(kind)
     assert calibration.scores.dtype == kind
-    assert calibration.image_threshold(0.1) == 18.0
+    assert thresholds(calibration, 0.1)[0] == 18.0
     scores = torch.tensor([0.5, 18.5, 30.0])
-    assert torch.equal(calibration.p_values(scores), p_values(scores, torch.arange(1.0, 20.0)))
+    assert torch.equal(calibration.verdicts(scores)["p_value"], p_values(scores, torch.arange(1.0, 20.0)))
     calibration.load_state_dict(filled(3).state_dict())
     assert calibration.scores.dtype == kind
-    assert calibration.pixel_threshold(0.5) == 20.0
+    assert thresholds(calibration, 0.5)[1] == 20.0
 
 
 def test_what_is_told(caplog):
     with caplog.at_level(logging.INFO):
-        Calibration().tell(0.1)
+        Calibration().tell()
         assert not caplog.records
-        filled(19).tell(0.1)
+        filled(19, 0.1).tell()
         assert caplog.messages == [
             "thresholds from 19 held-out nominal images: 18 for anomaly scores, 180 for anomaly maps; of new nominal "
             "images 10 % exceed each on average, and with 95 % confidence at most 23 %."
         ]
-        updated = filled(3)
+        updated = filled(3, 0.1)
         updated.keep(torch.ones(16), torch.ones(16))
-        updated.tell(0.1, "leave_one_out")
+        updated.tell("leave_one_out")
         assert "thresholds from 19 training images, each scored without its own rows of the memory bank" in caplog.text
         assert ", 16 of them scored before the update: " in caplog.text
         assert "of new nominal images approximately 10 % exceed each on average" in caplog.text
-        filled(3).tell(0.01)
+        filled(3, 0.01).tell()
     assert "false_alarm_rate 0.01 needs at least 99 held-out nominal images, there are 3" in caplog.messages[-1]
     assert "and promise 0.25" in caplog.messages[-1]
 
@@ -241,4 +269,4 @@ def test_a_threshold_of_0_is_refused():
     calibration = Calibration()
     calibration.fill(torch.zeros(4), torch.ones(4))
     with pytest.raises(UserError, match="the threshold is 0: held-out nominal images score 0"):
-        calibration.tell(0.5)
+        calibration.tell()

@@ -2,6 +2,7 @@ import dataclasses
 import shutil
 
 import fakes
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
 from pl_patchcore.data.base import loader_error
 from pl_patchcore.data.batch import as_batch
+from pl_patchcore.lightning_parts import ReleaseOnException
 
 
 @pytest.fixture
@@ -187,6 +189,9 @@ def test_a_loader_process_that_is_killed_is_explained():
     ):
         assert isinstance(loader_error(error), UserError)
         assert "lower data.num_workers or data.batch_size" in str(loader_error(error))
+        module = L.LightningModule()
+        ReleaseOnException(module, list).on_exception(L.Trainer(logger=False), module, error)
+        assert error.__notes__ == [str(loader_error(error))]
     for message in ("CUDA out of memory", "Caught RuntimeError in DataLoader worker process 0."):
         error = RuntimeError(message)
         assert loader_error(error) is error

@@ -519,8 +519,10 @@ def test_bad_input():
     with pytest.raises(UserError, match="empty"):
         found(query)
     found.fill(bank)
-    with pytest.raises(UserError, match="400, got 401"):
-        found(query, 401)
+    with pytest.raises(UserError, match="k must be at least 1, got 0"):
+        found(query, 0)
+    for few, all_rows in zip(found(query, 401), found(query, 400), strict=True):
+        assert torch.equal(few, all_rows)
     with pytest.raises(UserError, match=r"must be \(Q, 24\)"):
         found(query[:, :5])
     with pytest.raises(UserError, match="NaN"):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from pl_patchcore import PatchCore
 from pl_patchcore.report import TestReport
 from pl_patchcore.report import html as of_page
-from pl_patchcore.report.html import Page, PageImage, best_f1_threshold, outlines
+from pl_patchcore.report.html import Page, PageImage, best_f1_threshold
 
 HOSTILE = "</script><img src=x onerror=alert(1)>'\"&\u2028\ud800.png"
 
@@ -150,18 +150,6 @@ def test_pictures_are_kept_of_those_nearest_to_an_error(tmp_path, monkeypatch):
     assert kept == {item.name for item in (*anomalous[:2], *others[:2])}
 
 
-def test_outlines():
-    heat = np.zeros((20, 30), np.float32)
-    heat[2:6, 3:9], heat[10:, 20:] = 2.0, 2.0  # one in the middle, one in the corner
-    heat[:, 0] = np.nan
-    boxes = sorted((*polygon.min(0), *polygon.max(0)) for polygon in outlines(heat, 1.0))
-    assert np.allclose(boxes, [[3, 2, 9, 6], [20, 10, 30, 20]], atol=0.01)
-    assert outlines(np.full((4, 4), np.nan, np.float32), 1.0) == []
-    assert outlines(np.zeros((4, 4), np.float32), 1.0) == []
-    full = outlines(np.full((4, 6), 2.0, np.float32), 1.0)
-    assert np.allclose((full[0].min(0), full[0].max(0)), [[0, 0], [6, 4]])
-
-
 @pytest.mark.parametrize("images", [0, 1])
 def test_few_images(images, tmp_path):
     empty = item(0, 1.0, anomaly_map=np.full((30, 40), np.nan, np.float32)) if images else None
@@ -192,6 +180,12 @@ def test_of_a_test(tiny, trainer, tmp_path, capsys):
     assert all(np.asarray(decoded(image["mask"])).mean() == image["label"] for image in content["images"])
     above = [bool((heat > model.pixel_threshold).any()) for heat in maps]
     assert [bool(image["outline"]) for image in content["images"]] == above
+    corners = [np.array(re.findall(r"([\d.]+) ([\d.]+)", image["outline"]), float) for image in content["images"]]
+    for found, heat in zip(corners, maps, strict=True):  # along the edges of the pixels above the threshold
+        rows, columns = (heat > model.pixel_threshold).nonzero(as_tuple=True)
+        if len(rows):
+            edges = [(int(places.min()), int(places.max()) + 1) for places in (columns, rows)]
+            assert [(low, high) for low, high in zip(found.min(0), found.max(0), strict=True)] == edges
     assert content["start"] == model.image_threshold
     page.unlink()
     trainer(callbacks=[TestReport(page=False)]).test(model, DataLoader(samples, batch_size=4), verbose=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from pl_patchcore.data.files import is_folder, list_images
@@ -75,7 +75,7 @@ class Record:
             UserError: If the image or mask cannot be read, or their sizes differ.
         """
         transform = transform or Preprocessing()
-        image = read_image(self.path, transform.bits, transform.max_pixels)
+        image = read_image(self.path, bits=transform.bits, max_pixels=transform.max_pixels)
         mask = np.zeros((image.height, image.width), np.uint8)
         if self.label != 0:
             for path in self.masks():
@@ -137,21 +137,11 @@ def _tell_crop(record: Record, transform: Preprocessing) -> None:
         )
 
 
-class Loader(DataLoader[Sample]):
-    """A loader that says in one line when one of its processes ended."""
-
-    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: it ended while it sent a sample
-            if not self.num_workers or (explained := loader_error(error)) is error:
-                raise
-            raise explained from error
-
-
 def loader_error(error: Exception) -> Exception:
-    """Explain that a loader process ended, if that is what an error from a loader says; else the error itself."""
-    if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+    """Explain that a loader process ended, if that is what an error of a run says; else the error itself."""
+    told = "DataLoader worker" in str(error) and not str(error).startswith("Caught ")
+    while_sending = isinstance(error, ConnectionResetError | EOFError)
+    if not while_sending and not (isinstance(error, RuntimeError) and told):
         return error
     return UserError(
         f"a loader process ended unexpectedly ({str(error).partition('.')[0]}); if memory is short, lower "
@@ -180,23 +170,24 @@ class ImageDataset(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self.records[index]
-        names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
-        numbers = {"label": record.label, "index": index, "group": self.groups[index]}
-        return self.transform.apply(*record.read(self.transform)) | numbers | names
+        return self.__getitems__([index])[0]
 
-
-def collate(samples: list[Sample]) -> Sample:
-    """Stack samples into a batch; images of different shapes are refused by name."""
-    shapes = {tuple(sample["image"].shape[1:]): sample["path"] for sample in samples}
-    if len(shapes) > 1:
-        (one, first), (other, second) = list(shapes.items())[:2]
-        raise UserError(
-            f"{second} is {other} pixels after preprocessing, {first} is {one}; "
-            "set crop, or resize_mode 'squash', so that all images have one shape."
-        )
-    batch: Sample = default_collate(samples)
-    return batch
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Samples of a batch, as loaders ask for them; images of different shapes are refused by name."""
+        samples: list[Sample] = []
+        for index in indices:
+            record = self.records[index]
+            names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
+            numbers = {"label": record.label, "index": index, "group": self.groups[index]}
+            samples.append(self.transform.apply(*record.read(self.transform)) | numbers | names)
+        shapes = {tuple(sample["image"].shape[1:]): sample["path"] for sample in samples}
+        if len(shapes) > 1:
+            (one, first), (other, second) = list(shapes.items())[:2]
+            raise UserError(
+                f"{second} is {other} pixels after preprocessing, {first} is {one}; "
+                "set crop, or resize_mode 'squash', so that all images have one shape."
+            )
+        return samples
 
 
 class AnomalyDataModule(L.LightningDataModule):
@@ -246,7 +237,6 @@ class AnomalyDataModule(L.LightningDataModule):
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
-            "collate_fn": collate,
         }
         self.shots, self.shots_seed = shots, shots_seed
         self.skipped: list[str] = []  # what was wrong with each file left out
@@ -392,7 +382,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Nominal images in data-set order (PatchCore has no use for shuffling)."""
-        return Loader(self.train_set, batch_size=self.batch_size, **self.loading)
+        return DataLoader(self.train_set, batch_size=self.batch_size, **self.loading)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Nothing, or the test set where ``validation="test"`` asks for it."""
@@ -400,12 +390,12 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Sample]:
         """Nominal and anomalous images."""
-        return Loader(self.test_set, batch_size=self.batch_size, **self.loading)
+        return DataLoader(self.test_set, batch_size=self.batch_size, **self.loading)
 
     def calibration_dataloader(self) -> DataLoader[Sample] | None:
         """Nominal images that set the thresholds where ``model.calibration`` is ``images``; None if there are none."""
         data = self.calibration_set
-        return Loader(data, batch_size=self.batch_size, **self.loading) if len(data) else None
+        return DataLoader(data, batch_size=self.batch_size, **self.loading) if len(data) else None
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """The images of ``predict_records``."""
@@ -415,4 +405,4 @@ class AnomalyDataModule(L.LightningDataModule):
             # gives each process an image, though there are too few, which Lightning's own sampler refuses;
             # images given to more than one process count once (`PatchCore`)
             sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
-        return Loader(data, batch_size=self.batch_size, sampler=sampler, **self.loading)
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, **self.loading)

@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
-from skimage.measure import approximate_polygon, find_contours
 
 from pl_patchcore.files import whole_file
+from pl_patchcore.regions import Polygon
+from pl_patchcore.report.pictures import COLOUR_MAP, colour_scale
 
 SMALL, LARGE = 320, 900  # pixels, the longer side of the pictures in the grid and in the large view
 QUALITY = 80  # of JPEG
 MOST_PICTURES = 500  # of anomalous images, and as many of the others
 MOST_INLINE = 24 << 20  # bytes of pictures inside the page; more go into a folder beside it
-SMOOTHING = 0.4  # pixels by which an outline may be simplified
 TEMPLATE = Path(__file__).with_name("report.html")
-COLOURS = (colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3)
+COLOURS = (colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3)
 OUTSIDE = (128, 128, 128)  # colour of a map where the crop left the image out
 
 
@@ -45,7 +45,7 @@ class PageImage:
         score: Anomaly score, finite.
         image: RGB, uint8 ``(H, W, 3)``.
         anomaly_map: float32 ``(H, W)``, NaN outside the crop.
-        outlines: Polygons ``(n, 2)`` of x and y in pixels; (0, 0) is the outer corner of the first pixel.
+        outlines: Polygons, corners x and y in pixels; (0, 0) is the outer corner of the first pixel.
         mask: Ground truth, bool ``(H, W)``; None where it is not known.
         label: 0 nominal, 1 anomalous, None unknown.
         defect: Type of the defect.
@@ -56,7 +56,7 @@ class PageImage:
     score: float
     image: np.ndarray
     anomaly_map: np.ndarray
-    outlines: Sequence[np.ndarray] = ()
+    outlines: Sequence[Polygon | np.ndarray] = ()
     mask: np.ndarray | None = None
     label: int | None = None
     defect: str | None = None
@@ -154,7 +154,7 @@ class Page:
             if re.fullmatch(r"\d{6}-(small|large|mask|map)\.(jpg|png)", old.name):  # others are the user's own
                 old.unlink()
         records = sorted(self.records, key=lambda record: record.order)
-        low, high = 0.0, 2 * (pixel_threshold or 0.0)
+        low, high = colour_scale(pixel_threshold or 0.0)
         if not high > 0:
             ranges = [(record.low, record.high) for record in records if record.pictures]
             low, high = min((r[0] for r in ranges), default=0.0), max((r[1] for r in ranges), default=1.0)
@@ -179,34 +179,6 @@ class Page:
         with whole_file(path) as partial:
             partial.write_bytes(_fill(title, content).encode("utf-8", "replace"))
         return path
-
-
-def outlines(anomaly_map: np.ndarray, threshold: float) -> list[np.ndarray]:
-    """Polygons around the pixels above a threshold.
-
-    Args:
-        anomaly_map: float32 ``(H, W)``, NaN outside the crop.
-        threshold: In the map's units.
-
-    Returns:
-        Polygons ``(n, 2)`` of x and y in pixels, as `PageImage` takes them; those of holes are among them.
-
-    Example:
-        >>> [polygon.shape[1] for polygon in outlines(np.diag([0.0, 0.0, 2.0, 0.0, 0.0]), 1.0)]
-        [2]
-    """
-    above = anomaly_map > threshold
-    if not above.any():
-        return []
-    least = 2 * threshold - float(anomaly_map[above].min())  # a half pixel beyond the edge, the outline ends
-    closed = np.pad(np.where(np.isfinite(anomaly_map), anomaly_map, least), 1, constant_values=least)
-    height, width = anomaly_map.shape
-    found = []
-    for contour in find_contours(closed, threshold):  # (n, 2), row and column; the first pixel's centre is (1, 1)
-        points = np.clip(contour[:, ::-1] - 0.5, 0, (width, height))  # x, y
-        if len(simple := approximate_polygon(points, SMOOTHING)) > 3:
-            found.append(simple)
-    return found
 
 
 def best_f1_threshold(nominal: np.ndarray, anomalous: np.ndarray) -> float:
@@ -241,7 +213,7 @@ def _start(scores: Sequence[tuple[float, int | None]], threshold: float | None) 
     return max((score for score, _ in scores), default=0.0), none + "at the highest score."
 
 
-def _path(polygons: Sequence[np.ndarray]) -> str:
+def _path(polygons: Sequence[Polygon | np.ndarray]) -> str:
     """Polygons as the path of an SVG."""
     return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in polygon) + "Z" for polygon in polygons)
 

@@ -30,7 +30,7 @@ GROUPS = {  # group: (label, sign of the score)
     "highest_nominal": (0, 1),
 }
 ERRORS = {"lowest_anomalous": "missed", "highest_nominal": "false_alarm"}  # names of those on the wrong side
-COLOURS = "inferno"  # from black to yellow, as bright as the value is high
+COLOUR_MAP = "inferno"  # from black to yellow, as bright as the value is high
 
 
 def colour_scale(pixel_threshold: float) -> tuple[float, float]:
@@ -41,7 +41,7 @@ def colour_scale(pixel_threshold: float) -> tuple[float, float]:
 def overlay(image: Image.Image, heat: np.ndarray, low: float, high: float) -> Image.Image:
     """Lay the colours of an anomaly map ``(H, W)`` over an image of its size, the thicker the higher the value."""
     share = np.clip((np.nan_to_num(heat, nan=low) - low) / max(high - low, 1e-12), 0, 1)  # (H, W)
-    colours = matplotlib.colormaps[COLOURS](share)[..., :3] * 255
+    colours = matplotlib.colormaps[COLOUR_MAP](share)[..., :3] * 255
     weight = _thickness(share)[..., None]
     return Image.fromarray((np.asarray(image) * (1 - weight) + colours * weight).round().astype(np.uint8))
 
@@ -158,7 +158,7 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
     image, heat = item.image.permute(1, 2, 0).numpy(), item.anomaly_map.numpy()
-    colours: dict[str, Any] = {"cmap": COLOURS, "vmin": low, "vmax": high}
+    colours: dict[str, Any] = {"cmap": COLOUR_MAP, "vmin": low, "vmax": high}
     level, meaning = (0.5 * (low + high), "mid-scale") if threshold is None else (threshold, "threshold")
     titles = ("image", "mask", "anomaly map", f"overlay, contour at {level:.3g} ({meaning})")
     for axis, title in zip(axes, titles, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from functools import partial as bound
@@ -22,7 +21,7 @@ from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.data.batch import as_batch
 from pl_patchcore.files import hold, output_folder, plain_console, whole_file
-from pl_patchcore.inspection import Inspection, Settings, smaller, with_strip
+from pl_patchcore.inspection import Inspection, Settings, geometry, smaller, with_strip
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
 from pl_patchcore.report.html import LARGE, Page, PageImage
@@ -110,7 +109,8 @@ class PredictionWriter(Callback):
                 bound(_read, dataset, int(outputs["index"][i])) if isinstance(dataset, ImageDataset)
                 else bound(_input, pl_module.transform, batch, outputs, i)
             )  # fmt: skip
-            found = _inspection(outputs, i, cache(original), self.settings)  # a file is read once
+            place = _geometry(outputs, i)
+            found = Inspection.of(outputs, i, place, cache(original), self.settings)  # a file is read once
             row = self._row(found, outputs, i, number)
             csv.writer(self.file).writerow(row.cells)
             self.rows.append(row)
@@ -203,7 +203,7 @@ class PredictionWriter(Callback):
 def _for_page(found: Inspection, row: _Row) -> PageImage:
     picture = smaller(found.original, LARGE)
     scale = picture.width / found.size[1]
-    lines = [np.array(polygon) * scale for region in found.regions for polygon in (region.outline, *region.holes)]
+    lines = [np.array(polygon) * scale for region in found.regions for polygon in region.polygons]
     heat, name = found.map_of_size(picture.height, picture.width), "/".join(Path(row.image["file_name"]).parts[-2:])
     return PageImage(name, found.score, np.asarray(picture), heat, lines, order=row.number)
 
@@ -224,29 +224,12 @@ def _remove_old(folder: Path, suffixes: list[str]) -> None:
                 old.unlink(missing_ok=True)
 
 
-def _inspection(outputs: dict[str, Any], i: int, original: Callable[[], Image.Image], settings: Settings) -> Inspection:
-    """What was found in an image of a batch."""
-    heat = outputs["anomaly_map"][i].float().cpu().numpy()
-    size, box = _geometry(outputs, i)
-    return Inspection(
-        score=float(outputs["score"][i]),
-        anomalous=bool(outputs["anomalous"][i]) if "anomalous" in outputs else None,
-        p_value=float(outputs["p_value"][i]) if "p_value" in outputs else None,
-        heat=heat,
-        original_size=size,
-        crop_box=box,
-        original=original,
-        settings=settings,
-    )
-
-
 def _geometry(outputs: dict[str, Any], i: int) -> tuple[tuple[int, int], tuple[float, ...]]:
     """Size of the original image and the part that the input covers; what says nothing of it is the original."""
     height, width = outputs["anomaly_map"].shape[1:]
     if "crop_box" not in outputs:
         return (height, width), (0.0, 0.0, float(height), float(width))
-    height, width = outputs["original_size"][i].tolist()
-    return (height, width), tuple(outputs["crop_box"][i].tolist())
+    return geometry({name: outputs[name][i] for name in ("original_size", "crop_box")})
 
 
 def _read(dataset: ImageDataset, index: int) -> Image.Image:

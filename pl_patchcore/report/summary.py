@@ -22,7 +22,8 @@ from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import hold, output_folder, plain_console, whole_file
 from pl_patchcore.preprocessing import UNKNOWN
-from pl_patchcore.report.html import Page, PageImage, outlines
+from pl_patchcore.regions import find_regions
+from pl_patchcore.report.html import Page, PageImage
 from pl_patchcore.report.pictures import Gallery, Shown
 
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
@@ -193,12 +194,13 @@ def _for_page(item: Shown, label: int, kind: str, pixel_threshold: float | None)
     """An image as the page takes it; its size is the network's."""
     heat = item.anomaly_map.cpu().numpy()
     known = item.mask is not None and not bool((item.mask == UNKNOWN).all())
+    regions = [] if pixel_threshold is None else find_regions(heat, heat > pixel_threshold)
     return PageImage(
         name=item.title,
         score=item.score,
         image=(item.image.permute(1, 2, 0) * 255).round().byte().cpu().numpy(),
         anomaly_map=heat,
-        outlines=[] if pixel_threshold is None else outlines(heat, pixel_threshold),
+        outlines=[polygon for region in regions for polygon in region.polygons],
         mask=item.mask.cpu().numpy() == 1 if known and item.mask is not None else None,
         label=label,
         defect=kind,
