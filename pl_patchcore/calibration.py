@@ -41,7 +41,9 @@ SLACK = 1e-9  # so that 20 * 0.05 is 1
 STREAM = 1  # of random numbers: a split of the data set by the same seed must not go along with this draw
 
 
-def calibration_kind(kind: CalibrationKind | None, share: float, most: int, rate: float) -> CalibrationKind:
+def calibration_kind(
+    kind: CalibrationKind | None, share: float, most: int, rate: float, drop: bool = False
+) -> CalibrationKind:
     """Look at the arguments of a `PatchCore` that are about calibration.
 
     Args:
@@ -49,6 +51,7 @@ def calibration_kind(kind: CalibrationKind | None, share: float, most: int, rate
         share: ``calibration_share``.
         most: ``calibration_images``.
         rate: ``false_alarm_rate``.
+        drop: ``drop_suspicious``.
 
     Returns:
         ``kind``, or what stands for null.
@@ -66,6 +69,8 @@ def calibration_kind(kind: CalibrationKind | None, share: float, most: int, rate
         )
     if most < 1:
         raise UserError(f"calibration_images must be at least 1, got {most}.")
+    if drop and kind != "leave_one_out":
+        raise UserError(f"drop_suspicious goes by the scores of calibration leave_one_out, got {kind}; set it to that.")
     if not 0 < rate < 1:
         raise UserError(f"false_alarm_rate must be in (0, 1), got {rate}.")
     return kind
