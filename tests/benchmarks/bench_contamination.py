@@ -2,9 +2,10 @@
 
 Among 200 nominal tiles of Magnetic Tile Defects lie 1, 4 or 16 defective ones of one kind, drawn at random again and
 again. Shown are the share of the defective tiles among as many first ones in the order of the scores, and among the
-first 10; how many of the defective and of the nominal tiles stand out, by the package's rule; and the image AUROC on
-the other tiles, of the memory bank with the defective tiles in it, of that of `drop_suspicious`, and of one from the
-nominal tiles alone. Last, 8 defective tiles of the five kinds among 50 tiles.
+first 10, there also with a memory bank from the nominal tiles alone, as the best to be had; how many of the defective
+and of the nominal tiles stand out, by the package's rule; and the image AUROC on the other tiles, of the memory bank
+with the defective tiles in it, of that of `drop_suspicious`, and of one from the nominal tiles alone. Last, 8 defective
+images of different kinds among 50, of the tiles and of generated images.
 
 Patch features are computed once; selection, scores and rule are the package's own.
 """
@@ -12,7 +13,8 @@ Patch features are computed once; selection, scores and rule are the package's o
 import argparse
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,10 +25,16 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
-from pl_patchcore import MTDDataModule, PatchCoreModel, PatchFeatures, Preprocessing
+from pl_patchcore import (
+    MTDDataModule,
+    PatchCoreModel,
+    PatchFeatures,
+    Preprocessing,
+    SyntheticDataModule,
+)
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.coreset import CoresetOptions
-from pl_patchcore.data.base import NOMINAL, ImageDataset
+from pl_patchcore.data.base import NOMINAL, ImageDataset, Record
 from pl_patchcore.fitting import Fitting
 
 SIDE, BANK = 128, 0.01  # pixels; share of the patch features
@@ -40,6 +48,7 @@ class Found(NamedTuple):
 
     first: float  # share of the defective tiles among as many first ones
     in_ten: float  # and among the first 10
+    best: float  # among the first 10 where the memory bank is from the nominal tiles alone
     standing: float  # share of the defective tiles that stand out
     nominal: float  # share of the nominal tiles that stand out
     before: float  # AUROC with the defective tiles in the memory bank
@@ -47,9 +56,8 @@ class Found(NamedTuple):
     clean: float  # without them
 
 
-def tiles() -> tuple[Tensor, dict[str, Tensor]]:
-    """Patch features of all tiles, ``(N, D, h, w)``, and the numbers of the tiles of each kind."""
-    records = [r for part in MTDDataModule(str(SHARED / "data" / "mtd")).records for r in part]
+def features_of(records: list[Record]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Patch features of all images, ``(N, D, h, w)``, and the numbers of the images of each kind."""
     images = torch.utils.data.DataLoader(ImageDataset(records, Preprocessing(SIDE, None)), 32)
     network = PatchFeatures("mobilenet_v2", LAYERS, BACKBONES["MobileNetV2"])
     features = torch.cat([network(batch["image"]).permute(0, 3, 1, 2) for batch in tqdm(images, "Features")])
@@ -57,11 +65,12 @@ def tiles() -> tuple[Tensor, dict[str, Tensor]]:
     return features, {str(kind): torch.from_numpy((kinds == kind).nonzero()[0]) for kind in np.unique(kinds)}
 
 
-def fitted(training: Tensor, seed: int, drop: bool = False) -> tuple[PatchCoreModel, Fitting]:
-    """A model of patch features ``(n, D, h, w)``, and its fit."""
+def fitted(training: Tensor, seed: int, drop: bool = False, scored: bool = True) -> tuple[PatchCoreModel, Fitting]:
+    """A model of patch features ``(n, D, h, w)``, and its fit, with leave-one-out scores where ``scored``."""
     coreset = CoresetOptions(ratio=BANK, seed=seed)
-    model = PatchCoreModel(Known(), scorer=AnomalyScorer(sigma=0), coreset=coreset)  # type: ignore[arg-type]
-    fitting = Fitting(model, seed=seed, images=len(training), leave_one_out=len(training), drop_suspicious=drop)
+    model = PatchCoreModel(cast(Any, Known()), scorer=AnomalyScorer(sigma=0), coreset=coreset)
+    most = len(training) if scored else 0
+    fitting = Fitting(model, seed=seed, images=len(training), leave_one_out=most, drop_suspicious=drop)
     for batch in training.split(32):
         fitting.add(batch)
     fitting.select()
@@ -76,25 +85,46 @@ def auroc(model: PatchCoreModel, nominal: Tensor, defective: Tensor) -> float:
     return float(binary_auroc(scores, labels))
 
 
-def contaminated(features: Tensor, nominal: Tensor, bad: Tensor, other: Tensor, size: int, seed: int) -> Found:
-    """Fit on ``size`` nominal tiles and the ``bad`` ones, test on the next nominal and the ``other`` defective ones."""
-    draw = np.random.default_rng(seed)
-    order = draw.permutation(size + len(bad))  # the defective tiles lie anywhere
-    training = torch.cat([nominal[:size], bad])[torch.from_numpy(order)]
-    is_bad = order >= size
-    tested = features[nominal[size : size + NEW]], features[other]
-    model, fitting = fitted(features[training], seed)
+def contaminated(training: Tensor, bad: Tensor, tested: tuple[Tensor, Tensor], seed: int) -> Found:
+    """Fit on nominal tiles and the ``bad`` ones, all as patch features; test on nominal and defective ones."""
+    order = np.random.default_rng(seed).permutation(len(training) + len(bad))  # the defective tiles lie anywhere
+    mixed, is_bad = torch.cat([training, bad])[torch.from_numpy(order)], order >= len(training)
+    dropping, fitting = fitted(mixed, seed, drop=True)
     ranked = is_bad[[each.image for each in fitting.training_images]]
     standing = np.array([each.stands_out for each in fitting.training_images])
+    keeping, _ = fitted(mixed, seed, scored=False)
+    clean, fitting = fitted(training, seed)
+    nominal, known = [each.score for each in fitting.training_images], clean(bad)[0].tolist()
+    best = np.argsort([*nominal, *known])[::-1][:FIRST] >= len(nominal)
     return Found(
-        ranked[: len(bad)].sum() / len(bad),
-        ranked[:FIRST].sum() / len(bad),
-        standing[ranked].mean(),
-        standing[~ranked].mean(),
-        auroc(model, *tested),
-        auroc(fitted(features[training], seed, drop=True)[0], *tested),
-        auroc(fitted(features[training[~is_bad]], seed)[0], *tested),
+        ranked[: len(bad)].sum() / len(bad), ranked[:FIRST].sum() / len(bad), best.sum() / len(bad),
+        standing[ranked].mean(), standing[~ranked].mean(),
+        *(auroc(model, *tested) for model in (keeping, dropping, clean)),
+    )  # fmt: skip
+
+
+def mixed_row(table: Table, name: str, features: Tensor, kinds: dict[str, Tensor], draws: int) -> str:
+    """Add a row of `MIXED` defective images of different kinds; say in how many draws nearly all come first."""
+    nominal, found = kinds[NOMINAL], list[Found]()
+    shown = [numbers for kind, numbers in kinds.items() if kind != NOMINAL]
+    for seed in tqdm(range(draws), f"{MIXED} of {name}"):
+        good, *shuffled = (shuffle(numbers, seed) for numbers in (nominal, *shown))
+        turns = [shuffled[place % len(shuffled)][place // len(shuffled)] for place in range(MIXED)]
+        bad, every = torch.stack(turns), torch.cat(shown)
+        clean = AMONG - MIXED
+        tested = features[good[clean : clean + NEW]], features[every[~torch.isin(every, bad)]]
+        found.append(contaminated(features[good[:clean]], features[bad], tested, seed))
+    add_row(table, [name, str(MIXED)], found)
+    enough = [sum(MIXED * share > MIXED - 1.5 for share in shares) for shares in list(zip(*found, strict=True))[1:3]]
+    return (
+        f"{name}: at least {MIXED - 1} of {MIXED} are among the first {FIRST} in {enough[0]} of {draws} draws, with a "
+        f"memory bank from the nominal images alone in {enough[1]}."
     )
+
+
+def shuffle(numbers: Tensor, seed: int) -> Tensor:
+    """The numbers in an order drawn by the seed."""
+    return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
 
 
 def add_row(table: Table, names: list[str], draws: Iterable[Found]) -> None:
@@ -105,44 +135,35 @@ def add_row(table: Table, names: list[str], draws: Iterable[Found]) -> None:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--mixed_draws", type=int, default=25)
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--mixed_draws", type=int, default=10)
     given = parser.parse_args()
     if not SHARED.is_dir():
         print(f"{SHARED} is not there: no magnetic tiles to measure on.")
         return
     logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
-    features, kinds = tiles()
-    nominal = kinds.pop(NOMINAL)
-    columns = ("first", "first 10", "stand out", "nominal stand out", "AUROC before", "left out", "nominal alone")
-    table, ten = Table("kind", "defective", *columns, title=f"Among {TILES} nominal tiles"), list[float]()
-    for kind, numbers in kinds.items():
+    features, kinds = features_of([*chain(*MTDDataModule(str(SHARED / "data" / "mtd")).records)])
+    columns = (
+        *("first", "first 10", "by nominal bank", "stand out", "nominal stand out"),
+        *("AUROC before", "left out", "nominal alone"),
+    )
+    table = Table("kind", "defective", *columns, title=f"Among {TILES} nominal tiles: means of {given.draws} draws")
+    for kind in sorted(kinds.keys() - {NOMINAL}):
         for count in DEFECTIVE:
             found = []
             for seed in tqdm(range(given.draws), f"{count} {kind}"):
-                draw = torch.Generator().manual_seed(seed)
-                mine = numbers[torch.randperm(len(numbers), generator=draw)]
-                rest = torch.cat([mine[count:], *(tiles for name, tiles in kinds.items() if name != kind)])
-                good = nominal[torch.randperm(len(nominal), generator=draw)]
-                found.append(contaminated(features, good, mine[:count], rest, TILES, seed))
+                good, bad = shuffle(kinds[NOMINAL], seed), shuffle(kinds[kind], seed)
+                rest = [bad[count:], *(numbers for other, numbers in kinds.items() if other not in (NOMINAL, kind))]
+                tested = features[good[TILES : TILES + NEW]], features[torch.cat(rest)]
+                found.append(contaminated(features[good[:TILES]], features[bad[:count]], tested, seed))
             add_row(table, [kind, str(count)], found)
-    mixed = Table("defective", *columns, title=f"{MIXED} of different kinds among {AMONG} tiles")
-    found = []
-    for seed in tqdm(range(given.mixed_draws), mixed.title):
-        draw = torch.Generator().manual_seed(seed)
-        shuffled = [numbers[torch.randperm(len(numbers), generator=draw)] for numbers in kinds.values()]
-        turns = [shuffled[place % len(shuffled)][place // len(shuffled)] for place in range(MIXED)]
-        bad = torch.stack(turns)
-        rest = torch.cat([*kinds.values()])
-        good = nominal[torch.randperm(len(nominal), generator=draw)]
-        found.append(contaminated(features, good, bad, rest[~torch.isin(rest, bad)], AMONG - MIXED, seed))
-        ten.append(MIXED * found[-1].in_ten)
-    add_row(mixed, [str(MIXED)], found)
-    console = Console(width=160)
-    console.print(table)
-    console.print(mixed)
-    enough = sum(number > MIXED - 1.5 for number in ten)
-    console.print(f"At least {MIXED - 1} of {MIXED} are among the first {FIRST} in {enough} of {len(ten)} draws.")
+    mixed = Table("images", "defective", *columns, title=f"{MIXED} of different kinds among {AMONG}")
+    told = [mixed_row(mixed, "magnetic tiles", features, kinds, given.mixed_draws)]
+    drawn = SyntheticDataModule(test_nominal=150, test_per_defect=25, image_size=SIDE).records[1]
+    told.append(mixed_row(mixed, "generated images", *features_of(drawn), given.mixed_draws))
+    console = Console(width=170)
+    for each in (table, mixed, *told):
+        console.print(each)
 
 
 if __name__ == "__main__":
