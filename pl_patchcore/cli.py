@@ -228,7 +228,7 @@ class PatchCoreCLI(LightningCLI):
         parser.add_lightning_class_args(TestReport, "report")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CoverageReport, "coverage")
-        parser.add_lightning_class_args(TrainingImagesReport, "training_images")
+        parser.add_lightning_class_args(TrainingImagesReport, "training")
         self.command_parser = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

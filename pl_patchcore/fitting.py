@@ -148,7 +148,7 @@ class Fitting:
         groups = (index if group is None else group).tolist()
         self.groups.update(zip(index.tolist(), groups, strict=True))
         if self.leave_one_out:
-            self.names.update(zip(index.tolist(), map(str, index.tolist() if names is None else names), strict=True))
+            self.names.update(zip(index.tolist(), map(str, names or ()), strict=False))
         if self.held_out is None:
             held = [is_held_out(number, self.share, self.seed) for number in groups]
         else:

@@ -115,8 +115,7 @@ class PatchCore(L.LightningModule):
             ``split`` where ``calibration_share`` is not 0, else ``none``.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank; goes with ``split``.
         calibration_images: Most images that ``leave_one_out`` scores, drawn by ``seed``.
-        drop_suspicious: Leave training images out of the memory bank whose ``leave_one_out`` score stands out, which
-            may be defective: at most a tenth, the worst first.
+        drop_suspicious: Leave out training images whose score stands out, at most a tenth.
         false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds; can be changed
             without fitting again.
         image_threshold: Threshold for anomaly scores set by hand, in place of the calibrated one; null for that.

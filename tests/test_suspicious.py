@@ -3,6 +3,7 @@
 import csv
 import logging
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from networks import TinyBackbone
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from pl_patchcore import FolderDataModule, PatchCore, UserError
+from pl_patchcore import FolderDataModule, MemoryBankCallback, PatchCore, UserError
 from pl_patchcore.files import spreadsheet_cell
 from pl_patchcore.fitting import score_without_rows
 from pl_patchcore.report import TrainingImagesReport
@@ -178,6 +179,26 @@ def test_update_leaves_out_new_images_only(trainer, caplog):
     few = images(4, {2: 64.0}, seed=2)  # which earlier scores are enough to judge by
     model.update(trainer(enable_checkpointing=False), DataLoader(few, 1))
     assert [each.image for each in model.training_images if each.stands_out] == [2]
+
+
+class Trained(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder = TinyBackbone()
+
+    def training_step(self, batch, number):
+        return self.encoder(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_of_an_encoder_of_ones_own(trainer):
+    options = {"resize": None, "crop": None, "calibration": "leave_one_out", "drop_suspicious": True}
+    callback = MemoryBankCallback("encoder", ["fine"], DataLoader(images(), 4), **options)
+    trainer(max_epochs=1, callbacks=[callback]).fit(Trained(), DataLoader(images(8, {}), 4))
+    assert [each.image for each in callback.patchcore.training_images if each.left_out] == [11, 17]
+    assert len(callback.patchcore.memory_bank.images.unique()) == 22
 
 
 @pytest.mark.parametrize("options", [{"calibration": None}, {"calibration": "images"}, {"calibration": "none"}])
