@@ -110,6 +110,8 @@ def tell(images: Sequence[TrainingImage], above: float | None, left_out: int, nu
         )
     suspects = [each for each in images if each.stands_out]
     if not suspects:
+        if drop and above is not None:
+            log.info("drop_suspicious: none of %d training images stands out; none is left out.", len(images))
         return
     named = ", ".join(f"{each.name} ({each.score:.4g})" for each in suspects[:NAMED])
     log.warning(

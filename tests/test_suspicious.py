@@ -73,6 +73,9 @@ def test_those_that_stand_out_are_named_worst_first(trainer, caplog):
     caplog.clear()
     fit(trainer, model, DataLoader(images(bad={}, seed=6), 4))
     assert "stand out" not in caplog.text
+    caplog.set_level(logging.INFO)
+    fit(trainer, model_of(drop_suspicious=True), DataLoader(images(bad={}, seed=6), 4))
+    assert "drop_suspicious: none of 24 training images stands out; none is left out." in caplog.messages
 
 
 def test_few_images(trainer, caplog):
