@@ -11,7 +11,7 @@ The way of an image, one file a stage::
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
     model.py            joins these: PatchCoreModel, a plain module; ensemble.py several of it
     fitting.py          training images          -> a model with a memory bank
-    calibration.py      scores of nominal images -> thresholds
+    calibration.py      scores of nominal images -> thresholds; suspicious.py the training images that stand out
     inspection.py       images of any kind       -> verdicts, and by regions.py where, on the original image
     patchcore.py        the model in Lightning: fit, test, predict; checkpoint.py what is saved, foreign.py what is
                         looked at in a file from elsewhere, options.py its options, configs.py the YAML that comes with

@@ -43,13 +43,14 @@ SLACK = 1e-9  # so that 20 * 0.05 is 1
 STREAM = 1  # of random numbers: a split of the data set by the same seed must not go along with this draw
 
 
-def calibration_kind(kind: CalibrationKind | None, share: float, most: int) -> CalibrationKind:
+def calibration_kind(kind: CalibrationKind | None, share: float, most: int, drop: bool = False) -> CalibrationKind:
     """Look at the arguments of a `PatchCore` that are about calibration.
 
     Args:
         kind: ``calibration``.
         share: ``calibration_share``.
         most: ``calibration_images``.
+        drop: ``drop_suspicious``.
 
     Returns:
         ``kind``, or what stands for null.
@@ -67,6 +68,8 @@ def calibration_kind(kind: CalibrationKind | None, share: float, most: int) -> C
         )
     if most < 1:
         raise UserError(f"calibration_images must be at least 1, got {most}.")
+    if drop and kind != "leave_one_out":
+        raise UserError(f"drop_suspicious goes by the scores of calibration leave_one_out, got {kind}; set it to that.")
     return kind
 
 

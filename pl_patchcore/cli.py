@@ -38,7 +38,7 @@ from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.option_errors import in_one_line
 from pl_patchcore.options import GROUPS, refuse_rate_beside_threshold
 from pl_patchcore.patchcore import PatchCore
-from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport
+from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport, TrainingImagesReport
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +228,7 @@ class PatchCoreCLI(LightningCLI):
         parser.add_lightning_class_args(TestReport, "report")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CoverageReport, "coverage")
+        parser.add_lightning_class_args(TrainingImagesReport, "training")
         self.command_parser = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

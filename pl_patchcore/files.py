@@ -27,6 +27,16 @@ def output_folder(trainer: L.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def spreadsheet_cell(path: str) -> str:
+    """A path as a spreadsheet may show it: it takes none for a formula.
+
+    Example:
+        >>> spreadsheet_cell("=1+1.png")
+        './=1+1.png'
+    """
+    return f".{os.sep}{path}" if path.startswith(tuple("=+-@\t\r")) else path
+
+
 def plain_console() -> Console:
     """Console that prints folders and defect types as they are, whatever brackets and colons they hold."""
     return Console(soft_wrap=True, markup=False, emoji=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
+from pl_patchcore.suspicious import TrainingImage, stands_out_above, tell, worst_groups
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -43,6 +44,7 @@ class _Scored(NamedTuple):
     score: float
     peak: float  # of its anomaly map
     copied: bool  # whether the memory bank holds a near-copy of it
+    name: str
 
 
 class Fitting:
@@ -53,6 +55,7 @@ class Fitting:
         store: Where patch features are kept until the coreset is selected.
         calibration_share: Share of the images held out from the memory bank, in [0, 1).
         leave_one_out: Most images (or groups) that are scored without their own rows, where none are held out; 0: none.
+        drop_suspicious: Leave out those of them that stand out, and select again.
         seed: Seed of the draw of these.
         images: Images of the data set, if their number is known.
         batches: Batches to come in this process; infinite where that is not known.
@@ -64,6 +67,8 @@ class Fitting:
     Attributes:
         collections: Patch features of each member.
         count: Images taken in by this process.
+        left_out: Training images that were left out because they, or others of their group, stand out.
+        training_images: Those that were scored without their own rows, the highest score first.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Fitting:
         store: StoreOptions | None = None,
         calibration_share: float = 0.0,
         leave_one_out: int = 0,
+        drop_suspicious: bool = False,
         seed: int = 0,
         images: int | None = None,
         batches: float = math.inf,
@@ -84,6 +90,8 @@ class Fitting:
         self.members = model.members
         self.model, self.store, self.share, self.seed = model, store or StoreOptions(), calibration_share, seed
         self.leave_one_out, self.groups = leave_one_out, dict[int, int]()  # group of each image of this process
+        self.drop_suspicious, self.names = drop_suspicious, dict[int, str]()  # of images of this process
+        self.left_out, self.training_images = frozenset[int](), list[TrainingImage]()
         self.images, self.batches, self.neighbours, self.fixed_size = images, batches, neighbours, fixed_size
         self.processes = processes or Processes(alone=True)
         self.held_out = None if images is None else draw_held_out(images, calibration_share, seed)
@@ -110,13 +118,20 @@ class Fitting:
         self.model.calibration.clear()
 
     @torch.no_grad()
-    def add(self, images: Tensor, index: Tensor | None = None, group: Tensor | None = None) -> None:
+    def add(
+        self,
+        images: Tensor,
+        index: Tensor | None = None,
+        group: Tensor | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Take in a batch.
 
         Args:
             images: ``(B, 3, H, W)``, all batches of one size.
             index: Index of each image in the data set, int64 ``(B,)``; None: they come in its order.
             group: Number of the group that each image belongs to, int64 ``(B,)``; None: each is a group of its own.
+            names: Name of each image, such as its file's; None: its index.
 
         Raises:
             UserError: If they are of another size than those before, or there is no room for their features.
@@ -132,6 +147,8 @@ class Fitting:
             self._look_at_first(images)
         groups = (index if group is None else group).tolist()
         self.groups.update(zip(index.tolist(), groups, strict=True))
+        if self.leave_one_out:
+            self.names.update(zip(index.tolist(), map(str, names or ()), strict=False))
         if self.held_out is None:
             held = [is_held_out(number, self.share, self.seed) for number in groups]
         else:
@@ -207,18 +224,46 @@ class Fitting:
 
     def _select(self, shown: bool) -> None:
         height, width = (int(side) for side in self.processes.largest(*(self.size[1:] or (0, 0))))
+        self._fill_all((height, width), shown)
+        scored = self._score((height, width), shown)
+        if self.leave_one_out:
+            self._find_suspicious(scored)
+        if self.left_out:
+            for collection in self.collections:
+                collection.leave_out(self.left_out)
+            self.groups = {image: group for image, group in self.groups.items() if image not in self.left_out}
+            self._fill_all((height, width), shown)
+            scored = self._score((height, width), shown)
+        self.training_images = [each._replace(group=self.numbers.get(each.image)) for each in self.training_images]
+        self._calibrate(scored)
+
+    def _fill_all(self, size: tuple[int, int], shown: bool) -> None:
+        """Fill the memory banks of all members."""
         scales, self.numbers = [], self._number_groups()
         for place, member in enumerate(self.members):
             if place == len(self.collections):  # no image came to this process
                 self._begin(member, 0)
             self._fill(member, place, shown)
             if self.fixed_size:
-                member.input_size = torch.tensor([height, width], device=member.input_size.device)
+                member.input_size = torch.tensor(size, device=member.input_size.device)
             scales.append(self._tell_coverage(member, self.collections[place]))
         if isinstance(self.model, EnsembleModel) and not self.update:  # or earlier scores would have another unit
             scale = torch.tensor(scales, dtype=torch.float32, device=self.model.scale.device)
             self.model.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        self._calibrate((height, width), shown)
+
+    def _find_suspicious(self, scored: list[_Scored]) -> None:
+        """Find the images that stand out, and which are to be left out."""
+        earlier = [] if self.earlier_scores is None else self.earlier_scores[0].tolist()
+        above = stands_out_above([*earlier, *(each.score for each in scored)])
+        ordered = sorted(scored, key=lambda each: (-each.score, each.image))
+        suspects = [each.image for each in ordered if above is not None and each.score > above]
+        if self.drop_suspicious:
+            self.left_out = worst_groups(suspects, self.numbers)
+        self.training_images = [
+            TrainingImage(each.image, each.name, each.score, each.image in suspects, each.image in self.left_out, None)
+            for each in ordered
+        ]
+        tell(self.training_images, above, len(self.left_out), len(self.numbers), self.drop_suspicious)
 
     def _number_groups(self) -> dict[int, int]:
         """Number of the group of each image of all processes; the earlier memory bank's numbers come before."""
@@ -266,12 +311,15 @@ class Fitting:
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
         return float((distance.square() if member.scorer.distance == "squared" else distance).mean())
 
-    def _calibrate(self, size: tuple[int, int], shown: bool) -> None:
-        """Score the images that calibration needs, one of each group; keep what an earlier fit found."""
+    def _score(self, size: tuple[int, int], shown: bool) -> list[_Scored]:
+        """Score the images that calibration needs, one of each group, on all processes; in the data set's order."""
         own = list(self._score_held_out(size) if self.share else self._score_without_own_rows(size, shown))
         scored = sorted(each for part in self.processes.objects(own) for each in part)
         drawn = draw_one_of_each({each.image: self.numbers[each.image] for each in scored}, self.seed)
-        scored = [each for each in scored if each.image in drawn]
+        return [each for each in scored if each.image in drawn]
+
+    def _calibrate(self, scored: list[_Scored]) -> None:
+        """Take in the scores; keep what an earlier fit found."""
         scores, peaks = (torch.tensor([each[at] for each in scored], dtype=torch.float32) for at in (1, 2))
         self.model.calibration.fill(scores, peaks, torch.tensor([each.image for each in scored]))
         if self.earlier_scores is not None:
@@ -333,13 +381,37 @@ class Fitting:
             member.scorer(part, bank, size) for member, part, bank in zip(self.members, patches, banks, strict=True)
         ]
         score, maps = self.model.combined(parts) if isinstance(self.model, EnsembleModel) else parts[0]
-        return _Scored(index, float(score), float(maps.max()), False)
+        return _Scored(index, float(score), float(maps.max()), False, self.names.get(index, str(index)))
 
     def close(self) -> None:
         """Free the patch features."""
         for collection in self.collections:
             collection.close()
         self.collections = []
+
+
+@torch.no_grad()
+def score_without_rows(
+    model: PatchCoreModel | EnsembleModel, images: Tensor, group: int | None
+) -> tuple[Tensor, Tensor]:
+    """Score images as a fitted model does, but without the memory banks' rows of one group of images.
+
+    Args:
+        model: The model.
+        images: ``(B, 3, H, W)``, normalised.
+        group: Number in `MemoryBank.images`; None leaves nothing out.
+
+    Returns:
+        Anomaly scores ``(B,)`` and maps ``(B, H, W)``, float32.
+    """
+    if group is None:
+        return model(images)  # type: ignore[no-any-return]
+    parts = []
+    for member in model.members:
+        bank = member.memory_bank
+        rows = ForeignRows(bank, group, bank.exact())
+        parts.append(member.scorer(member.patch_features(images), rows, images.shape[2:]))
+    return model.combined(parts) if isinstance(model, EnsembleModel) else parts[0]
 
 
 def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:
@@ -383,6 +455,7 @@ def start_fitting(
         store=module.store,
         calibration_share=module.calibration_share,
         leave_one_out=module.calibration_images if module.calibration == "leave_one_out" else 0,
+        drop_suspicious=module.drop_suspicious,
         seed=module.seed,
         images=images,
         batches=batches,

@@ -193,8 +193,9 @@ class MemoryBankCallback(L.Callback):
             for batch in tqdm(islice(loader, batches), "Memory bank", batches, disable=not shown, unit=" batches"):
                 own = own_images.of(batch)
                 if len(own["image"]):
-                    fitting.add(own["image"].to(device), own["index"].cpu(), own["group"].cpu())
+                    fitting.add(own["image"].to(device), own["index"].cpu(), own["group"].cpu(), own.get("path"))
             fitting.select(shown=shown)
+            model.training_images = fitting.training_images
         finally:
             fitting.close()
         model.model.calibration.tell(model.calibration)

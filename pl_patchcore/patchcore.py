@@ -65,6 +65,7 @@ from pl_patchcore.options import (
 )
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing
+from pl_patchcore.suspicious import TrainingImage
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -105,6 +106,7 @@ class PatchCore(L.LightningModule):
             ``split`` where ``calibration_share`` is not 0, else ``none``.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank; goes with ``split``.
         calibration_images: Most images that ``leave_one_out`` scores, drawn by ``seed``.
+        drop_suspicious: Leave out training images whose score stands out, at most a tenth.
         false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds; can be changed
             without fitting again.
         image_threshold: Threshold for anomaly scores set by hand, in place of the calibrated one; null for that.
@@ -162,6 +164,7 @@ class PatchCore(L.LightningModule):
         calibration: CalibrationKind | None = None,
         calibration_share: float = 0.0,
         calibration_images: int = 500,
+        drop_suspicious: bool = False,
         false_alarm_rate: float = DEFAULT_RATE,
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
@@ -176,7 +179,7 @@ class PatchCore(L.LightningModule):
         settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
         check_arguments(PatchCore.__init__, locals())
         super().__init__()
-        self.calibration = calibration_kind(calibration, calibration_share, calibration_images)
+        self.calibration = calibration_kind(calibration, calibration_share, calibration_images, drop_suspicious)
         of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
         of_ensemble = options_of(EnsembleOptions, ensemble)
         for given in of_ensemble.members or ():
@@ -184,6 +187,8 @@ class PatchCore(L.LightningModule):
         calibrated = Calibration(false_alarm_rate, image_threshold, pixel_threshold)
         if false_alarm_rate != DEFAULT_RATE:
             refuse_rate_beside_threshold(["false_alarm_rate", *calibrated.by_hand])
+        self.drop_suspicious = drop_suspicious
+        self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
         self.model.calibration = calibrated
@@ -502,7 +507,7 @@ class PatchCore(L.LightningModule):
         assert self._fitting is not None  # since on_train_start
         own = self._own(batch, batch_idx)
         if len(own["image"]):
-            self._fitting.add(own["image"], own["index"].cpu(), own["group"].cpu())
+            self._fitting.add(own["image"], own["index"].cpu(), own["group"].cpu(), own.get("path"))
         if batch_idx == 0:
             check_room(self.trainer, self._fitting.bank_bytes + sum(value.nbytes for value in self._saved().values()))
         self.log("train/images", float(self._fitting.count), batch_size=max(1, len(own["image"])))
@@ -530,18 +535,21 @@ class PatchCore(L.LightningModule):
             return
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
         self._fitting.select(shown=shown)
-        self._tell_images(sum(self.processes().objects(self._fitting.count)))
+        self.training_images = self._fitting.training_images
+        self._tell_images(sum(self.processes().objects(self._fitting.count)), len(self._fitting.left_out))
         if self.calibration == "images" and (loader := calibration_loader(self.trainer)) is not None:
             with self.trainer.precision_plugin.forward_context():
                 self._calibrate_on(loader, kept=True)
         self.model.calibration.tell(self.calibration)
 
-    def _tell_images(self, images: int) -> None:
+    def _tell_images(self, images: int, dropped: int) -> None:
         """Account for each image of a fit."""
         scored = int((self.model.calibration.images >= 0).sum())
         held_out, by = (0, " by leave-one-out") if self.calibration == "leave_one_out" else (scored, "")
         told = f"; thresholds from {scored} of them{by}" if scored else ""
-        log.info("%d images: %d in the memory bank, %d held out%s.", images, images - held_out, held_out, told)
+        told = f", {dropped} left out as suspicious" * bool(dropped) + told
+        inside = images - held_out - dropped
+        log.info("%d images: %d in the memory bank, %d held out%s.", images, inside, held_out, told)
 
     def on_train_end(self) -> None:
         """Select the memory bank, then have the checkpoint callbacks save it."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from pl_patchcore import FolderDataModule, MTDDataModule, PatchCore, SyntheticDataModule
 from pl_patchcore.distributed import Processes
-from pl_patchcore.report import PredictionWriter
+from pl_patchcore.report import PredictionWriter, TrainingImagesReport
 
 SHARED = (Path(__file__).parents[1] / ".." / "shared").resolve()
 
@@ -68,6 +68,8 @@ def model_and_data(own, images, batch):
         options["coreset_method"] = own
     if own == "leave one out":
         options |= {"calibration": "leave_one_out", "calibration_share": 0.0, "calibration_images": 9}
+    if own == "drop suspicious":
+        options |= {"calibration": "leave_one_out", "calibration_share": 0.0, "drop_suspicious": True}
     if own == "ensemble":
         options["ensemble"] = {"members": [{"layers": ["1"]}, {"layers": ["3"]}]}
     data = SyntheticDataModule(
@@ -92,11 +94,16 @@ def run(folder, name, devices, own, images, batch):
 
         Processes.gather_at_first = hang_or_gather
     loader = None
-    if own == "loader":
+    if own in ("loader", "drop suspicious"):
         data.transform = model.transform
         data.setup("fit")
-        loader = DataLoader(torch.stack([data.train_set[i]["image"] for i in range(images)]), batch_size=batch)
+        pictures = torch.stack([data.train_set[i]["image"] for i in range(images)])
+        if own == "drop suspicious":
+            pictures[5, :, 20:40, 20:40] = torch.tensor([9.0, 0.0, -9.0])[:, None, None]
+        loader = DataLoader(pictures, batch_size=batch)
+        trainer.callbacks.append(TrainingImagesReport(2))
     trainer.fit(model, loader or data)
+    assert [each.image for each in model.training_images if each.left_out] == [5] * (own == "drop suspicious")
     if own == "update":
         trainer = trainer_of(out, devices)
         more = SyntheticDataModule(batch_size=batch, num_workers=0, train_images=7, seed=1, image_size=96)

@@ -243,6 +243,10 @@ def test_own_images(tmp_path, monkeypatch, capsys, caplog):
             "10 images: 10 in the memory bank, 0 held out; thresholds from 10 of them by leave-one-out."
             in caplog.messages
         )
+        listed = Path("out/training_images.csv").read_text(encoding="utf-8").splitlines()
+        assert len(listed) == 11
+        assert listed[1].startswith("images/ok/")
+        assert len(list(Path("out/training_images").iterdir())) == 4
         files.append(checkpoint_of(tmp_path))
         assert caplog.messages[-2] == f"Model: {Path(files[0]).relative_to(tmp_path)}"
         # the configuration that fit has saved is one for every command

@@ -83,6 +83,25 @@ def open_files(folder, pid="self"):
 # The store alone
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+@pytest.mark.parametrize("left_out", [(0,), (1, 3), (3,), (0, 1, 2, 3)])
+def test_images_left_out_are_as_if_they_had_not_come(tmp_path, order, left_out):
+    patches = torch.rand(4, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    for folder in (None, str(tmp_path)):
+        kept = [image for image in range(4) if image not in left_out]
+        for matrix in (None, random_projection(8, 4, 0)):
+            whole = FeatureStore(8, projection=matrix, folder=folder)
+            for image in order:
+                whole.add(patches[[image]], torch.tensor([image]))
+            whole.leave_out(left_out)
+            assert (whole.images, len(whole)) == (kept, 6 * len(kept))
+            assert torch.equal(whole.take(torch.arange(len(whole))), patches[kept].reshape(-1, 8))
+            other = FeatureStore(8, projection=matrix)
+            other.add(patches, torch.arange(4))
+            assert torch.equal(whole.projected(), other.projected().view(4, 6, -1)[kept].flatten(0, 1))
+            whole.close()
+
+
 @pytest.mark.parametrize("rows", [None, 30, 84])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("place", ["ram", "disk", "all on disk"])

@@ -258,6 +258,11 @@ class Collection:
         """The same of those images for the memory bank whose index is ``wanted``, as the store has rounded them."""
         return self._images(self._store, wanted)
 
+    def leave_out(self, images: Container[int]) -> None:
+        """Go on as if these images had not come; the next `select` selects among the others."""
+        if self._store is not None:
+            self._store.leave_out(images)
+
     def _images(self, store: FeatureStore | None, wanted: Container[int] | None = None) -> Iterator[tuple[int, Tensor]]:
         if store is not None and len(store):
             for index, rows in zip(store.images, torch.arange(len(store)).split(store.patches), strict=True):

@@ -15,6 +15,7 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from pl_patchcore.coreset.plan import GIB, available_memory
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
 
+LEFT_OUT = -1  # in place of an image's index
 GROWTH = 1 << 16  # rows that are reserved at a time where the number of images is not known, and copied at a time
 
 
@@ -75,12 +77,16 @@ class FeatureStore:
             raise
 
     def __len__(self) -> int:
-        return self._features.length
+        return (len(self._images) - self._images.count(LEFT_OUT)) * self.patches
 
     @property
     def images(self) -> list[int]:
         """Index of each image in the data set, ascending."""
-        return sorted(self._images)
+        return sorted(image for image in self._images if image != LEFT_OUT)
+
+    def leave_out(self, images: Container[int]) -> None:
+        """Read from now on as if these images had not come; their space is free after `close`."""
+        self._images = [LEFT_OUT if image in images else image for image in self._images]
 
     def add(self, patches: Tensor, images: Tensor) -> None:
         """Append the patches of a batch ``(B, h, w, D)``, any floating dtype and device, h and w the same in all calls.
@@ -106,7 +112,7 @@ class FeatureStore:
         Returns float32 ``(n, d)``, on the CPU; of all rows, it may be the store's own memory.
         """
         whole = self._projected.whole if rows is None else None
-        if whole is not None and all(a < b for a, b in itertools.pairwise(self._images)):
+        if whole is not None and all(a < b for a, b in itertools.pairwise([LEFT_OUT, *self._images])):
             return whole.float()
         return self._read(self._projected, torch.arange(len(self)) if rows is None else rows)
 
@@ -116,7 +122,7 @@ class FeatureStore:
 
     def _read(self, kept: _MemoryRows | _FileRows, rows: Tensor) -> Tensor:
         result = torch.empty(len(rows), kept.width, dtype=torch.float32)
-        order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)
+        order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)[self._images.count(LEFT_OUT) :]
         for wanted, place in zip(rows.cpu().split(GROWTH), result.split(GROWTH), strict=True):
             place.copy_(kept.read(order[wanted // self.patches] * self.patches + wanted % self.patches))
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import dataclass
 from functools import cache
 from functools import partial as bound
@@ -20,7 +19,7 @@ from PIL import Image
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.data.batch import as_batch
-from pl_patchcore.files import hold, output_folder, plain_console, whole_file
+from pl_patchcore.files import hold, output_folder, plain_console, spreadsheet_cell, whole_file
 from pl_patchcore.inspection import Inspection, Settings, geometry, smaller, with_strip
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
@@ -171,9 +170,8 @@ class PredictionWriter(Callback):
         """Write picture and map of an image; return the rest."""
         assert self.file is not None  # since on_predict_start
         folder, path = Path(self.file.name).parent, outputs["path"][i] if "path" in outputs else str(number)
-        cell = f".{os.sep}{path}" if path.startswith(tuple("=+-@\t\r")) else path  # no formula of a spreadsheet
         values: dict[str, Any] = {
-            "path": cell,
+            "path": spreadsheet_cell(path),
             "score": found.score,
             "verdict": found.verdict,
             "anomalous": None if found.anomalous is None else int(found.anomalous),
