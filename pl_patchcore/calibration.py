@@ -350,10 +350,18 @@ class Calibration(nn.Module):
                 raise
             self.clear()
             log.warning("no thresholds: %s", error)
-        self.tell_by_hand()
+        self._tell_by_hand()
 
-    def tell_by_hand(self) -> None:
-        """Log the thresholds that are set by hand."""
+    def tell_in_use(self) -> None:
+        """Log which thresholds are set by hand, and whether too few scores make the other one the highest of them."""
+        self._tell_by_hand()
+        if "image_threshold" not in self.by_hand and 0 < (n := len(self.scores)) < images_needed(self._rate):
+            log.warning(
+                "false_alarm_rate %g needs scores of %d nominal images, there are %d: the threshold is the highest.",
+                *(self._rate, images_needed(self._rate), n),
+            )
+
+    def _tell_by_hand(self) -> None:
         for name, value in self.by_hand.items():
             log.info("%s is set by hand: %g.", name, value)
 

@@ -27,7 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
-from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings, write_checkpoint
+from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings
 from pl_patchcore.commands import COMMANDS, answered, fail, shorten
 from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
 from pl_patchcore.data import AnomalyDataModule
@@ -97,8 +97,7 @@ class Trainer(L.Trainer):
         datamodule.setup("fit")
         model.to(self.strategy.root_device).calibrate(datamodule.train_dataloader())
         target = output_folder(self) / "calibrated.ckpt"
-        with whole_file(target) as partial:
-            write_checkpoint(model, partial)
+        model.save(target)
         plain_console().print(f"calibrated model: {target}")
 
     def benchmark(

@@ -24,12 +24,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
-from pl_patchcore.checkpoint import write_checkpoint
 from pl_patchcore.data.base import AnomalyDataModule
 from pl_patchcore.data.batch import OwnImages, as_batch
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
-from pl_patchcore.files import output_folder, whole_file
+from pl_patchcore.files import output_folder
 from pl_patchcore.fitting import start_fitting
 from pl_patchcore.options import nearest, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
@@ -173,8 +172,7 @@ class MemoryBankCallback(L.Callback):
             name = "patchcore.ckpt" if unnamed == 1 else f"patchcore_{self.encoder}.ckpt"
             path = Path(self.asked_path or output_folder(trainer) / name)
             if trainer.is_global_zero:
-                with whole_file(path) as partial:
-                    write_checkpoint(model, partial)
+                model.save(path)
             trainer.strategy.barrier()
             self.path = path
             log.info("PatchCore on the trained encoder: %s", path)

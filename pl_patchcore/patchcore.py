@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import lightning as L
@@ -25,13 +26,23 @@ from pl_patchcore.anomaly_map import Distance
 from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
 from pl_patchcore.calibration import DEFAULT_RATE, Calibration, CalibrationKind, calibration_kind
-from pl_patchcore.checkpoint import check_against, is_frozen, made_of, mark_of, plain, plain_arguments, read_checkpoint
+from pl_patchcore.checkpoint import (
+    check_against,
+    is_frozen,
+    made_of,
+    mark_of,
+    plain,
+    plain_arguments,
+    read_checkpoint,
+    write_checkpoint,
+)
 from pl_patchcore.configs import recipe
 from pl_patchcore.coreset import CoresetMethod
 from pl_patchcore.data.batch import OwnImages
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel, refuse_test_range
 from pl_patchcore.errors import UserError
+from pl_patchcore.files import whole_file
 from pl_patchcore.fitting import Fitting, start_fitting
 from pl_patchcore.foreign import Source
 from pl_patchcore.inspection import Inspection, Settings, inspect
@@ -399,7 +410,7 @@ class PatchCore(L.LightningModule):
         loaders = self.trainer.val_dataloaders if validating else self.trainer.test_dataloaders
         loader = single_loader(loaders)
         self._check_fitted()
-        self.model.calibration.tell_by_hand()
+        self.model.calibration.tell_in_use()
         self._find_ranges(loader)
         self._test_figures = TestFigures(self.image_threshold, self.pixel_threshold, self.metrics_mode, self.device)
 
@@ -425,7 +436,7 @@ class PatchCore(L.LightningModule):
     def on_predict_epoch_start(self) -> None:
         """Refuse an empty memory bank before any batch is read."""
         self._check_fitted()
-        self.model.calibration.tell_by_hand()
+        self.model.calibration.tell_in_use()
         self._find_ranges(self.trainer.predict_dataloaders)
 
     def _find_ranges(self, loaders: Any) -> None:
@@ -632,6 +643,18 @@ class PatchCore(L.LightningModule):
         self.model.calibration.fill_from(self, map(OwnImages(loader, 0, 1).of, shown), self.seed, kept=kept)
 
     # Checkpoints
+
+    def save(self, path: str | Path) -> None:
+        """Write a fitted model to a file that `load_from_checkpoint` and the command read, without a Trainer.
+
+        Thresholds that were changed are in it. The file is there when it is whole.
+
+        Raises:
+            UserError: If the model is not fitted, or the file cannot be written.
+        """
+        self._check_fitted()
+        with whole_file(Path(path)) as partial:
+            write_checkpoint(self, partial)
 
     def _saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but the frozen backbone, unless it is to be saved."""

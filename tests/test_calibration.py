@@ -270,3 +270,17 @@ def test_a_threshold_of_0_is_refused():
     calibration.fill(torch.zeros(4), torch.ones(4))
     with pytest.raises(UserError, match="the threshold is 0: held-out nominal images score 0"):
         calibration.tell()
+
+
+def test_a_rate_that_needs_more_images_is_told_when_it_is_used(caplog):
+    calibration = Calibration(0.2)
+    calibration.fill(torch.arange(1.0, 6.0), torch.ones(5))
+    calibration.tell_in_use()
+    assert not caplog.text
+    calibration.false_alarm_rate = 0.05
+    calibration.tell_in_use()
+    assert "false_alarm_rate 0.05 needs scores of 19 nominal images, there are 5" in caplog.text
+    caplog.clear()
+    calibration.image_threshold = 3.0
+    calibration.tell_in_use()
+    assert "needs scores" not in caplog.text

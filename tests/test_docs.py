@@ -50,7 +50,13 @@ def commands(page):
     ]
     for line in [*lines, *inside]:
         words = shlex.split(line.strip().removeprefix("srun "), comments=True)
-        if words[:1] == ["pl-patchcore"] and words[1:2] and words[1] in COMMANDS and words[2:] not in ([], ["--help"]):
+        if (
+            words[:1] == ["pl-patchcore"]
+            and words[1:2]
+            and words[1] in COMMANDS
+            and words[2:]
+            and not any("help" in word for word in words)
+        ):
             yield words[1:]
 
 

@@ -448,3 +448,12 @@ def test_shots_are_nested_and_seeded(tmp_path):
     assert drawn(3) == sorted(drawn(3)) == drawn(3)
     with pytest.raises(UserError, match="shots is 5, but there are only 4 nominal training images"):
         drawn(5)
+
+
+def test_a_test_needs_no_training_images(root):
+    data = FolderDataModule(test_nominal=root / "ok", anomalous=root / "bad", num_workers=0)
+    data.prepare_data()
+    data.setup("test")
+    assert [len(part) for part in data.records] == [0, 13]
+    with pytest.raises(UserError, match="the training set is empty"):
+        data.setup("fit")

@@ -354,3 +354,14 @@ def test_older_calibrations_load():
     calibration = Calibration()
     calibration.load_state_dict({"scores": torch.ones(3), "peaks": torch.ones(3)})
     assert calibration.images.tolist() == [-1, -1, -1]
+
+
+def test_a_changed_model_is_saved_without_a_trainer(trainer, tmp_path):
+    model = fit(trainer, model_of(false_alarm_rate=0.3), DataLoader(images(6), 4))
+    model.image_threshold = 5.0
+    model.save(tmp_path / "changed.ckpt")
+    again = PatchCore.load_from_checkpoint(tmp_path / "changed.ckpt", backbone=TinyBackbone())
+    assert again.image_threshold == 5.0
+    with pytest.raises(UserError, match="the memory bank is empty"):
+        model_of().save(tmp_path / "empty.ckpt")
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["changed.ckpt"]

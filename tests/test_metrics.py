@@ -267,6 +267,7 @@ def test_false_alarms_per_group_and_category(mode: Any) -> None:
         assert row["pixel_false_alarm_rate"] == (nominal > 0).double().mean()
         good = scores[keep & (labels == 0)]
         assert row["image_false_alarm_rate"] == (good > 1).double().mean()
+        assert row["image_detection_rate"] == (scores[keep & (labels == 1)] > 1).double().mean()
         assert (row["nominal"], row["anomalous"]) == (len(good), int((labels[keep] == 1).sum()))
         if kind == "by_category":
             single = AnomalyEvaluation(mode=mode)

@@ -19,6 +19,7 @@ from pl_patchcore.regions import find_regions
 from pl_patchcore.report import PredictionWriter, TestReport
 from pl_patchcore.report.coco import run_lengths
 from pl_patchcore.report.pictures import Gallery, Shown, colour_scale, overlay
+from pl_patchcore.report.predictions import GAP
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_predictions_show(calibrated, trainer, tmp_path, capsys):
         assert [row[name] for name in ("left", "top", "right", "bottom", "area")] == (largest or [""] * 5)
         assert all(len(row[name].replace(".", "").lstrip("0")) <= 6 for name in ("score", "threshold", "normalized"))
         with Image.open(tmp_path / row["picture"]) as picture:
-            assert picture.size[0] == 2 * one.size[1]
+            assert picture.size[0] == 2 * one.size[1] + GAP
             assert picture.size[1] > one.size[0]
     names = {Path(row["picture"]).name for row in rows}
     assert len(names) == len(rows)

@@ -109,12 +109,12 @@ class FolderDataModule(AnomalyDataModule):
         """List the images in the order of their names, or of the CSV file."""
         if self.manifest is not None:
             return self._read_manifest(self.manifest)
-        if "nominal" not in self.folders:
+        if not self.folders:
             if self.predict is not None:
                 return [], []
             raise UserError(
-                "no images are named: set data.nominal (a folder of nominal images) or data.manifest (a CSV file); "
-                "data.predict is enough to predict."
+                "no images are named: set data.nominal (a folder of nominal images) or data.manifest (a CSV file), or, "
+                "to predict, data.predict."
             )
         listed = {
             name: list_images(folder, f"set data.{name} to a folder of images", recursive=True)
@@ -123,7 +123,7 @@ class FolderDataModule(AnomalyDataModule):
         for name in listed.keys() & {"nominal", "test_nominal", "calibration"}:
             _refuse_others(name, self.folders[name], listed[name])
             listed[name] = _once(self.folders[name], listed[name])
-        train = self._grouped("nominal", listed["nominal"])
+        train = self._grouped("nominal", listed.get("nominal", []))  # a test needs none
         self._calibration = self._grouped("calibration", listed.get("calibration", []))
         if "test_nominal" in listed:
             test = [Record(path, 0, NOMINAL, self.category) for path in listed["test_nominal"]]

@@ -148,6 +148,7 @@ class AnomalyEvaluation(PixelMetric):
               ``pixel_average_precision``, ``oracle_pixel_f1``, ``oracle_pixel_f1_threshold``, ``pro``, ``pro_0.05``,
               ``pro_0.01``; in streaming mode each figure has its bound beside it, ``pixel_auroc_bound`` and so on (not
               for the threshold);
+            - ``image_detection_rate``, share of the anomalous images above the threshold, if there is one;
             - ``image_false_alarm_rate`` and ``pixel_false_alarm_rate``, shares of the nominal images and nominal
               pixels above the thresholds, for those thresholds that are set;
             - ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a known mask that
@@ -190,6 +191,7 @@ class AnomalyEvaluation(PixelMetric):
             "oracle_image_f1_threshold": threshold,
         }
         if self.image_threshold is not None:
+            figures["image_detection_rate"] = float(alarm[~nominal].double().mean())
             figures["image_false_alarm_rate"] = float(alarm[nominal].double().mean())
         if self.pixel_threshold is not None:
             figures["pixel_false_alarm_rate"] = int(pixel_alarms.sum()) / pixels if pixels else math.nan

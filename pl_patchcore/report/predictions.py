@@ -29,6 +29,7 @@ from pl_patchcore.report.pictures import colour_scale, overlay
 VERDICT = ("verdict", "anomalous", "threshold", "normalized", "p_value")  # columns of a model with a threshold
 REGIONS = ("regions", "left", "top", "right", "bottom", "area")  # and of one with a threshold of pixels
 NAME_LENGTH = 48  # characters of an image's name in its map's, of at most 4 bytes each; file systems take 255 bytes
+GAP = 8  # pixels between an image and its map
 LONGEST_SIDE = 1600  # pixels of a picture's image; larger ones are brought to that
 
 
@@ -250,7 +251,7 @@ def _picture(found: Inspection) -> Image.Image:
     image = smaller(found.original, LONGEST_SIDE)
     low, high = colour_scale(found.pixel_threshold)
     coloured = overlay(image, found.map_of_size(image.height, image.width), low, high)
-    picture = Image.new("RGB", (2 * drawn.width, drawn.height))
+    picture = Image.new("RGB", (2 * drawn.width + GAP, drawn.height))
     picture.paste(drawn)
-    picture.paste(with_strip(coloured, f"map from {low:g} to {high:.4g}, threshold in the middle"), (drawn.width, 0))
+    picture.paste(with_strip(coloured, f"map: {low:g} to {high:.4g}"), (drawn.width + GAP, 0))
     return picture

@@ -28,6 +28,7 @@ from pl_patchcore.report.pictures import Gallery, Shown
 
 FIGURES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pro": "PRO"}
 ALARMS = {
+    "image_detection_rate": "anomalous images above the threshold, share",
     "image_false_alarm_rate": "nominal images above the threshold, share",
     "pixel_false_alarm_rate": "nominal pixels above the threshold, share",
 }
