@@ -1,4 +1,4 @@
-"""The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update and benchmark.
+"""The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update, calibrate and benchmark.
 
 Lightning's command line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings
 the model's settings; what a user can put right, such as a misspelt option, is said in one line without a traceback;
@@ -46,7 +46,7 @@ _NO_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_d
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer with ``run``, ``update`` and ``benchmark``."""
+    """Lightning's Trainer with ``run``, ``update``, ``calibrate`` and ``benchmark``."""
 
     settings: dict[str, Any]  # of the whole command, which ``benchmark`` hands on; set by the command line
 
@@ -89,6 +89,8 @@ class Trainer(L.Trainer):
         """
         if not self.is_global_zero:
             return
+        folder = output_folder(self)
+        lock = hold(folder)
         checkpoint = read_checkpoint(ckpt_path)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
@@ -96,8 +98,9 @@ class Trainer(L.Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         model.to(self.strategy.root_device).calibrate(datamodule.train_dataloader())
-        target = output_folder(self) / "calibrated.ckpt"
+        target = folder / "calibrated.ckpt"
         model.save(target)
+        lock.release()
         plain_console().print(f"calibrated model: {target}")
 
     def benchmark(

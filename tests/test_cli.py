@@ -591,14 +591,16 @@ sys.stdin.read()
 """
 
 
-def test_a_folder_in_use_is_refused(tmp_path, config, capsys):
+@pytest.mark.parametrize("command", ["fit", "calibrate"])
+def test_a_folder_in_use_is_refused(command, ran, tmp_path, config, capsys):
     folder = tmp_path / "out"
+    options = ["--trainer.logger", "false", *(["--ckpt_path", checkpoint_of(ran[0])] if command == "calibrate" else [])]
     folder.mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout.readline() == b"held\n"
-        error = error_of(capsys, "fit", "--config", config(), "--trainer.logger", "false")
+        error = error_of(capsys, command, "--config", config(TINY if command == "fit" else DATA), *options)
         assert error == f"{folder}: another run writes there now; wait for it, or choose another folder."
         other.communicate(b"")
     assert [path.name for path in folder.iterdir()] == [".in_use"]
