@@ -1,6 +1,6 @@
 """Distances of patches to the memory bank -> anomaly score and anomaly map.
 
-Reads distances ``(B, h, w)``, returns anomaly scores ``(B,)`` and anomaly maps ``(B, H, W)``; the end of the way.
+Reads patch features, returns anomaly scores ``(B,)`` and anomaly maps ``(B, H, W)``; the end of the way.
 Equations are those of Roth et al. 2022. The maps' Gaussian repeats the edge pixel outside the map
 (``d c b a | a b c d``) and is cut at four standard deviations: the paper leaves this open, the authors' code has it
 through SciPy.
@@ -8,18 +8,25 @@ through SciPy.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 from kornia.filters import gaussian_blur2d
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pl_patchcore.counted import Counted
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import ForeignRows, MemoryBank
+from pl_patchcore.patch_features import Band
 
 LARGEST_SIGMA = 1024  # pixels; the filter has 8 times as many
+BAND_PIXELS = 1 << 22  # of a map, that are smoothed at once
+SLACK = 1e-9  # so that a hundredth of 300 patches is 3
 Distance = Literal["euclidean", "squared"]
+ImageScore = Literal["max", "top_mean"]
 
 
 class AnomalyScorer(nn.Module):
@@ -30,6 +37,9 @@ class AnomalyScorer(nn.Module):
         distance: ``euclidean``, or ``squared`` as the authors' code has it.
         reweighting_neighbors: b of equation 7, of a smaller bank all rows; 1 means no re-weighting.
         sigma: Standard deviation of the maps' Gaussian, pixels; 0 for none.
+        image_score: ``max``: the largest patch distance, weighted by equation 7. ``top_mean``: the mean of the highest
+            ``top_share`` of the patch distances, at least of one.
+        top_share: In (0, 1].
     """
 
     def __init__(
@@ -38,6 +48,8 @@ class AnomalyScorer(nn.Module):
         distance: Distance = "euclidean",
         reweighting_neighbors: int = 9,
         sigma: float = 4.0,
+        image_score: ImageScore = "max",
+        top_share: float = 0.01,
     ) -> None:
         super().__init__()
         if num_neighbors < 1:
@@ -50,24 +62,103 @@ class AnomalyScorer(nn.Module):
             )
         if not 0 <= sigma <= LARGEST_SIGMA:
             raise UserError(f"sigma must be from 0 to {LARGEST_SIGMA} pixels, got {sigma}.")
+        if image_score not in ("max", "top_mean"):
+            raise UserError(f"image_score must be max or top_mean, got {image_score!r}.")
+        if not 0 < top_share <= 1:
+            raise UserError(f"top_share must be in (0, 1], got {top_share}.")
         self.num_neighbors, self.distance = num_neighbors, distance
         self.reweighting_neighbors, self.sigma = reweighting_neighbors, sigma
+        self.image_score, self.top_share = image_score, top_share
 
-    def forward(self, patches: Tensor, bank: MemoryBank | ForeignRows, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Compare patch features ``(B, h, w, D)`` of images of ``size`` (height, width) with the memory bank.
+    def forward(
+        self,
+        bands: Iterable[Band],
+        bank: MemoryBank | ForeignRows,
+        size: tuple[int, int],
+        counted: Counted | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compare patch features of images of ``size`` (height, width) with the memory bank.
+
+        Args:
+            bands: Patch features ``(B, h', w, D)``, from the top, as `PatchFeatures.bands` gives them.
+            bank: The memory bank.
+            size: Height and width of the images, pixels.
+            counted: Which places of the images count; None: all.
 
         Returns:
             Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, in units of feature distance
-            (or its square), from 0 up without bound.
+            (or its square), from 0 up without bound; NaN in maps where a pixel does not count.
+
+        Raises:
+            UserError: If no patch of an image counts.
         """
-        b, h, w, d = patches.shape
-        nearest, rows = bank(patches.reshape(-1, d), self.num_neighbors)
-        distances = nearest.square() if self.distance == "squared" else nearest
-        distances = distances.mean(1).view(b, h * w)
+        parts: list[_Part] = []
+        inside: Tensor | None = None
+        for band in bands:
+            if counted is not None and inside is None:
+                inside = counted.patches(band.rows, band.features.shape[2])
+            part = None if inside is None else inside[:, band.top : band.top + band.features.shape[1]]
+            parts.append(self._of_band(band.features, bank, part))
+        distances = torch.cat([part.distances for part in parts], 1)  # (B, h, w)
+        if self.image_score == "top_mean":
+            scores = top_mean(distances, self.top_share)
+        else:
+            stars = torch.stack([part.star for part in parts])  # (bands, B)
+            best = stars.max(0).indices[None]
+            patches = torch.stack([part.patch for part in parts])  # (bands, B, D)
+            patch = patches.gather(0, best[..., None].expand(-1, -1, patches.shape[2]))[0]
+            row = torch.stack([part.row for part in parts]).gather(0, best)[0]
+            scores = stars.gather(0, best)[0] * reweighting(patch, row, bank, self.reweighting_neighbors)
+        if counted is None or inside is None:
+            return scores, anomaly_map(distances, size, self.sigma)
+        return scores, anomaly_map(continued(distances, inside), size, self.sigma, counted.at(*size))
+
+    def _of_band(self, features: Tensor, bank: MemoryBank | ForeignRows, inside: Tensor | None) -> _Part:
+        """Distances of patches ``(B, h', w, D)``, of those that count, and the largest of each image."""
+        b, h, w, d = features.shape
+        flat = features.reshape(-1, d)
+        chosen = None if inside is None else inside.flatten().nonzero()[:, 0]
+        nearest, found = bank(flat if chosen is None else flat[chosen], self.num_neighbors)
+        distances = (nearest.square() if self.distance == "squared" else nearest).mean(1)
+        rows = found[:, 0]
+        if chosen is not None:  # one that does not count has the distance -inf
+            distances = distances.new_full((b * h * w,), -torch.inf).index_put((chosen,), distances)
+            rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
+        distances = distances.view(b, h * w)
         star, patch = distances.max(1)  # equation 6
-        position = torch.arange(b, device=patches.device) * h * w + patch
-        weight = reweighting(patches.reshape(-1, d)[position], rows[position, 0], bank, self.reweighting_neighbors)
-        return star * weight, anomaly_map(distances.view(b, h, w), size, self.sigma)
+        position = torch.arange(b, device=features.device) * h * w + patch
+        return _Part(distances.view(b, h, w), star, flat[position], rows[position])
+
+
+class _Part(NamedTuple):
+    """What a band of patches comes to."""
+
+    distances: Tensor  # of its patches, (B, h', w)
+    star: Tensor  # the largest of each image, (B,)
+    patch: Tensor  # the patch feature that has it, (B, D)
+    row: Tensor  # number of its nearest row of the bank, int64 (B,)
+
+
+def top_mean(distances: Tensor, share: float) -> Tensor:
+    """Mean of the highest ``share`` of each image's distances ``(B, h, w)``, at least of one; -inf does not count.
+
+    Example:
+        >>> top_mean(torch.tensor([[[1.0, 2.0], [4.0, -torch.inf]]]), 0.7)
+        tensor([3.])
+    """
+    highest = distances.flatten(1).sort(1, descending=True).values
+    number = ((highest > -torch.inf).sum(1).double() * share + SLACK).floor().clamp(min=1)  # (B,)
+    taken = torch.arange(highest.shape[1], device=highest.device) < number[:, None]
+    return (torch.where(taken, highest, 0).double().sum(1) / number).float()
+
+
+def continued(distances: Tensor, inside: Tensor) -> Tensor:
+    """Give patches that do not count the distance of the nearest one that does: ``(B, h, w)`` each."""
+    found = distances.clone()
+    for image, places in zip(found, inside.cpu().numpy(), strict=True):
+        y, x = ndimage.distance_transform_edt(~places, return_distances=False, return_indices=True)
+        image[:] = image[torch.from_numpy(y).to(image.device).long(), torch.from_numpy(x).to(image.device).long()]
+    return found
 
 
 def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank | ForeignRows, b: int) -> Tensor:
@@ -97,23 +188,52 @@ def reweighting(patch: Tensor, nearest: Tensor, bank: MemoryBank | ForeignRows, 
     return (1 - torch.exp(own - torch.logsumexp(distance, 1))).clamp(0, 1).float()
 
 
-def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) -> Tensor:
+def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0, inside: Tensor | None = None) -> Tensor:
     """Upsample patch distances ``(B, h, w)`` bilinearly to maps ``(B, *size)``, smoothed by ``sigma`` pixels (0: not).
+
+    Args:
+        distances: Of patches.
+        size: Height and width of the maps.
+        sigma: Standard deviation of the Gaussian, pixels.
+        inside: Which pixels count, bool ``(B, *size)``: the Gaussian weighs these alone, the others are NaN; None: all.
 
     Example:
         >>> anomaly_map(torch.ones(1, 4, 4), (16, 16)).shape
         torch.Size([1, 16, 16])
     """
-    maps = F.interpolate(distances[:, None], size, mode="bilinear", align_corners=False)
-    if sigma > 0:
-        radius = int(4 * sigma + 0.5)
-        # places along each axis, continued by ``radius`` on both sides, the edge repeated, however short it is
-        turns = [torch.arange(-radius, n + radius, device=maps.device).remainder(2 * n) for n in size]
-        y, x = (torch.minimum(place, 2 * n - 1 - place) for place, n in zip(turns, size, strict=True))
-        maps = maps[:, :, y[:, None], x]
-        maps = gaussian_blur2d(maps, (2 * radius + 1,) * 2, (sigma, sigma), border_type="constant")
-        maps = maps[:, :, radius : radius + size[0], radius : radius + size[1]]
-    return maps[:, 0]
+    maps = F.interpolate(distances[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    if inside is None:
+        return smoothed(maps, sigma)
+    counts = inside.to(maps.dtype)
+    share = smoothed(counts, sigma)
+    maps = smoothed(maps.mul_(counts), sigma).div_(share)
+    return maps.masked_fill_(~inside, torch.nan)
+
+
+def peaks(maps: Tensor) -> Tensor:
+    """Highest value of each map ``(B, H, W)`` among the pixels that count: ``(B,)``."""
+    highest: Tensor = maps.nan_to_num(nan=-torch.inf, posinf=torch.inf).flatten(1).amax(1)
+    return highest
+
+
+def smoothed(maps: Tensor, sigma: float) -> Tensor:
+    """Smooth maps ``(B, H, W)`` by a Gaussian of ``sigma`` pixels, in bands of rows, so that little more is held."""
+    height, width = maps.shape[1:]
+    if sigma == 0:
+        return maps
+    radius = int(4 * sigma + 0.5)
+    # places along each axis, continued by ``radius`` on both sides, the edge repeated, however short it is
+    turns = [torch.arange(-radius, n + radius, device=maps.device).remainder(2 * n) for n in (height, width)]
+    y, x = (torch.minimum(place, 2 * n - 1 - place) for place, n in zip(turns, (height, width), strict=True))
+
+    def of_rows(band: Tensor) -> Tensor:
+        part = gaussian_blur2d(maps[:, None, band[:, None], x], 2 * (2 * radius + 1,), 2 * (sigma,), "constant")
+        return part[:, 0, radius:-radius, radius:-radius]
+
+    if torch.compiler.is_compiling() or height * width <= BAND_PIXELS:  # a recorded graph has no loop over sizes
+        return of_rows(y)
+    rows = max(1, BAND_PIXELS // width)
+    return torch.cat([of_rows(y[top : top + rows + 2 * radius]) for top in range(0, height, rows)], 1)
 
 
 def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: tuple[float, ...]) -> Tensor:

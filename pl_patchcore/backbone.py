@@ -53,6 +53,7 @@ class CutNetwork(NamedTuple):
     name: str  # torchvision's, or the module's class
     layouts: list[Layout]  # order of the axes of each layer's output
     channels: list[int]  # numbers at a place of each layer
+    strides: list[int]  # pixels from cell to cell of each layer
     size: tuple[int, int] | None  # height and width, pixels, of the only images that it takes; None: any
 
 
@@ -256,7 +257,7 @@ def _load(cut: nn.Module, whole: nn.Module, state: Mapping[str, Tensor], path: s
 
 def _probe(
     network: nn.Module, layers: Sequence[str], size: tuple[int, int] | None
-) -> tuple[list[Layout], list[int], tuple[int, int] | None]:
+) -> tuple[list[Layout], list[int], list[int], tuple[int, int] | None]:
     """Find the axes of each layer's output: those that change with the image's size are spatial."""
     unread, (h, w) = "", size or _USUAL_PIXELS
     for sizes in (*_PROBED_PIXELS, *((each,) for each in dict.fromkeys(((h, w), _USUAL_PIXELS)))):
@@ -266,7 +267,7 @@ def _probe(
             # models of one size (ViT, MaxViT) say so in ways of their own
             failure = _first_line(error)
             continue
-        layouts, channels = [], []
+        layouts, channels, strides = [], [], []
         for name in layers:
             shapes = [output.get(name, ()) for output in outputs]
             if (layout := _layout(shapes, sizes)) is None:
@@ -274,8 +275,9 @@ def _probe(
                 break
             layouts.append(layout)
             channels.append(shapes[0][1 if layout[0] == "bchw" else -1])
+            strides.append(layout[1] or _stride([shape[3 if layout[0] == "bchw" else 2] for shape in shapes], sizes))
         else:
-            return layouts, channels, sizes[0] if len(sizes) == 1 else None
+            return layouts, channels, strides, sizes[0] if len(sizes) == 1 else None
     if unread:
         raise UserError(
             f"{unread}, which is no grid of features (B, C, h, w), (B, h, w, C) or tokens (B, h*w, C) that can be "
@@ -319,6 +321,13 @@ def _layout(shapes: Sequence[tuple[int, ...]], sizes: Sequence[tuple[int, int]])
             if first[c] == last[c] and first[h] < last[h] and first[w] < last[w]:
                 return kind, 0, 0
     return None
+
+
+def _stride(cells: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+    """Pixels from cell to cell, by the numbers of cells across images of one size or two."""
+    if len(sizes) == 1:
+        return sizes[0][1] // cells[0]
+    return (sizes[1][1] - sizes[0][1]) // (cells[1] - cells[0])
 
 
 def as_grid(output: Any, layout: Layout, size: Sequence[int], name: str) -> Tensor:

@@ -12,10 +12,16 @@ from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import EnsembleOptions, PatchOptions, options_of
 from pl_patchcore.patch_features import PatchFeatures
+from pl_patchcore.preprocessing import Preprocessing
+from pl_patchcore.tiles import TileOptions
 
 
 def build_model(
-    settings: Mapping[str, Any], ensemble: EnsembleOptions, seed: int, size: tuple[int, int] | None
+    settings: Mapping[str, Any],
+    ensemble: EnsembleOptions,
+    seed: int,
+    transform: Preprocessing,
+    tiles: TileOptions | None = None,
 ) -> PatchCoreModel | EnsembleModel:
     """Build the model of a `PatchCore`.
 
@@ -23,17 +29,19 @@ def build_model(
         settings: Its arguments that a member of an ensemble may have of its own (`options.MEMBER_ARGUMENTS`).
         ensemble: The ensemble's options.
         seed: Seed of random weights, projection and selection.
-        size: Height and width of the images to come, if known.
+        transform: Preprocessing of the images to come.
+        tiles: How larger images are cut into tiles; None: not.
 
     Raises:
         UserError: For a value out of range, an unknown name, or weights that cannot be had or do not fit.
     """
     if ensemble.members is None:
-        return _single(settings, seed, size)
-    return EnsembleModel([_single({**settings, **m}, seed, size) for m in ensemble.members], ensemble.combine)
+        return _single(settings, seed, transform, tiles)
+    members = [_single({**settings, **member}, seed, transform, tiles) for member in ensemble.members]
+    return EnsembleModel(members, ensemble.combine)
 
 
-def _single(s: Mapping[str, Any], seed: int, size: tuple[int, int] | None) -> PatchCoreModel:
+def _single(s: Mapping[str, Any], seed: int, transform: Preprocessing, tiles: TileOptions | None) -> PatchCoreModel:
     patches = options_of(PatchOptions, s["patches"])
     features = PatchFeatures(
         s["backbone"],
@@ -44,9 +52,16 @@ def _single(s: Mapping[str, Any], seed: int, size: tuple[int, int] | None) -> Pa
         patches.layer_dim,
         patches.feature_dim,
         seed,
-        size,
+        transform.size,
+        tiles,
+        transform.mean,
+        transform.std,
     )
     bank = MemoryBank(s["search"], s["bank_dtype"])
-    scorer = AnomalyScorer(s["num_neighbors"], s["distance"], s["reweighting_neighbors"], s["sigma"])
+    scorer = AnomalyScorer(
+        *(s[name] for name in ("num_neighbors", "distance", "reweighting_neighbors", "sigma")),
+        s["image_score"],
+        s["top_share"],
+    )
     coreset = CoresetOptions(s["coreset_method"], s["coreset_ratio"], s["coreset_size"], s["projection_dim"], seed)
     return PatchCoreModel(features, bank, scorer, coreset)

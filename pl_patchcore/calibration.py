@@ -30,6 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pl_patchcore.anomaly_map import peaks
+from pl_patchcore.counted import Counted
+from pl_patchcore.data.batch import same_size_parts
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 
@@ -258,10 +261,11 @@ class Calibration(nn.Module):
         for batch in batches:
             if "label" in batch and (torch.as_tensor(batch["label"]) > 0).any():
                 raise UserError("images that calibrate must be nominal, and one is labelled anomalous; leave it out.")
-            scores, maps = model(batch["image"].to(self.scores.device))
-            index = batch["index"].tolist()
-            groups.update(zip(index, batch["group"].tolist(), strict=True))
-            found.update(zip(index, zip(scores.tolist(), maps.flatten(1).amax(1).tolist(), strict=True), strict=True))
+            for part in same_size_parts(batch):
+                scores, maps = model(part["image"].to(self.scores.device), Counted.of(part, self.scores.device))
+                index = part["index"].tolist()
+                groups.update(zip(index, part["group"].tolist(), strict=True))
+                found.update(zip(index, zip(scores.tolist(), peaks(maps).tolist(), strict=True), strict=True))
         if not found:
             raise UserError("there is no image to calibrate with; give a loader of nominal images.")
         drawn = sorted(draw_one_of_each(groups, seed))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_patchcore.calibration import Calibration
+from pl_patchcore.counted import Counted
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.model import PatchCoreModel
@@ -58,9 +59,9 @@ class EnsembleModel(nn.Module):
         """The models that it consists of."""
         return cast(list[PatchCoreModel], list(self.models))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
         """Score images: combined anomaly scores ``(B,)`` and maps ``(B, H, W)``, as `PatchCoreModel`."""
-        return self.combined([model(images) for model in self.models])
+        return self.combined([model(images, counted) for model in self.models])
 
     def combined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Bring the scores and maps of the members to one scale, and average them."""
@@ -76,15 +77,16 @@ class EnsembleModel(nn.Module):
         return scores.mean(0), ((maps - low[:, 1, None, None, None]) / span[:, 1, None, None, None]).mean(0)
 
     @torch.no_grad()
-    def find_ranges(self, batches: Iterable[Tensor]) -> None:
+    def find_ranges(self, batches: Iterable[tuple[Tensor, Counted | None]]) -> None:
         """Go through all images of a test set once, for ``test_range``."""
         log.info("combine test_range: going through all images once to find each member's range.")
         ranges = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32).repeat(len(self.models), 2, 1)
-        for images in batches:
+        for images, counted in batches:
             for bounds, model in zip(ranges, self.models, strict=True):
-                for bound, values in zip(bounds, model(images), strict=True):
-                    bound[0] = torch.minimum(bound[0], values.min().cpu())
-                    bound[1] = torch.maximum(bound[1], values.max().cpu())
+                for bound, values in zip(bounds, model(images, counted), strict=True):
+                    known = values[~values.isnan()]
+                    bound[0] = torch.minimum(bound[0], known.min().cpu())
+                    bound[1] = torch.maximum(bound[1], known.max().cpu())
         self.ranges = ranges.to(self.scale.device)
 
     def train(self, mode: bool = True) -> EnsembleModel:

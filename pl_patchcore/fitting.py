@@ -10,31 +10,44 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pl_patchcore.anomaly_map import peaks
 from pl_patchcore.calibration import draw_held_out, draw_one_of_each, is_held_out
-from pl_patchcore.coreset.collection import Collection, ExpectedImages
+from pl_patchcore.coreset.collection import Collection, ExpectedImages, StoredImage
+from pl_patchcore.counted import Counted, in_parts
+from pl_patchcore.data.batch import same_size_parts
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
+from pl_patchcore.patch_features import Band
 from pl_patchcore.suspicious import TrainingImage, stands_out_above, tell, worst_groups
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 RAW_LEVEL = 64.0  # an image that reaches it was hardly normalised: by ImageNet's mean and deviation, white is 2.6
+BAND_PATCHES = 1 << 14  # of an image, that are read again at once
 PROBES = 64  # patches of an image that `_is_copied` looks at
 COPY_DISTANCE = 0.5  # of a patch to the nearest foreign row, in distances to the nearest one of yet another image
 COPY_PATCHES = 0.15  # share of an image's patches that are so near, where the image has a near-copy
 MOST_COPIED = 0.1  # share of the images that may have a near-copy without a warning
+
+
+class _Layout(NamedTuple):
+    """How the patches of an image lie."""
+
+    size: tuple[int, int]  # height and width of the image, pixels
+    grids: list[tuple[int, int]]  # patches down and across, of each member
+    counted: Counted | None  # which places count; None: all
 
 
 class _Scored(NamedTuple):
@@ -63,6 +76,7 @@ class Fitting:
         neighbours: Processes that share this machine's memory.
         update: Select among the rows of the present memory bank, too.
         fixed_size: Whether the model is to refuse images of another size than those of the fit.
+        pixels: Pixels of an image on average, where sizes differ; None: all are as large as the first one.
 
     Attributes:
         collections: Patch features of each member.
@@ -86,8 +100,9 @@ class Fitting:
         neighbours: int = 1,
         update: bool = False,
         fixed_size: bool = False,
+        pixels: float | None = None,
     ) -> None:
-        self.members = model.members
+        self.members, self.pixels = model.members, pixels
         self.model, self.store, self.share, self.seed = model, store or StoreOptions(), calibration_share, seed
         self.leave_one_out, self.groups = leave_one_out, dict[int, int]()  # group of each image of this process
         self.drop_suspicious, self.names = drop_suspicious, dict[int, str]()  # of images of this process
@@ -96,8 +111,9 @@ class Fitting:
         self.processes = processes or Processes(alone=True)
         self.held_out = None if images is None else draw_held_out(images, calibration_share, seed)
         self.collections: list[Collection] = []
-        self.size: tuple[int, ...] = ()
-        self.count = 0
+        self.size: tuple[int, ...] = ()  # of the first image
+        self.layouts: dict[int, _Layout] = {}  # of images that may be scored
+        self.count = self.batch = 0  # images so far, and of the first batch
         banks, calibration, self.update = [member.memory_bank for member in self.members], model.calibration, update
         self.earlier = [
             bank.features.float().cpu() if update else torch.empty(0, dtype=torch.float32) for bank in banks
@@ -124,21 +140,26 @@ class Fitting:
         index: Tensor | None = None,
         group: Tensor | None = None,
         names: Sequence[str] | None = None,
+        counted: Counted | None = None,
+        batch: int | None = None,
     ) -> None:
-        """Take in a batch.
+        """Take in a batch, or the images of one size in it.
 
         Args:
-            images: ``(B, 3, H, W)``, all batches of one size.
+            images: ``(B, 3, H, W)``; all of one size, where the model is for one.
             index: Index of each image in the data set, int64 ``(B,)``; None: they come in its order.
             group: Number of the group that each image belongs to, int64 ``(B,)``; None: each is a group of its own.
             names: Name of each image, such as its file's; None: its index.
+            counted: Which places of the images count; None: all.
+            batch: Images of the whole batch; None: these are.
 
         Raises:
-            UserError: If they are of another size than those before, or there is no room for their features.
+            UserError: If they are of another size than those before, if no patch of an image counts, or there is no
+                room for their features.
         """
         if index is None:
             index = torch.arange(self.count, self.count + len(images))
-        if self.size not in ((), tuple(images.shape[1:])):
+        if self.fixed_size and self.size not in ((), tuple(images.shape[1:])):
             raise UserError(
                 f"training images of {tuple(images.shape[1:])} after others of {self.size}; bring all to one size "
                 "(model.transform does)."
@@ -154,11 +175,41 @@ class Fitting:
         else:
             held = [number in self.held_out for number in groups]
         self.count += len(images)
-        for place, member in enumerate(self.members):
-            patches = member.patch_features(images)
-            if place == len(self.collections):
-                self._begin(member, len(images))
-            self.collections[place].add(patches, index, torch.tensor(held, dtype=torch.bool))
+        self.batch = self.batch or batch or len(images)
+        grids = [self._collect(place, images, index.tolist(), held, counted) for place in range(len(self.members))]
+        if self.leave_one_out or self.share:
+            for i, number in enumerate(index.tolist()):
+                own = None if counted is None else counted[i : i + 1]
+                self.layouts[number] = _Layout((images.shape[2], images.shape[3]), grids, own)
+
+    def add_batch(self, batch: Mapping[str, Any]) -> None:
+        """Take in a batch as `OwnImages` gives it, of images of one size or several."""
+        total = len(batch["image"])
+        for part in same_size_parts(batch) if total else ():
+            images, counted = part["image"].to(self.members[0].input_size.device), Counted.of(part)
+            self.add(images, part["index"].cpu(), part["group"].cpu(), part.get("path"), counted, total)
+
+    def _collect(
+        self, place: int, images: Tensor, index: Sequence[int], held: Sequence[bool], counted: Counted | None
+    ) -> tuple[int, int]:
+        """Put the patch features of images that count into a member's collection; patches down and across."""
+        member, done, grid = self.members[place], 0, (0, 0)
+        for part, of_part in in_parts(images, counted, member.patch_features.images_at_once):
+            inside: Tensor | None = None
+            for band in member.patch_features.bands(part):
+                grid, last = (band.rows, band.features.shape[2]), band.top + band.features.shape[1]
+                if place == len(self.collections):
+                    self._begin(member)
+                if of_part is not None and inside is None:
+                    inside = of_part.patches(*grid).to(band.features.device)
+                for i, features in enumerate(band.features.flatten(1, 2)):  # (h' w, D)
+                    number = grid[0] * grid[1] if inside is None else int(inside[i].sum())
+                    chosen = features if inside is None else features[inside[i, band.top : last].flatten()]
+                    self.collections[place].add(
+                        chosen, index[done + i], number, held_out=held[done + i], more=band.top > 0
+                    )
+            done += len(part)
+        return grid
 
     def _look_at_first(self, images: Tensor) -> None:
         self.size = tuple(images.shape[1:])
@@ -174,19 +225,21 @@ class Fitting:
                 highest,
             )
 
-    def _begin(self, member: PatchCoreModel, batch: int) -> None:
+    def _begin(self, member: PatchCoreModel) -> None:
         """Reserve space for a member's features."""
         expected = None
         if math.isfinite(self.batches):
             world = self.processes.count
             held = len(self.held_out or ())
-            own = int(self.batches) * batch
+            own = int(self.batches) * self.batch
             everywhere = own * world
             if self.images is not None:
                 own = min(own, -(-self.images // world))
                 everywhere = min(everywhere, self.images - held)
             bank = own if self.images is None else min(own, self.images - held)
-            expected = ExpectedImages(bank, min(own, held), everywhere)
+            first = math.prod(self.size[1:]) or 1  # pixels of the first image
+            scale = 1.0 if self.pixels is None else self.pixels / first
+            expected = ExpectedImages(scale * bank, scale * min(own, held), scale * everywhere)
         self.collections.append(
             Collection(
                 member.coreset,
@@ -225,7 +278,7 @@ class Fitting:
     def _select(self, shown: bool) -> None:
         height, width = (int(side) for side in self.processes.largest(*(self.size[1:] or (0, 0))))
         self._fill_all((height, width), shown)
-        scored = self._score((height, width), shown)
+        scored = self._score(shown)
         if self.leave_one_out:
             self._find_suspicious(scored)
         if self.left_out:
@@ -233,7 +286,7 @@ class Fitting:
                 collection.leave_out(self.left_out)
             self.groups = {image: group for image, group in self.groups.items() if image not in self.left_out}
             self._fill_all((height, width), shown)
-            scored = self._score((height, width), shown)
+            scored = self._score(shown)
         self.training_images = [each._replace(group=self.numbers.get(each.image)) for each in self.training_images]
         self._calibrate(scored)
 
@@ -242,7 +295,7 @@ class Fitting:
         scales, self.numbers = [], self._number_groups()
         for place, member in enumerate(self.members):
             if place == len(self.collections):  # no image came to this process
-                self._begin(member, 0)
+                self._begin(member)
             self._fill(member, place, shown)
             if self.fixed_size:
                 member.input_size = torch.tensor(size, device=member.input_size.device)
@@ -311,9 +364,9 @@ class Fitting:
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
         return float((distance.square() if member.scorer.distance == "squared" else distance).mean())
 
-    def _score(self, size: tuple[int, int], shown: bool) -> list[_Scored]:
+    def _score(self, shown: bool) -> list[_Scored]:
         """Score the images that calibration needs, one of each group, on all processes; in the data set's order."""
-        own = list(self._score_held_out(size) if self.share else self._score_without_own_rows(size, shown))
+        own = list(self._score_held_out() if self.share else self._score_without_own_rows(shown))
         scored = sorted(each for part in self.processes.objects(own) for each in part)
         drawn = draw_one_of_each({each.image: self.numbers[each.image] for each in scored}, self.seed)
         return [each for each in scored if each.image in drawn]
@@ -334,12 +387,11 @@ class Fitting:
                 *(copied, len(scored)),
             )
 
-    def _score_held_out(self, size: tuple[int, int]) -> Iterator[_Scored]:
+    def _score_held_out(self) -> Iterator[_Scored]:
         for images in zip(*(collection.held_out_images() for collection in self.collections), strict=True):
-            patches = [part.to(self.members[0].input_size.device) for _, part in images]
-            yield self._scored(images[0][0], patches, [member.memory_bank for member in self.members], size)
+            yield self._scored(images, [member.memory_bank for member in self.members])
 
-    def _score_without_own_rows(self, size: tuple[int, int], shown: bool) -> Iterator[_Scored]:
+    def _score_without_own_rows(self, shown: bool) -> Iterator[_Scored]:
         """Score one image of each group without the group's rows, of at most ``leave_one_out`` groups."""
         banks = [member.memory_bank for member in self.members]
         if not self.leave_one_out:
@@ -362,26 +414,40 @@ class Fitting:
         with tqdm(images, "Leave one out", len(own), unit=" images", disable=not shown, mininterval=0.5) as bar:
             start = time.perf_counter()
             for place, image in enumerate(bar):
-                patches = [part.to(self.members[0].input_size.device) for _, part in image]
-                number = self.numbers[image[0][0]]
+                number = self.numbers[image[0].index]
                 rows = [ForeignRows(bank, number, search) for bank, search in zip(banks, searches, strict=True)]
-                scored = self._scored(image[0][0], patches, rows, size)
+                scored = self._scored(image, rows)
                 if not place:
                     log.info(
                         "leave_one_out: scoring %d of %d training images without their own rows, about %.0f s.",
                         *(len(drawn), len(self.numbers), (time.perf_counter() - start) * len(own)),
                     )
-                yield scored._replace(copied=_is_copied(patches[0], banks[0], rows[0]))
+                yield scored._replace(copied=_is_copied(image[0], banks[0], rows[0]))
 
-    def _scored(
-        self, index: int, patches: list[Tensor], banks: list[MemoryBank] | list[ForeignRows], size: tuple[int, int]
-    ) -> _Scored:
-        """Score an image by its patch features ``(1, h, w, D)``, of each member."""
+    def _scored(self, image: Sequence[StoredImage], banks: Sequence[MemoryBank] | Sequence[ForeignRows]) -> _Scored:
+        """Score an image by its patch features of each member."""
+        index = image[0].index
+        size, grids, counted = self.layouts[index]
         parts = [
-            member.scorer(part, bank, size) for member, part, bank in zip(self.members, patches, banks, strict=True)
+            member.scorer(self._bands(stored, grid, counted), bank, size, counted)
+            for member, stored, grid, bank in zip(self.members, image, grids, banks, strict=True)
         ]
         score, maps = self.model.combined(parts) if isinstance(self.model, EnsembleModel) else parts[0]
-        return _Scored(index, float(score), float(maps.max()), False, self.names.get(index, str(index)))
+        return _Scored(index, float(score), float(peaks(maps)), False, self.names.get(index, str(index)))
+
+    def _bands(self, image: StoredImage, grid: tuple[int, int], counted: Counted | None) -> Iterator[Band]:
+        """The bands of patch features of an image, read again."""
+        (h, w), device, done = grid, self.members[0].input_size.device, 0
+        inside = torch.ones(h, w, dtype=torch.bool) if counted is None else counted.at(h, w)[0].cpu()
+        rows = max(1, BAND_PATCHES // w)
+        for top in range(0, h, rows):
+            part = inside[top : top + rows].flatten()
+            number = int(part.sum())
+            read = image.take(torch.arange(done, done + number))
+            features = read.new_zeros(len(part), read.shape[1])
+            features[part] = read
+            yield Band(features.view(1, -1, w, read.shape[1]).to(device), top, h)
+            done += number
 
     def close(self) -> None:
         """Free the patch features."""
@@ -392,7 +458,7 @@ class Fitting:
 
 @torch.no_grad()
 def score_without_rows(
-    model: PatchCoreModel | EnsembleModel, images: Tensor, group: int | None
+    model: PatchCoreModel | EnsembleModel, images: Tensor, group: int | None, counted: Counted | None = None
 ) -> tuple[Tensor, Tensor]:
     """Score images as a fitted model does, but without the memory banks' rows of one group of images.
 
@@ -400,29 +466,29 @@ def score_without_rows(
         model: The model.
         images: ``(B, 3, H, W)``, normalised.
         group: Number in `MemoryBank.images`; None leaves nothing out.
+        counted: Which places of the images count; None: all.
 
     Returns:
         Anomaly scores ``(B,)`` and maps ``(B, H, W)``, float32.
     """
     if group is None:
-        return model(images)  # type: ignore[no-any-return]
+        return model(images, counted)  # type: ignore[no-any-return]
     parts = []
     for member in model.members:
         bank = member.memory_bank
         rows = ForeignRows(bank, group, bank.exact())
-        parts.append(member.scorer(member.patch_features(images), rows, images.shape[2:]))
+        parts.append(member.scorer(member.patch_features.bands(images), rows, images.shape[2:], counted))
     return model.combined(parts) if isinstance(model, EnsembleModel) else parts[0]
 
 
-def _is_copied(patches: Tensor, bank: MemoryBank, foreign: ForeignRows) -> bool:
-    """Whether an image with the patch features ``(1, h, w, D)`` has a near-copy in the memory bank.
+def _is_copied(image: StoredImage, bank: MemoryBank, foreign: ForeignRows) -> bool:
+    """Whether an image has a near-copy in the memory bank.
 
     The distance to the nearest foreign row is compared with that to the nearest one of yet another image (or to the
     8th nearest row, where all of them are of one image). Images of different things are about as far from the one as
     from the other.
     """
-    flat = patches.flatten(0, 2)
-    probes = flat[:: max(1, len(flat) // PROBES)]
+    probes = image.take(torch.arange(0, image.number, max(1, image.number // PROBES))).to(bank.features.device)
     distance, rows = foreign(probes, 8)
     other = bank.images[rows] != bank.images[rows[:, :1]]
     other[:, -1] = True

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import to_original
+from pl_patchcore.data.batch import collate
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, check_file, shown
 from pl_patchcore.regions import Region, find_regions
@@ -250,7 +251,7 @@ def geometry(sample: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[float, .
 def inspect(
     images: ImageLike | Sequence[ImageLike],
     transform: Preprocessing,
-    score: Callable[[Tensor], dict[str, Tensor]],
+    score: Callable[[dict[str, Any]], dict[str, Tensor]],
     settings: Settings,
     color: Color = "rgb",
 ) -> Inspection | list[Inspection]:
@@ -259,8 +260,8 @@ def inspect(
     Args:
         images: One, or a sequence of them; see `preprocessing.read_image`.
         transform: Preprocessing of the model.
-        score: Images ``(B, 3, H, W)`` on the CPU, normalised, to ``score (B,)``, ``anomaly_map (B, H, W)`` and, as far
-            as they are known, ``anomalous (B,)`` and ``p_value (B,)``.
+        score: A batch of images of one size, on the CPU, as `Preprocessing.apply` makes samples, to ``score (B,)``,
+            ``anomaly_map (B, H, W)`` and, as far as they are known, ``anomalous (B,)`` and ``p_value (B,)``.
         settings: Thresholds and least area.
         color: Order of the channels of arrays and tensors.
 
@@ -302,11 +303,11 @@ def _prepare(
 
 def _score(
     waiting: list[tuple[dict[str, Tensor], Callable[[], Image.Image]]],
-    score: Callable[[Tensor], dict[str, Tensor]],
+    score: Callable[[dict[str, Any]], dict[str, Tensor]],
     settings: Settings,
 ) -> Iterator[Inspection]:
     with torch.inference_mode():
-        outputs = score(torch.stack([sample["image"] for sample, _ in waiting]))
+        outputs = score(collate([sample for sample, _ in waiting]))
         outputs = {name: value.cpu() for name, value in outputs.items()}
     for i, (sample, original) in enumerate(waiting):
         yield Inspection.of(outputs, i, geometry(sample), original, settings)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pl_patchcore.checkpoint import read_checkpoint
+from pl_patchcore.counted import Counted
 from pl_patchcore.data.base import loader_error
-from pl_patchcore.data.batch import as_batch
+from pl_patchcore.data.batch import as_batch, same_size_parts
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import free_bytes, whole_file
 
@@ -180,7 +181,7 @@ def calibration_loader(trainer: L.Trainer) -> Any:
     return None if loader is None else loader()
 
 
-def all_images(trainer: L.Trainer, loaders: Any) -> Iterator[Tensor]:
+def all_images(trainer: L.Trainer, loaders: Any) -> Iterator[tuple[Tensor, Counted | None]]:
     """Images ``(B, 3, H, W)`` of whole data sets, apart from what Lightning has begun; the same on every process."""
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         whole = loader
@@ -188,7 +189,9 @@ def all_images(trainer: L.Trainer, loaders: Any) -> Iterator[Tensor]:
             options: Any = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn}
             whole = DataLoader(loader.dataset, loader.batch_size or 1, **options)
         for batch in whole:
-            yield trainer.strategy.batch_to_device(as_batch(batch)["image"], trainer.strategy.root_device)
+            device = trainer.strategy.root_device
+            for part in same_size_parts(as_batch(batch)):
+                yield trainer.strategy.batch_to_device(part["image"], device), Counted.of(part, device)
 
 
 def refuse_too_few_steps(trainer: L.Trainer) -> None:

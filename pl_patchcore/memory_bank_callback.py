@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
 from pl_patchcore.data.base import AnomalyDataModule
-from pl_patchcore.data.batch import OwnImages, as_batch
+from pl_patchcore.data.batch import OwnImages, as_batch, same_size_parts
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import output_folder
@@ -141,7 +141,7 @@ class MemoryBankCallback(L.Callback):
         if batch is None:
             raise UserError("MemoryBankCallback: data has no batch; give it a loader of nominal images.")
         try:
-            images = as_batch(batch)["image"]
+            images = same_size_parts(as_batch(batch))[0]["image"]
         except UserError as error:
             raise UserError(f"MemoryBankCallback: {error} Give it a loader of nominal images as data.") from error
         with torch.no_grad():
@@ -189,9 +189,7 @@ class MemoryBankCallback(L.Callback):
         shown = trainer.progress_bar_callback is not None and trainer.is_global_zero
         try:
             for batch in tqdm(islice(loader, batches), "Memory bank", batches, disable=not shown, unit=" batches"):
-                own = own_images.of(batch)
-                if len(own["image"]):
-                    fitting.add(own["image"].to(device), own["index"].cpu(), own["group"].cpu(), own.get("path"))
+                fitting.add_batch(own_images.of(batch))
             fitting.select(shown=shown)
             model.training_images = fitting.training_images
         finally:

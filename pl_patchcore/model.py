@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.calibration import Calibration
 from pl_patchcore.coreset import CoresetOptions
+from pl_patchcore.counted import Counted, in_parts
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import MemoryBank
@@ -72,18 +73,19 @@ class PatchCoreModel(nn.Module):
         self.register_buffer("input_size", torch.zeros(2, dtype=torch.int64))
         self.train(False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
         """Score images.
 
         Args:
-            images: ``(B, 3, H, W)``, of any floating type, normalised.
+            images: ``(B, 3, H, W)``, of any floating type, normalised; or uint8 levels.
+            counted: Which places of the images count; None: all.
 
         Returns:
             Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, feature distances: 0 and up,
-            without bound.
+            without bound; NaN in maps where a pixel does not count.
 
         Raises:
-            UserError: If the memory bank is empty, or was made from images of another size.
+            UserError: If the memory bank is empty, or was made from images of another size; if no patch counts.
         """
         size = images.shape[-2:]
         if images.ndim != 4:
@@ -100,7 +102,10 @@ class PatchCoreModel(nn.Module):
             if not images.shape[0]:
                 none = images.new_zeros(0, *size, dtype=torch.float32)
                 return none.flatten(1).sum(1), none
-        return self.scorer(self.patch_features(images), self.memory_bank, size)  # type: ignore[no-any-return]
+        found = []
+        for part, of_part in in_parts(images, counted, self.patch_features.images_at_once):
+            found.append(self.scorer(self.patch_features.bands(part), self.memory_bank, size, of_part))
+        return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
 
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""

@@ -180,7 +180,8 @@ GROUPS: dict[str, type[PatchOptions | ImageOptions | StoreOptions | EnsembleOpti
 }
 MEMBER_ARGUMENTS = (  # of an ensemble; the members share all else
     "backbone", "layers", "weights", "patch_size", "patches", "coreset_method", "coreset_ratio", "coreset_size",
-    "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma", "search", "bank_dtype",
+    "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share",
+    "search", "bank_dtype",
 )  # fmt: skip
 THRESHOLDS = ("image_threshold", "pixel_threshold")  # arguments that set a threshold by hand
 MOST = 2**63 - 1  # of a whole number

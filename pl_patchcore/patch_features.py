@@ -8,8 +8,8 @@ matter: here pooling is first, which takes a tenth of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,21 @@ from torch.nn import functional as F
 
 from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, weights_sha256
 from pl_patchcore.errors import UserError
+from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, measure_layers
+
+
+class Band(NamedTuple):
+    """Patch features of a part of the rows of the patch grid."""
+
+    features: Tensor  # (B, h', w, D), float32
+    top: int  # the first row's number
+    rows: int  # of the whole grid, h
+
+    @classmethod
+    def whole(cls, features: Tensor) -> Band:
+        """All patch features of images, ``(B, h, w, D)``."""
+        return cls(features, 0, features.shape[1])
 
 
 class PatchFeatures(nn.Module):
@@ -37,6 +52,9 @@ class PatchFeatures(nn.Module):
         feature_dim: With ``layer_dim``: the pooled layers together are adaptively pooled to so many.
         seed: Seed of random weights.
         image_size: Height and width of the images to come, if known; tried where a network does not take any size.
+        tiles: How larger images are cut into tiles; None: they are given to the network whole.
+        mean: Subtracted from uint8 images per RGB channel, in units of [0, 1].
+        std: Divided by per RGB channel, in units of [0, 1].
 
     Raises:
         UserError: For a bad value, or as `cut_network`.
@@ -60,19 +78,47 @@ class PatchFeatures(nn.Module):
         feature_dim: int | None = None,
         seed: int = 0,
         image_size: tuple[int, int] | None = None,
+        tiles: TileOptions | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         if patch_size < 1 or patch_size % 2 == 0:
             raise UserError(f"patch_size must be odd and at least 1, got {patch_size}.")
         self.patch_size, self.patch_stride = patch_size, patch_stride
         self.layer_dim, self.feature_dim = layer_dim, feature_dim
-        cut = cut_network(backbone, layers, weights, seed, image_size)
-        self.network, self.backbone_name, self.layouts, self.channels, self.only_size = cut
-        self.layers = list(layers)
+        size = image_size if tiles is None else tiles.size
+        self.network, self.backbone_name, *read = cut_network(backbone, layers, weights, seed, size)
+        self.layouts, self.channels, self.strides, self.only_size = read
+        self.layers, self.mean, self.std = list(layers), tuple(mean), tuple(std)
         weight = next(self.network.parameters(), torch.empty(0, dtype=torch.float32))
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype), persistent=False)  # of the network's type
         self.weights_sha256 = weights_sha256(self.network)
+        self.tiling = None if tiles is None else self._tiling(tiles)
         self.train(False)
+
+    def _tiling(self, options: TileOptions) -> Tiling:
+        """Measure the layers, to know how tiles are to be laid."""
+        padded = self.only_size is not None or any(kind == "tokens" for kind, _, _ in self.layouts)
+        if self.only_size not in (None, options.size):
+            height, width = self.only_size
+            raise UserError(f"the backbone takes images of {height}x{width} pixels only: set tile to that size.")
+        if padded:
+            grids = [LayerGrid(stride, 0, torch.inf) for stride in self.strides]
+        else:
+            with torch.inference_mode():
+                grids = measure_layers(lambda x: self._grids(self.network(x), x.shape[2:]), self.strides, self.like)
+        return Tiling(options, grids, self.patch_size, self.patch_stride, padded=padded)
+
+    @property
+    def images_at_once(self) -> int | None:
+        """Images that `bands` should be given at once: one that may take many tiles; None: any number."""
+        return None if self.tiling is None else 1
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Pixels of the input from patch to patch."""
+        return self.strides[0] * self.patch_stride
 
     @property
     def dimension(self) -> int:
@@ -80,16 +126,36 @@ class PatchFeatures(nn.Module):
         return self.feature_dim or sum(self.channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute patch features float32 ``(B, h, w, D)`` of images ``(B, 3, H, W)``, of any floating type.
+        """Compute patch features float32 ``(B, h, w, D)`` of images ``(B, 3, H, W)``.
+
+        Args:
+            images: Of any floating type, normalised; or uint8, levels, which are normalised here.
 
         Raises:
-            UserError: If the images are whole numbers, or of a size that the network does not take.
+            UserError: If the images are other whole numbers, or of a size that the network does not take.
         """
-        if not images.is_floating_point():
-            raise UserError(
-                f"images are {images.dtype}; make them by model.transform, or float32: scaled to [0, 1] and normalised."
-            )
-        size = tuple(images.shape[-2:])
+        return torch.cat([band.features for band in self.bands(images)], dim=1)
+
+    def bands(self, images: Tensor) -> Iterator[Band]:
+        """The same in bands of patches, from the top; one band, where the images are no larger than a tile."""
+        height, width = images.shape[-2:]
+        spans = None if self.tiling is None else (self.tiling.along(0, height), self.tiling.along(1, width))
+        if self.tiling is None or spans is None or (len(spans[0]) == len(spans[1]) == 1 and not self.tiling.padded):
+            yield Band.whole(self._joined(self._pooled(images)))
+            return
+        grids = [(self.tiling.grid(i, height), self.tiling.grid(i, width)) for i in range(len(self.layers))]
+        for row in spans[0]:
+            tiles: list[Tensor] = []
+            for columns in self.tiling.batches(spans[1]):
+                stacked = self._pooled(torch.cat([self.tiling.cut(images, row, column) for column in columns]))
+                for number, column in enumerate(columns):
+                    here = slice(number * len(images), (number + 1) * len(images))
+                    tiles.append(self._joined(self.tiling.parts([part[here] for part in stacked], row, column, grids)))
+            yield Band(torch.cat(tiles, 2), row.first, grids[0][0])
+
+    def _pooled(self, images: Tensor) -> list[Tensor]:
+        """Neighbourhoods of each layer's cells, float32 ``(B, C, h, w)``."""
+        images, size = self._normalised(images), tuple(images.shape[-2:])
         try:
             outputs = self.network(images.to(self.like.dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -97,14 +163,12 @@ class PatchFeatures(nn.Module):
                 raise
             (height, width), (h, w) = self.only_size, size
             raise UserError(
-                f"the backbone takes images of {height}x{width} pixels, and fails on {h}x{w}: set resize and crop."
+                f"the backbone takes images of {height}x{width} pixels, and fails on {h}x{w}: set resize and crop, or "
+                "tile to that size."
             ) from error
         p, s = self.patch_size, self.patch_stride
         parts: list[Tensor] = []
-        for name, layout in zip(self.layers, self.layouts, strict=True):
-            layer = outputs[name]
-            if layout[0] != "bchw" or not isinstance(layer, Tensor):
-                layer = as_grid(layer, layout, size, name)
+        for layer in self._grids(outputs, size):
             layer = layer.float()  # (B, C, h, w)
             if self.layer_dim is None:
                 layer = F.avg_pool2d(layer, p, s, p // 2)
@@ -112,10 +176,35 @@ class PatchFeatures(nn.Module):
                 grid = [(side - 1) // s + 1 for side in layer.shape[-2:]]
                 patches = F.unfold(layer, p, padding=p // 2, stride=s).transpose(1, 2)  # (B, h w, C p p)
                 layer = F.adaptive_avg_pool1d(patches, self.layer_dim).transpose(1, 2).unflatten(2, grid)
-            if parts and layer.shape[-2:] != parts[0].shape[-2:]:
-                layer = F.interpolate(layer, size=parts[0].shape[-2:], mode="bilinear", align_corners=False)
             parts.append(layer)
-        features = torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
+        return parts
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            mean, std = (images.new_tensor(each, dtype=torch.float32)[:, None, None] for each in (self.mean, self.std))
+            return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+        if not images.is_floating_point():
+            raise UserError(
+                f"images are {images.dtype}; make them by model.transform, or float32: scaled to [0, 1] and normalised."
+            )
+        return images
+
+    def _grids(self, outputs: Mapping[str, Any], size: Sequence[int]) -> list[Tensor]:
+        """Layers as ``(B, C, h, w)``."""
+        pairs = ((name, outputs[name], layout) for name, layout in zip(self.layers, self.layouts, strict=True))
+        return [
+            layer if layout[0] == "bchw" and isinstance(layer, Tensor) else as_grid(layer, layout, size, name)
+            for name, layer, layout in pairs
+        ]
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Layers ``(B, C, h, w)`` brought to the first one's grid and joined: ``(B, h, w, D)``."""
+        grid = parts[0].shape[-2:]
+        brought = [
+            part if part.shape[-2:] == grid else F.interpolate(part, size=grid, mode="bilinear", align_corners=False)
+            for part in parts
+        ]
+        features = torch.cat(brought, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
         if self.feature_dim is not None:
             pooled = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim)
             features = pooled.unflatten(1, features.shape[1:3])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pl_patchcore.anomaly_map import Distance
+from pl_patchcore.anomaly_map import Distance, ImageScore
 from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
 from pl_patchcore.calibration import DEFAULT_RATE, Calibration, CalibrationKind, calibration_kind
@@ -38,7 +38,8 @@ from pl_patchcore.checkpoint import (
 )
 from pl_patchcore.configs import recipe
 from pl_patchcore.coreset import CoresetMethod
-from pl_patchcore.data.batch import OwnImages
+from pl_patchcore.counted import Counted
+from pl_patchcore.data.batch import OwnImages, joined, same_size_parts
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel, refuse_test_range
 from pl_patchcore.errors import UserError
@@ -77,6 +78,7 @@ from pl_patchcore.options import (
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing
 from pl_patchcore.suspicious import TrainingImage
+from pl_patchcore.tiles import TileOptions
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -107,6 +109,11 @@ class PatchCore(L.LightningModule):
         distance: ``euclidean``, or ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
         sigma: Standard deviation of the Gaussian that smooths anomaly maps, pixels; 0 for none.
+        image_score: ``max`` as in the paper, or ``top_mean``: mean of the highest ``top_share`` of the patches.
+        top_share: Share of the patches, in (0, 1], at least one.
+        tile: Larger images go through the backbone in tiles of this size, pixels: a number or ``[height, width]``.
+        tile_overlap: Pixels that tiles share; null: enough for features of the whole image, at most half a tile.
+        tile_batch: Tiles that the backbone is given at once.
         search: Exact: ``auto``, by what suits the machine and the bank; ``torch``, by a float32 product; ``int8``, by a
             filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and its recall
             measured at the end of fit.
@@ -170,6 +177,11 @@ class PatchCore(L.LightningModule):
         distance: Distance = "euclidean",
         reweighting_neighbors: int = 9,
         sigma: float = 4.0,
+        image_score: ImageScore = "max",
+        top_share: float = 0.01,
+        tile: int | tuple[int, int] | None = None,
+        tile_overlap: int | None = None,
+        tile_batch: int = 4,
         search: str = "auto",
         bank_dtype: BankDtype = "float32",
         calibration: CalibrationKind | None = None,
@@ -201,7 +213,8 @@ class PatchCore(L.LightningModule):
         self.drop_suspicious = drop_suspicious
         self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
-        self.model = build_model(settings, of_ensemble, seed, self.transform.size)
+        tiles = None if tile is None else TileOptions(tile, tile_overlap, tile_batch)
+        self.model = build_model(settings, of_ensemble, seed, self.transform, tiles)
         self.model.calibration = calibrated
         if self.calibration != "none":
             refuse_test_range(self.model)
@@ -261,19 +274,23 @@ class PatchCore(L.LightningModule):
 
     # Scoring
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
         """Score images: see `PatchCoreModel.forward`."""
-        return self.model(images)  # type: ignore[no-any-return]
+        return self.model(images, counted)  # type: ignore[no-any-return]
 
-    def judge(self, images: Tensor) -> dict[str, Tensor]:
+    def judge(self, images: Tensor, counted: Counted | None = None) -> dict[str, Tensor]:
         """Score images ``(B, 3, H, W)``, normalised, on the model's device.
+
+        Args:
+            images: As `PatchCoreModel.forward` takes them.
+            counted: Which places of the images count; None: all.
 
         Returns:
             ``score (B,)`` and ``anomaly_map (B, H, W)``; of a model with thresholds also ``anomalous (B,)``, bool,
             whether the score is above the threshold, and ``normalized (B,)``, the score in units of the threshold; of a
             calibrated one ``p_value (B,)``, see `calibration.p_values`.
         """
-        scores, maps = self(images)
+        scores, maps = self(images, counted)
         return {"score": scores, "anomaly_map": maps} | self.model.calibration.verdicts(scores)
 
     @overload
@@ -308,7 +325,11 @@ class PatchCore(L.LightningModule):
         self._check_fitted()
         settings = Settings(self.image_threshold, self.pixel_threshold, least_area)
         device = self.memory_bank.features.device  # follows every way a module can be moved
-        return inspect(images, self.transform, lambda batch: self.judge(batch.to(device)), settings, color)
+
+        def score(batch: dict[str, Any]) -> dict[str, Tensor]:
+            return self.judge(batch["image"].to(device), Counted.of(batch, device))
+
+        return inspect(images, self.transform, score, settings, color)
 
     @property
     def image_threshold(self) -> float | None:
@@ -357,6 +378,11 @@ class PatchCore(L.LightningModule):
         return self.model.members[0].patch_features
 
     @property
+    def pixels_per_patch(self) -> int:
+        """Pixels of the input from patch to patch (of an ensemble's first member)."""
+        return self.patch_features.pixels_per_patch
+
+    @property
     def memory_bank(self) -> MemoryBank:
         """Memory bank of a single model (of an ensemble's first member)."""
         return self.model.members[0].memory_bank
@@ -383,12 +409,15 @@ class PatchCore(L.LightningModule):
         """Score a batch and add it to the figures.
 
         Returns:
-            ``score (B,)``, ``anomaly_map (B, H, W)``, ``index (B,)``; of several processes without repeated images.
+            ``score (B,)``, ``anomaly_map (B, H, W)`` (a list of ``(H, W)`` where sizes differ), ``index (B,)``; of
+            several processes without repeated images.
         """
-        batch = self._own(batch, batch_idx, dataloader_idx)
-        scores, maps = self(batch["image"])
-        self._figures_under_way().add(batch, scores, maps)
-        return {"score": scores, "anomaly_map": maps, "index": batch["index"]}
+        batch, found = self._own(batch, batch_idx, dataloader_idx), []
+        for part in same_size_parts(batch):
+            scores, maps = self(part["image"], Counted.of(part, self.device))
+            self._figures_under_way().add(part, scores, maps)
+            found.append({"score": scores, "anomaly_map": maps})
+        return joined(found) | {"index": batch["index"]}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor] | None:
         """As `test_step`; inside ``fit``, where there is no memory bank yet, nothing."""
@@ -401,8 +430,9 @@ class PatchCore(L.LightningModule):
             As `judge`; of the batch, ``path``, ``index`` and geometry.
         """
         batch = self._own(batch, batch_idx, dataloader_idx)
-        result: dict[str, Any] = self.judge(batch["image"])
-        return result | {k: batch[k] for k in ("path", "index", "original_size", "crop_box") if k in batch}
+        parts = same_size_parts(batch)
+        result = joined([self.judge(part["image"], Counted.of(part, self.device)) for part in parts])
+        return result | {k: batch[k] for k in ("path", "index", "original_size", "crop_box", "region") if k in batch}
 
     def on_test_epoch_start(self) -> None:
         """Start the figures; refuse an empty memory bank before any batch is read."""
@@ -517,8 +547,7 @@ class PatchCore(L.LightningModule):
         """Collect the patch features of a batch."""
         assert self._fitting is not None  # since on_train_start
         own = self._own(batch, batch_idx)
-        if len(own["image"]):
-            self._fitting.add(own["image"], own["index"].cpu(), own["group"].cpu(), own.get("path"))
+        self._fitting.add_batch(own)
         if batch_idx == 0:
             check_room(self.trainer, self._fitting.bank_bytes + sum(value.nbytes for value in self._saved().values()))
         self.log("train/images", float(self._fitting.count), batch_size=max(1, len(own["image"])))

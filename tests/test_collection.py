@@ -19,6 +19,12 @@ EMPTY = torch.empty(0, 0)
 FEATURES = torch.randn(10, 4, 4, D, generator=torch.Generator().manual_seed(0))  # of 10 images
 
 
+def add(found, images, held=()):
+    for image in images:
+        patches = FEATURES[image].flatten(0, 1)
+        found.add(patches, image, len(patches), held_out=image in held)
+
+
 def collected(
     path=None, method="greedy", *, size=20, dim=16, order=range(10), batch=4, expected=10, held=(), **options
 ):
@@ -28,7 +34,7 @@ def collected(
     options = StoreOptions(**({"folder": None if path is None else str(path)} | options))
     found = Collection(coreset, options, CPU, held_out=bool(held), expected=known)
     for index in torch.tensor(list(order)).split(batch):
-        found.add(FEATURES[index], index, torch.tensor([i in held for i in index.tolist()]))
+        add(found, index.tolist(), held)
     return found
 
 
@@ -90,9 +96,9 @@ def test_unknown_number_of_images(monkeypatch, caplog, tmp_path, kind, method):
     found = collected(tmp_path, kind=kind, expected=None, order=reversed(range(10)), **options)
     place = "in RAM" if kind == "auto" else f"on disk in {tmp_path}"
     assert f"collecting patch features of {D} numbers of an unknown number of images, {place}." in caplog.text
-    held_out = dict(found.held_out_images())
+    held_out = {each.index: each.take(torch.arange(each.number)).view(4, 4, D) for each in found.held_out_images()}
     assert list(held_out) == [2, 7]
-    assert all(torch.equal(patches, FEATURES[[index]]) for index, patches in held_out.items())
+    assert all(torch.equal(patches, FEATURES[index]) for index, patches in held_out.items())
     rows, found_radii = bank(found)
     assert torch.equal(rows, expected)
     assert len(rows) == (128 if method == "none" else 20)
@@ -113,7 +119,7 @@ def test_update_selects_among_the_earlier_bank_and_new_rows(options):
 
 def test_size_is_a_share_of_all_rows_ever_seen():
     found = Collection(CoresetOptions(ratio=0.05), StoreOptions(), CPU)
-    found.add(FEATURES, torch.arange(10))
+    add(found, range(10))
     assert len(found.select(torch.zeros(7, D), 1000, Processes())[0]) == 58  # of 1160
 
 
@@ -133,7 +139,7 @@ def test_check_is_told_dimension_and_rows_before_space_is_reserved():
     for expected in (None, ExpectedImages(5, 1, 10)):
         found = Collection(CoresetOptions(ratio=0.1), StoreOptions(), CPU, expected=expected, check=check)
         with pytest.raises(UserError, match="no index"):
-            found.add(FEATURES, torch.arange(10))
+            add(found, range(10))
     assert told == [(D, None), (D, 16)]
 
 
@@ -161,13 +167,12 @@ def test_what_is_beyond_memory_is_refused_and_auto_turns_to_the_disk(tmp_path, m
         collected(tmp_path).close()
     assert f"on disk in {tmp_path}" in caplog.text
     with pytest.raises(UserError, match="of main memory needed"):  # shared with another process, or promised to one
-        Collection(CoresetOptions(), StoreOptions(), CPU, expected=ExpectedImages(1, 0, 1), neighbours=2).add(
-            FEATURES, torch.arange(10)
+        add(
+            Collection(CoresetOptions(), StoreOptions(), CPU, expected=ExpectedImages(1, 0, 1), neighbours=2), range(10)
         )
     with pytest.raises(UserError, match="of main memory needed"):
-        Collection(CoresetOptions(), StoreOptions(), CPU, expected=ExpectedImages(1, 0, 1), promised=disk.peak).add(
-            FEATURES, torch.arange(10)
-        )
+        promised = {"expected": ExpectedImages(1, 0, 1), "promised": disk.peak}
+        add(Collection(CoresetOptions(), StoreOptions(), CPU, **promised), range(10))
 
 
 def test_nothing_to_select_from():

@@ -64,10 +64,10 @@ def collected(processes: Processes, method: str) -> dict[str, Tensor]:
     if processes.count > 1:
         own = range(processes.rank - 1, 10, processes.count - 1) if processes.rank else range(0)
     for index in reversed(own):
-        collection.add(features[[index]], torch.tensor([index]), torch.tensor([index in (1, 6)]))
+        collection.add(features[index].flatten(0, 1), index, 6, held_out=index in (1, 6))
     rows, radii = collection.select(torch.ones(2, 24), 7, processes)
     assert collection.total == 48
-    assert {index for index, _ in collection.held_out_images()} == {1, 6}.intersection(own)
+    assert {image.index for image in collection.held_out_images()} == {1, 6}.intersection(own)
     return {"rows": rows, "radii": torch.empty(0) if radii is None else radii, "sample": collection.sample()}
 
 

@@ -83,6 +83,11 @@ def open_files(folder, pid="self"):
 # The store alone
 
 
+def add(kept, patches, images):
+    for image, each in zip(images, patches, strict=True):
+        kept.add(each.flatten(0, 1), image)
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
 @pytest.mark.parametrize("left_out", [(0,), (1, 3), (3,), (0, 1, 2, 3)])
 def test_images_left_out_are_as_if_they_had_not_come(tmp_path, order, left_out):
@@ -92,12 +97,12 @@ def test_images_left_out_are_as_if_they_had_not_come(tmp_path, order, left_out):
         for matrix in (None, random_projection(8, 4, 0)):
             whole = FeatureStore(8, projection=matrix, folder=folder)
             for image in order:
-                whole.add(patches[[image]], torch.tensor([image]))
+                add(whole, patches[[image]], [image])
             whole.leave_out(left_out)
-            assert (whole.images, len(whole)) == (kept, 6 * len(kept))
+            assert (whole.images, len(whole)) == ([(image, 6) for image in kept], 6 * len(kept))
             assert torch.equal(whole.take(torch.arange(len(whole))), patches[kept].reshape(-1, 8))
             other = FeatureStore(8, projection=matrix)
-            other.add(patches, torch.arange(4))
+            add(other, patches, range(4))
             assert torch.equal(whole.projected(), other.projected().view(4, 6, -1)[kept].flatten(0, 1))
             whole.close()
 
@@ -113,7 +118,7 @@ def test_rows_come_back_in_data_set_order(tmp_path, monkeypatch, place, dtype, r
     kept = FeatureStore(24, rows, matrix, folder, dtype=dtype, projected_on_disk=place == "all on disk")
     images = torch.randperm(14, generator=torch.Generator().manual_seed(1))
     for batch in images.split(4):
-        kept.add(features[batch], batch + 100)
+        add(kept, features[batch], (batch + 100).tolist())
     flat = features.flatten(0, 2)
     assert len(kept) == 84
     picks = torch.randint(84, (50,), generator=torch.Generator().manual_seed(2))
@@ -131,7 +136,7 @@ def test_rows_come_back_in_data_set_order(tmp_path, monkeypatch, place, dtype, r
 def test_without_projection_the_features_are_read(tmp_path, folder):
     features = torch.randn(6, 1, 2, 3)
     kept = FeatureStore(3, 12, folder=str(tmp_path) if folder else None)
-    kept.add(features, torch.arange(6).flip(0))
+    add(kept, features, reversed(range(6)))
     assert torch.equal(kept.projected(), features.flip(0).flatten(0, 2))
     kept.close()
 
@@ -140,7 +145,7 @@ def test_number_beyond_float16_is_refused(tmp_path):
     for folder in (None, str(tmp_path)):
         kept = FeatureStore(2, 1, folder=folder, dtype=torch.float16)
         with pytest.raises(UserError, match=r"holds -?70000, beyond float16's 65504; set store\.dtype: bfloat16"):
-            kept.add(torch.tensor([[[[1.0, -70000.0]]]]), torch.tensor([0]))
+            kept.add(torch.tensor([[1.0, -70000.0]]), 0)
         kept.close()
 
 
@@ -247,7 +252,7 @@ def test_reservation_that_fails_names_folder_need_and_remedies(tmp_path, monkeyp
 
 def fill(kept):
     for index in range(100):
-        kept.add(torch.ones(1, 10, 10, 192), torch.tensor([index]))
+        kept.add(torch.ones(100, 192), index)
 
 
 def test_disk_that_is_full(small_disk, monkeypatch):

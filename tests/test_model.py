@@ -144,14 +144,14 @@ def test_no_image_and_no_bank(tiny):
     assert maps.shape == (0, 32, 48)
     with pytest.raises(UserError, match="memory bank is empty"):
         PatchCoreModel(PatchFeatures(tiny, ["fine"], None))(NEW)
-    with pytest.raises(UserError, match=r"images are torch.uint8; make them by model.transform"):
-        model(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"images are torch.int64; make them by model.transform"):
+        model(torch.zeros(1, 3, 32, 48, dtype=torch.int64))
 
 
 def test_training_images(tiny, caplog):
     """Raw levels are told, another size is refused."""
     model = PatchCoreModel(PatchFeatures(tiny, ["fine"], None))
-    fitting = Fitting(model)
+    fitting = Fitting(model, fixed_size=True)
     fitting.add(255 * IMAGES)
     assert "training images reach 255" in caplog.text
     with pytest.raises(UserError, match=r"training images of \(3, 16, 16\) after others of \(3, 32, 48\)"):

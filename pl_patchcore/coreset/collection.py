@@ -1,6 +1,6 @@
 """Training images' patch features -> the rows of the memory bank: collected batch by batch, then selected.
 
-Reads patch features ``(B, h, w, D)``, keeps them in `store.py` where `plan.py` says, and returns the rows that
+Reads patch features of an image after the other, keeps them in `store.py` where `plan.py` says, and returns the rows that
 `select_coreset` keeps, or `bounded.py` where memory is too small, or `shared.py` where several processes have each
 collected a shard. Next: `memory_bank.py`.
 """
@@ -8,9 +8,11 @@ collected a shard. Next: `memory_bank.py`.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +37,22 @@ SAMPLE_ROWS = 1000  # patch features that stand for all in `Collection.sample`
 
 
 class ExpectedImages(NamedTuple):
-    """Most images that can come: for the memory bank and held out, of this process; for the bank, of all processes."""
+    """Most images that can come, each as large as the first one; a larger one counts as several.
 
-    own: int
-    held_out: int
-    everywhere: int
+    For the memory bank and held out, of this process; for the bank, of all processes.
+    """
+
+    own: float
+    held_out: float
+    everywhere: float
+
+
+class StoredImage(NamedTuple):
+    """Patch features of an image that are kept."""
+
+    index: int  # in the data set
+    number: int  # of patches
+    take: Callable[[Tensor], Tensor]  # their numbers, int64 (n,), to float32 (n, D), on the CPU
 
 
 class Collection:
@@ -84,42 +97,42 @@ class Collection:
         self.expected, self.check, self.neighbours, self.promised = expected, check, neighbours, promised
         self.dimension, self.total, self.planned, self.bank_numbers = 0, 0, 0.0, 0
         self.sources = torch.empty(0, dtype=torch.int64)
-        self._grid = (0, 0)  # patches of an image, down and across
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
         self._earlier = torch.empty(0, 0, dtype=torch.float32)  # an earlier memory bank, projected, (K, d)
         self._picks: Tensor | None = None
         self._processes = Processes(alone=True)
         self._indices = torch.empty(0, dtype=torch.int64)  # of the images of all processes, in data-set order
+        self._ends = torch.empty(0, dtype=torch.int64)  # of the rows of each of them
         self._numbers: Tensor | None = None  # of this process's rows among those of all, where there are several
 
-    def add(self, patches: Tensor, index: Tensor, held_out: Tensor | None = None) -> None:
-        """Store the patch features of a batch. The first one plans for the whole data set, and reserves the space.
+    def add(self, patches: Tensor, image: int, number: int, *, held_out: bool = False, more: bool = False) -> None:
+        """Store patch features of an image. The first ones plan for the whole data set, and reserve the space.
 
         Args:
-            patches: ``(B, h, w, D)``, any floating dtype and device; h, w and D the same in all calls.
-            index: Index of each image in the data set, int64 ``(B,)``.
-            held_out: Which images are held out for calibration, bool ``(B,)``; None: none.
+            patches: ``(n, D)``, any floating dtype and device, D the same in all calls.
+            image: Index of the image in the data set.
+            number: Patches of the whole image.
+            held_out: Whether the image is held out for calibration.
+            more: Whether others of the image came right before.
 
         Raises:
             UserError: For what cannot fit, with the settings that help.
         """
         if self._store is None:
-            self._reserve(*patches.shape[1:])
-        if held_out is None:
-            held_out = torch.zeros(len(patches), dtype=torch.bool)
-        for store, chosen in ((self._store, ~held_out), (self._held_out, held_out)):
-            if store is not None and chosen.any():
-                store.add(patches[chosen.to(patches.device)], index[chosen])
+            self._reserve(number, patches.shape[1])
+        store = self._held_out if held_out else self._store
+        assert store is not None
+        store.add(patches, image, more=more)
 
-    def _reserve(self, h: int, w: int, d: int) -> None:
+    def _reserve(self, number: int, d: int) -> None:
         coreset, store, folder = self.coreset, self.options, self.options.folder or tempfile.gettempdir()
         if not Path(folder).is_dir():
             raise UserError(f"store.folder {folder}: no such folder; make it, or leave store.folder out.")
-        self._grid, self.dimension = (h, w), d
+        self.dimension = d
         kind, rows, held_out, everywhere, bank = store.kind, None, None, 0, None
         if self.expected is not None:
-            rows, held_out, everywhere = (images * h * w for images in self.expected)
+            rows, held_out, everywhere = (math.ceil(images * number) for images in self.expected)
             bank = everywhere if coreset.method == "none" else coreset_rows(everywhere, coreset.ratio, coreset.size)
         if self.check is not None:
             self.check(d, bank)
@@ -188,26 +201,31 @@ class Collection:
                 selection, told = Selection(picks), (chunk_size, far)
                 log.info("selected %d rows at once: no patch feature is farther than %.4g (projected).", *told)
         numbers = selection.rows.cpu()
-        image = (numbers - len(earlier)).clamp(min=0) // (self._grid[0] * self._grid[1])
+        image = torch.searchsorted(self._ends, (numbers - len(earlier)).clamp(min=0), right=True)
         self.sources = torch.where(numbers < len(earlier), -1 - numbers, self._indices[image])
         return _rows_of_both(numbers, earlier, self._rows), selection.radii
 
     def _join(self, processes: Processes) -> None:
         """Find out what all processes have collected, and what numbers this one's rows have among theirs."""
         self.options.check_processes(processes.count)
-        dimension, h, w = (int(n) for n in processes.largest(self.dimension, *self._grid))
+        dimension = int(processes.largest(self.dimension)[0])
         if self._store is None and dimension:  # no image came to this process
-            self.dimension, self._grid = dimension, (h, w)
+            self.dimension = dimension
             self._store = FeatureStore(dimension, 1, self._projection())
         parts = processes.objects(self._stored.images if dimension else [])
-        indices = torch.tensor([index for part in parts for index in part], dtype=torch.int64)
+        indices = torch.tensor([index for part in parts for index, _ in part], dtype=torch.int64)
+        rows = torch.tensor([number for part in parts for _, number in part], dtype=torch.int64)
         self._indices, order = indices.sort(stable=True)
+        self._ends = rows[order].cumsum(0)
         if not len(order):
             raise UserError("no training image is left for the memory bank; lower calibration_share.")
-        self.total, self._processes = len(order) * h * w, processes
+        self.total, self._processes = int(self._ends[-1]), processes
         if processes.count > 1:
-            place = order.argsort().split([len(part) for part in parts])[processes.rank]  # of each of its images
-            self._numbers = (place[:, None] * (h * w) + torch.arange(h * w)).flatten()
+            mine = order.argsort().split([len(part) for part in parts])[processes.rank].tolist()
+            spans = [
+                torch.arange(int(self._ends[place] - rows[order[place]]), int(self._ends[place])) for place in mine
+            ]
+            self._numbers = torch.cat([torch.empty(0, dtype=torch.int64), *spans])
 
     def _select_exactly(self, earlier: int, size: int, progress: Callable[[int], object]) -> Selection:
         coreset, processes = self.coreset, self._processes
@@ -250,12 +268,12 @@ class Collection:
         places = torch.linspace(0, self.total - 1, min(SAMPLE_ROWS, self.total), dtype=torch.float32)
         return self._rows(places.long().clamp(max=self.total - 1))
 
-    def held_out_images(self) -> Iterator[tuple[int, Tensor]]:
-        """Index and patch features ``(1, h, w, D)`` of each held-out image of this process, one at a time."""
+    def held_out_images(self) -> Iterator[StoredImage]:
+        """Each held-out image of this process."""
         return self._images(self._held_out)
 
-    def bank_images(self, wanted: Container[int]) -> Iterator[tuple[int, Tensor]]:
-        """The same of those images for the memory bank whose index is ``wanted``, as the store has rounded them."""
+    def bank_images(self, wanted: Container[int]) -> Iterator[StoredImage]:
+        """Each image for the memory bank whose index is ``wanted``, as the store has rounded its features."""
         return self._images(self._store, wanted)
 
     def leave_out(self, images: Container[int]) -> None:
@@ -263,11 +281,16 @@ class Collection:
         if self._store is not None:
             self._store.leave_out(images)
 
-    def _images(self, store: FeatureStore | None, wanted: Container[int] | None = None) -> Iterator[tuple[int, Tensor]]:
-        if store is not None and len(store):
-            for index, rows in zip(store.images, torch.arange(len(store)).split(store.patches), strict=True):
-                if wanted is None or index in wanted:
-                    yield index, store.take(rows).view(1, *self._grid, -1)
+    def _images(self, store: FeatureStore | None, wanted: Container[int] | None = None) -> Iterator[StoredImage]:
+        first = 0
+        for index, number in [] if store is None else store.images:
+            if store is not None and (wanted is None or index in wanted):
+                yield StoredImage(index, number, partial(_take_from, store, first))
+            first += number
+
+
+def _take_from(store: FeatureStore, first: int, numbers: Tensor) -> Tensor:
+    return store.take(numbers + first)
 
 
 def _rows_of_both(numbers: Tensor, earlier: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """The epoch's patch features -> one store of rows ``(N, D)``, in main memory or in a file.
 
 It keeps each patch's feature, of which only the rows picked are read again (for `memory_bank.py`), and its random
-projection, which the selection reads: one product an image, so that neither batches nor place change a bit of it.
+projection, which the selection reads: one product for each `add`, so that neither batches nor place change a bit of it.
 Rows are read in the order of the data set, whatever order they came in.
 
 The file has no name, so that a fit that is killed leaves nothing. It is read and written by offset: a memory map was
@@ -45,7 +45,8 @@ class FeatureStore:
 
     Example:
         >>> store = FeatureStore(2, folder=tempfile.gettempdir())
-        >>> store.add(torch.tensor([[[[3.0, 4.0]]], [[[1.0, 2.0]]]]), torch.tensor([7, 5]))
+        >>> store.add(torch.tensor([[3.0, 4.0]]), image=7)
+        >>> store.add(torch.tensor([[1.0, 2.0]]), image=5)
         >>> store.take(torch.tensor([0, 1])).tolist()
         [[1.0, 2.0], [3.0, 4.0]]
         >>> store.close()
@@ -65,7 +66,7 @@ class FeatureStore:
         self._matrix = projection
         # index of each image, as it came; no tensors, of which one a batch would split the allocator's free memory
         self._images: list[int] = []
-        self.patches = 1  # of an image
+        self._numbers: list[int] = []  # of patches, of each of them
         self._features = self._projected = _rows(dimension, dtype, folder)
         try:
             self._features.reserve(rows or GROWTH)
@@ -77,34 +78,36 @@ class FeatureStore:
             raise
 
     def __len__(self) -> int:
-        return (len(self._images) - self._images.count(LEFT_OUT)) * self.patches
+        return sum(number for _, number in self.images)
 
     @property
-    def images(self) -> list[int]:
-        """Index of each image in the data set, ascending."""
-        return sorted(image for image in self._images if image != LEFT_OUT)
+    def images(self) -> list[tuple[int, int]]:
+        """Index of each image in the data set, ascending, and its number of patches."""
+        pairs = zip(self._images, self._numbers, strict=True)
+        return sorted((pair for pair in pairs if pair[0] != LEFT_OUT), key=lambda pair: pair[0])
 
     def leave_out(self, images: Container[int]) -> None:
         """Read from now on as if these images had not come; their space is free after `close`."""
         self._images = [LEFT_OUT if image in images else image for image in self._images]
 
-    def add(self, patches: Tensor, images: Tensor) -> None:
-        """Append the patches of a batch ``(B, h, w, D)``, any floating dtype and device, h and w the same in all calls.
+    def add(self, patches: Tensor, image: int, *, more: bool = False) -> None:
+        """Append patches ``(n, D)`` of an image, any floating dtype and device; or ``more`` of the one before.
 
-        ``images`` are their indices in the data set, int64 ``(B,)``. A full memory or disk, or a number that does not
-        fit float16, is a `UserError`.
+        ``image`` is its index in the data set. A full memory or disk, or a number that does not fit float16, is a
+        `UserError`.
         """
         limit = torch.finfo(torch.float16).max
         if self.dtype == torch.float16 and patches.numel() and (largest := float(patches.abs().max())) > limit:
             raise UserError(f"a patch feature holds {largest:g}, beyond float16's 65504; set store.dtype: bfloat16.")
-        self.patches = patches.shape[1] * patches.shape[2]
-        self._images += images.tolist()
-        self._features.append(patches.reshape(-1, self.dimension))
+        if not more:
+            self._images.append(image)
+            self._numbers.append(0)
+        self._numbers[-1] += len(patches)
+        self._features.append(patches)
         if self._matrix is not None:
             self._matrix = self._matrix.to(patches.device)
             with full_precision(patches.device):
-                for image in patches.flatten(1, 2):  # (h w, D)
-                    self._projected.append(image.float() @ self._matrix)
+                self._projected.append(patches.float() @ self._matrix)
 
     def projected(self, rows: Tensor | None = None) -> Tensor:
         """Projections (or features, where there is none) of rows of the data set's order: int64 ``(n,)``, None for all.
@@ -123,8 +126,11 @@ class FeatureStore:
     def _read(self, kept: _MemoryRows | _FileRows, rows: Tensor) -> Tensor:
         result = torch.empty(len(rows), kept.width, dtype=torch.float32)
         order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)[self._images.count(LEFT_OUT) :]
+        numbers = torch.tensor(self._numbers, dtype=torch.int64)
+        ends = numbers[order].cumsum(0)  # of the rows of each image, in the data set's order
+        moved = (numbers.cumsum(0) - numbers)[order] - (ends - numbers[order])  # to where they lie
         for wanted, place in zip(rows.cpu().split(GROWTH), result.split(GROWTH), strict=True):
-            place.copy_(kept.read(order[wanted // self.patches] * self.patches + wanted % self.patches))
+            place.copy_(kept.read(wanted + moved[torch.searchsorted(ends, wanted, right=True)]))
         return result
 
     def close(self) -> None:

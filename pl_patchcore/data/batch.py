@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, default_collate
 
 from pl_patchcore.errors import UserError
 
@@ -17,8 +18,9 @@ def as_batch(batch: Any) -> dict[str, Any]:
     """Read a batch of any of the accepted forms as a dict.
 
     Args:
-        batch: A dict with at least ``image``, a tensor of images, or a tuple ``(image[, label[, mask]])``. Images are
-            floating-point ``(B, 3, H, W)``, of any precision, normalised; labels are numbers ``(B,)``.
+        batch: A dict with at least ``image``, a tensor of images, or a list of them where they differ in size; or a
+            tuple ``(image[, label[, mask]])``. Images are floating-point ``(B, 3, H, W)``, of any precision, normalised,
+            or uint8 levels; labels are numbers ``(B,)``.
 
     Raises:
         UserError: If it is none of these, or comes from several loaders.
@@ -31,25 +33,61 @@ def as_batch(batch: Any) -> dict[str, Any]:
         named = dict(zip(("image", "label", "mask"), entries, strict=False)) if listed else {}
     images, labels = named.get("image"), named.get("label")
     first = labels[0] if isinstance(labels, tuple | list) and labels else labels
-    if not isinstance(images, Tensor) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
+    of_sizes = isinstance(images, list) and isinstance(batch, Mapping) and all(isinstance(x, Tensor) for x in images)
+    if not (isinstance(images, Tensor) or of_sizes) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
         raise UserError(
             f"a batch must be a dict with 'image', a tensor, or a tuple (image[, label[, mask]]), got a "
             f"{type(batch).__name__}; where it comes from several loaders give one loader, e.g. over "
             "torch.utils.data.ConcatDataset."
         )
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
-    if not images.is_floating_point():
-        raise UserError(
-            f"images must be floating-point, got {images.dtype}; make them with model.transform, "
-            "or as float32 in [0, 1], then normalised."
-        )
+    for image in [images] if isinstance(images, Tensor) else [each[None] for each in images]:
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise UserError(f"images must be (B, 3, H, W), got {tuple(image.shape)}.")
+        if not image.is_floating_point() and image.dtype != torch.uint8:
+            raise UserError(
+                f"images must be floating-point, got {image.dtype}; make them with model.transform, "
+                "or as float32 in [0, 1], then normalised."
+            )
     if labels is not None:
         if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind not in "biuf":
             raise UserError(f"labels must be numbers, 0 nominal or 1 anomalous, got {first!r}; change the data set.")
-        if np.shape(labels)[:1] != images.shape[:1]:
+        if np.shape(labels)[:1] != (len(images),):
             raise UserError(f"labels must be one for each of the {len(images)} images, got {tuple(np.shape(labels))}.")
     return named
+
+
+def same_size_parts(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Neighbours of one size in a batch, as batches: all of it, where ``image`` is one tensor.
+
+    Example:
+        >>> batch = {"image": [torch.ones(3, 4, 4), torch.ones(3, 4, 4), torch.ones(3, 2, 8)], "label": [0, 1, 0]}
+        >>> [(tuple(part["image"].shape), part["label"]) for part in same_size_parts(batch)]
+        [((2, 3, 4, 4), [0, 1]), ((1, 3, 2, 8), [0])]
+    """
+    if isinstance(batch["image"], Tensor):
+        return [dict(batch)]
+    found, first = [], 0
+    for _, group in itertools.groupby(image.shape for image in batch["image"]):
+        part = slice(first, first := first + len(list(group)))
+        found.append(
+            {name: _stacked(value[part]) if _of_each(value, batch) else value for name, value in batch.items()}
+        )
+    return found
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Outputs for the parts of a batch as those for all of it; of several parts, maps stay a list."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    maps = [image for part in parts for image in part["anomaly_map"]]
+    others = parts[0].keys() - {"anomaly_map"}
+    return {name: torch.cat([part[name] for part in parts]) for name in others} | {"anomaly_map": maps}
+
+
+def _stacked(values: Any) -> Any:
+    """Tensors of one shape in a list as one tensor; other values as they are."""
+    alike = isinstance(values, list) and isinstance(values[0], Tensor) and len({value.shape for value in values}) == 1
+    return torch.stack(values) if alike else values
 
 
 class OwnImages:
@@ -107,3 +145,13 @@ def _of_each(value: Any, batch: dict[str, Any]) -> bool:
     """Whether an entry of a batch has a value for each image."""
     sized = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
     return sized and len(value) == len(batch["image"])
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """torch's default collation, but what differs in shape between samples stays a list."""
+    batch: dict[str, Any] = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        alike = not isinstance(values[0], Tensor) or len({value.shape for value in values}) == 1
+        batch[name] = default_collate(values) if alike else values
+    return batch

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from pl_patchcore.data.batch import as_batch
+from pl_patchcore.counted import Counted
+from pl_patchcore.data.batch import as_batch, same_size_parts
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import output_folder, plain_console, spreadsheet_cell, whole_file
 from pl_patchcore.fitting import score_without_rows
@@ -66,9 +67,10 @@ class TrainingImagesReport(Callback):
         if dataset is None or collate is None or isinstance(dataset, IterableDataset):
             return 0
         for place, each in enumerate(shown := listed[: self.pictures], 1):
-            image = as_batch(collate([dataset[each.image]]))["image"].to(model.device)
+            batch = same_size_parts(as_batch(collate([dataset[each.image]])))[0]
+            image = batch["image"].to(model.device)
             with trainer.precision_plugin.forward_context():
-                _, maps = score_without_rows(model.model, image, each.group)
+                _, maps = score_without_rows(model.model, image, each.group, Counted.of(batch, model.device))
             rgb = model.transform.denormalise(image[0].float()).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
             with whole_file(folder / f"{place:03d}-{Path(each.name).stem[:NAME_LENGTH]}.jpg") as partial:
                 _picture(rgb, maps[0].float().cpu().numpy(), each, model.pixel_threshold).save(partial, quality=90)

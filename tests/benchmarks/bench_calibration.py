@@ -28,6 +28,7 @@ from pl_patchcore.calibration import conformal_threshold, promised_rates
 from pl_patchcore.coreset import CoresetOptions
 from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.fitting import Fitting
+from pl_patchcore.patch_features import Band
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 LAYERS = ["features.6", "features.13"]  # 32 and 96 numbers
@@ -42,8 +43,11 @@ SHARE, SIDE, NEW = 0.2, 96, 300  # of the n, held out by the split; pixels; new 
 class Known(nn.Module):
     """In place of `PatchFeatures`: takes patch features ``(B, D, h, w)``, computed before, as images."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        return images.permute(0, 2, 3, 1)
+    images_at_once = None
+
+    def bands(self, images: Tensor) -> list[Band]:
+        """All of them."""
+        return [Band.whole(images.permute(0, 2, 3, 1))]
 
 
 def features_of_all(weights: str | None) -> Tensor:

@@ -1,0 +1,115 @@
+"""Which places of the images of a batch count: those in the original image and in its region of interest.
+
+Reads what `preprocessing.py` says of each image, ``original_size``, ``crop_box`` and ``region``. One rule serves patches,
+pixels and pictures: a place counts if its centre does. Next: `patch_features.py`, whose patches it picks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pl_patchcore.errors import UserError
+
+EDGE = 0.01  # pixels by which a crop box may exceed its image by rounding
+
+
+class Geometry(NamedTuple):
+    """Which part of an image its input covers, and which pixels of the image count."""
+
+    size: tuple[int, int]  # height and width of the original image, pixels
+    box: tuple[float, ...]  # top, left, bottom, right of the input in the original image, pixels
+    region: bytes | None  # which pixels count, row by row, packed to bits and compressed; None: all
+    name: str  # the image's, for messages
+
+
+class Counted:
+    """Which places of the images of a batch count.
+
+    Args:
+        images: Geometry of each image.
+        device: Device of what `at` returns.
+
+    Example:
+        >>> batch = {"original_size": torch.tensor([[2, 4]]), "crop_box": torch.tensor([[-1.0, 0.0, 3.0, 4.0]])}
+        >>> Counted.of(batch).at(4, 1)[0, :, 0].tolist()
+        [False, True, True, False]
+    """
+
+    def __init__(self, images: Sequence[Geometry], device: torch.device | str = "cpu") -> None:
+        self.images, self.device = list(images), device
+        self._regions: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Counted | None:
+        """Of a batch (of one size) as our data sets make it; None where all of its images counts."""
+        if "crop_box" not in batch or "original_size" not in batch:
+            return None
+        sizes = [tuple(size) for size in torch.as_tensor(batch["original_size"]).tolist()]
+        boxes = [tuple(box) for box in torch.as_tensor(batch["crop_box"]).tolist()]
+        regions = batch.get("region", [None] * len(sizes))
+        beyond = (
+            box[0] < -EDGE or box[1] < -EDGE or box[2] > size[0] + EDGE or box[3] > size[1] + EDGE
+            for size, box in zip(sizes, boxes, strict=True)
+        )  # fmt: skip
+        if "region" not in batch and not any(beyond):
+            return None
+        names = batch.get("path", [f"image {i}" for i in range(len(sizes))])
+        packed = [None if region is None else _packed(region) for region in regions]
+        return cls([Geometry(*each) for each in zip(sizes, boxes, packed, names, strict=True)], device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, places: slice) -> Counted:
+        return Counted(self.images[places], self.device)
+
+    def at(self, height: int, width: int) -> Tensor:
+        """Which places of a grid laid over each image's input count: bool ``(B, height, width)``."""
+        return torch.from_numpy(np.stack([self._of_image(i, height, width) for i in range(len(self))])).to(self.device)
+
+    def patches(self, height: int, width: int) -> Tensor:
+        """As `at`, of patches.
+
+        Raises:
+            UserError: If none of an image counts.
+        """
+        inside = self.at(height, width)
+        for image, some in zip(self.images, inside.flatten(1).any(1).tolist(), strict=True):
+            if not some:
+                raise UserError(
+                    f"{image.name}: the centre of no patch lies in its region of interest; give model.roi and "
+                    "model.ignore that leave more of it, or raise resize."
+                )
+        return inside
+
+    def _of_image(self, i: int, height: int, width: int) -> np.ndarray:
+        (h, w), (top, left, bottom, right), region, _ = self.images[i]
+        y = np.floor(top + (np.arange(height) + 0.5) * ((bottom - top) / height)).astype(np.int64)
+        x = np.floor(left + (np.arange(width) + 0.5) * ((right - left) / width)).astype(np.int64)
+        inside: np.ndarray = ((y >= 0) & (y < h))[:, None] & ((x >= 0) & (x < w))
+        if region is not None:
+            if i not in self._regions:
+                bits = np.frombuffer(zlib.decompress(region), np.uint8)
+                self._regions[i] = np.unpackbits(bits, count=h * w).reshape(h, w)
+            inside &= self._regions[i][np.ix_(y.clip(0, h - 1), x.clip(0, w - 1))] > 0
+        return inside
+
+
+def in_parts(images: Tensor, counted: Counted | None, at_once: int | None) -> Iterator[tuple[Tensor, Counted | None]]:
+    """Images ``(B, 3, H, W)`` in parts of so many (None: all of them), with what counts of each."""
+    if at_once is None:
+        yield images, counted
+        return
+    for first in range(0, len(images), at_once):
+        part = slice(first, first + at_once)
+        yield images[part], None if counted is None else counted[part]
+
+
+def _packed(region: Any) -> bytes:
+    return zlib.compress(np.packbits(np.asarray(torch.as_tensor(region).cpu()) > 0).tobytes(), 1)
