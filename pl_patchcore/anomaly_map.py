@@ -228,7 +228,7 @@ def smoothed(maps: Tensor, sigma: float) -> Tensor:
 
     def of_rows(band: Tensor) -> Tensor:
         part = gaussian_blur2d(maps[:, None, band[:, None], x], 2 * (2 * radius + 1,), 2 * (sigma,), "constant")
-        return part[:, 0, radius:-radius, radius:-radius]
+        return part[:, 0, radius:-radius, radius:-radius]  # type: ignore[no-any-return]
 
     if torch.compiler.is_compiling() or height * width <= BAND_PIXELS:  # a recorded graph has no loop over sizes
         return of_rows(y)

@@ -58,10 +58,7 @@ def _single(s: Mapping[str, Any], seed: int, transform: Preprocessing, tiles: Ti
         transform.std,
     )
     bank = MemoryBank(s["search"], s["bank_dtype"])
-    scorer = AnomalyScorer(
-        *(s[name] for name in ("num_neighbors", "distance", "reweighting_neighbors", "sigma")),
-        s["image_score"],
-        s["top_share"],
-    )
+    of_scorer = ("num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share")
+    scorer = AnomalyScorer(**{name: s[name] for name in of_scorer})
     coreset = CoresetOptions(s["coreset_method"], s["coreset_ratio"], s["coreset_size"], s["projection_dim"], seed)
     return PatchCoreModel(features, bank, scorer, coreset)

@@ -269,9 +269,9 @@ class Calibration(nn.Module):
         if not found:
             raise UserError("there is no image to calibrate with; give a loader of nominal images.")
         drawn = sorted(draw_one_of_each(groups, seed))
-        scores, peaks = torch.tensor([found[image] for image in drawn], dtype=torch.float32).unbind(1)
+        scores, highest = torch.tensor([found[image] for image in drawn], dtype=torch.float32).unbind(1)
         earlier = self.scores, self.peaks
-        self.fill(scores, peaks, torch.tensor(drawn))
+        self.fill(scores, highest, torch.tensor(drawn))
         if kept:
             self.keep(*earlier)
 

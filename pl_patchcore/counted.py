@@ -1,6 +1,6 @@
 """Which places of the images of a batch count: those in the original image and in its region of interest.
 
-Reads what `preprocessing.py` says of each image, ``original_size``, ``crop_box`` and ``region``. One rule serves patches,
+Reads what `preprocessing.py` says of each image: ``original_size``, ``crop_box``, ``region``. One rule serves patches,
 pixels and pictures: a place counts if its centre does. Next: `patch_features.py`, whose patches it picks.
 """
 

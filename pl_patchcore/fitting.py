@@ -414,7 +414,7 @@ class Fitting:
         with tqdm(images, "Leave one out", len(own), unit=" images", disable=not shown, mininterval=0.5) as bar:
             start = time.perf_counter()
             for place, image in enumerate(bar):
-                number = self.numbers[image[0].index]
+                number = self.numbers[image[0].image]
                 rows = [ForeignRows(bank, number, search) for bank, search in zip(banks, searches, strict=True)]
                 scored = self._scored(image, rows)
                 if not place:
@@ -426,7 +426,7 @@ class Fitting:
 
     def _scored(self, image: Sequence[StoredImage], banks: Sequence[MemoryBank] | Sequence[ForeignRows]) -> _Scored:
         """Score an image by its patch features of each member."""
-        index = image[0].index
+        index = image[0].image
         size, grids, counted = self.layouts[index]
         parts = [
             member.scorer(self._bands(stored, grid, counted), bank, size, counted)

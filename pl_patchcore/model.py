@@ -102,10 +102,14 @@ class PatchCoreModel(nn.Module):
             if not images.shape[0]:
                 none = images.new_zeros(0, *size, dtype=torch.float32)
                 return none.flatten(1).sum(1), none
-        found = []
-        for part, of_part in in_parts(images, counted, self.patch_features.images_at_once):
-            found.append(self.scorer(self.patch_features.bands(part), self.memory_bank, size, of_part))
-        return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+        found: list[tuple[Tensor, Tensor]] = [
+            self.scorer(self.patch_features.bands(part), self.memory_bank, size, of_part)
+            for part, of_part in in_parts(images, counted, self.patch_features.images_at_once)
+        ]
+        if len(found) == 1:
+            return found[0]
+        scores, maps = zip(*found, strict=True)
+        return torch.cat(scores), torch.cat(maps)
 
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""

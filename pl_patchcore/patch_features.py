@@ -88,8 +88,8 @@ class PatchFeatures(nn.Module):
         self.patch_size, self.patch_stride = patch_size, patch_stride
         self.layer_dim, self.feature_dim = layer_dim, feature_dim
         size = image_size if tiles is None else tiles.size
-        self.network, self.backbone_name, *read = cut_network(backbone, layers, weights, seed, size)
-        self.layouts, self.channels, self.strides, self.only_size = read
+        cut = cut_network(backbone, layers, weights, seed, size)
+        self.network, self.backbone_name, self.layouts, self.channels, self.strides, self.only_size = cut
         self.layers, self.mean, self.std = list(layers), tuple(mean), tuple(std)
         weight = next(self.network.parameters(), torch.empty(0, dtype=torch.float32))
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype), persistent=False)  # of the network's type

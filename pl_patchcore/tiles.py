@@ -1,7 +1,7 @@
 """Images larger than the network is given at once: which tiles cover an image, and what a layer sees of it.
 
-Tiles start at multiples of the network's stride, so that a layer's cells are those it has of the whole image. Each cell
-is taken from the tile in which it lies most central. Where tiles overlap by twice as much as a cell depends on (`Reach`),
+Tiles start at multiples of the network's stride, so that a layer's cells are those that it has of the whole image. Each
+patch is taken from the tile in which it lies most central. Where tiles overlap by twice as much as a cell depends on,
 it is as if the network had seen the image whole. Next: `patch_features.py`, which runs the network on them.
 """
 

@@ -96,7 +96,7 @@ def test_unknown_number_of_images(monkeypatch, caplog, tmp_path, kind, method):
     found = collected(tmp_path, kind=kind, expected=None, order=reversed(range(10)), **options)
     place = "in RAM" if kind == "auto" else f"on disk in {tmp_path}"
     assert f"collecting patch features of {D} numbers of an unknown number of images, {place}." in caplog.text
-    held_out = {each.index: each.take(torch.arange(each.number)).view(4, 4, D) for each in found.held_out_images()}
+    held_out = {each.image: each.take(torch.arange(each.number)).view(4, 4, D) for each in found.held_out_images()}
     assert list(held_out) == [2, 7]
     assert all(torch.equal(patches, FEATURES[index]) for index, patches in held_out.items())
     rows, found_radii = bank(found)
@@ -166,13 +166,11 @@ def test_what_is_beyond_memory_is_refused_and_auto_turns_to_the_disk(tmp_path, m
     with caplog.at_level(logging.INFO):
         collected(tmp_path).close()
     assert f"on disk in {tmp_path}" in caplog.text
+    one = {"expected": ExpectedImages(1, 0, 1)}
     with pytest.raises(UserError, match="of main memory needed"):  # shared with another process, or promised to one
-        add(
-            Collection(CoresetOptions(), StoreOptions(), CPU, expected=ExpectedImages(1, 0, 1), neighbours=2), range(10)
-        )
+        add(Collection(CoresetOptions(), StoreOptions(), CPU, neighbours=2, **one), range(10))
     with pytest.raises(UserError, match="of main memory needed"):
-        promised = {"expected": ExpectedImages(1, 0, 1), "promised": disk.peak}
-        add(Collection(CoresetOptions(), StoreOptions(), CPU, **promised), range(10))
+        add(Collection(CoresetOptions(), StoreOptions(), CPU, promised=disk.peak, **one), range(10))
 
 
 def test_nothing_to_select_from():

@@ -67,7 +67,7 @@ def collected(processes: Processes, method: str) -> dict[str, Tensor]:
         collection.add(features[index].flatten(0, 1), index, 6, held_out=index in (1, 6))
     rows, radii = collection.select(torch.ones(2, 24), 7, processes)
     assert collection.total == 48
-    assert {image.index for image in collection.held_out_images()} == {1, 6}.intersection(own)
+    assert {image.image for image in collection.held_out_images()} == {1, 6}.intersection(own)
     return {"rows": rows, "radii": torch.empty(0) if radii is None else radii, "sample": collection.sample()}
 
 

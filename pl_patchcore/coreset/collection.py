@@ -1,7 +1,7 @@
 """Training images' patch features -> the rows of the memory bank: collected batch by batch, then selected.
 
-Reads patch features of an image after the other, keeps them in `store.py` where `plan.py` says, and returns the rows that
-`select_coreset` keeps, or `bounded.py` where memory is too small, or `shared.py` where several processes have each
+Reads patch features of one image after the other, keeps them in `store.py` where `plan.py` says, and returns the rows
+that `select_coreset` keeps, or `bounded.py` where memory is too small, or `shared.py` where several processes have each
 collected a shard. Next: `memory_bank.py`.
 """
 
@@ -50,7 +50,7 @@ class ExpectedImages(NamedTuple):
 class StoredImage(NamedTuple):
     """Patch features of an image that are kept."""
 
-    index: int  # in the data set
+    image: int  # its index in the data set
     number: int  # of patches
     take: Callable[[Tensor], Tensor]  # their numbers, int64 (n,), to float32 (n, D), on the CPU
 

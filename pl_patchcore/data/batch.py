@@ -19,8 +19,8 @@ def as_batch(batch: Any) -> dict[str, Any]:
 
     Args:
         batch: A dict with at least ``image``, a tensor of images, or a list of them where they differ in size; or a
-            tuple ``(image[, label[, mask]])``. Images are floating-point ``(B, 3, H, W)``, of any precision, normalised,
-            or uint8 levels; labels are numbers ``(B,)``.
+            tuple ``(image[, label[, mask]])``. Images are floating-point ``(B, 3, H, W)``, of any precision, and
+            normalised, or uint8 levels; labels are numbers ``(B,)``.
 
     Raises:
         UserError: If it is none of these, or comes from several loaders.
@@ -31,7 +31,8 @@ def as_batch(batch: Any) -> dict[str, Any]:
         entries = (batch,) if isinstance(batch, Tensor) else batch
         listed = isinstance(entries, tuple | list) and len(entries) <= 3
         named = dict(zip(("image", "label", "mask"), entries, strict=False)) if listed else {}
-    images, labels = named.get("image"), named.get("label")
+    images: Any = named.get("image")
+    labels = named.get("label")
     first = labels[0] if isinstance(labels, tuple | list) and labels else labels
     of_sizes = isinstance(images, list) and isinstance(batch, Mapping) and all(isinstance(x, Tensor) for x in images)
     if not (isinstance(images, Tensor) or of_sizes) or isinstance(first, Mapping) or getattr(first, "ndim", 0) == 4:
@@ -141,14 +142,14 @@ class OwnImages:
         return named | {"index": index, "group": group}
 
 
-def _of_each(value: Any, batch: dict[str, Any]) -> bool:
+def _of_each(value: Any, batch: Mapping[str, Any]) -> bool:
     """Whether an entry of a batch has a value for each image."""
     sized = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
     return sized and len(value) == len(batch["image"])
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """torch's default collation, but what differs in shape between samples stays a list."""
+    """Torch's default collation, but what differs in shape between samples stays a list."""
     batch: dict[str, Any] = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]

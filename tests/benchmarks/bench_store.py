@@ -39,8 +39,8 @@ def rates(console: Console, folder: str) -> None:
             store = FeatureStore(D, IMAGES * PATCHES, folder=place, dtype=dtype)
             size, start = IMAGES * PATCHES * D * dtype.itemsize, time.perf_counter()
             for first in range(0, IMAGES, 4):
-                for image, patches in enumerate(batch.flatten(1, 2), first):
-                    store.add(patches, image)
+                for number, patches in enumerate(batch.flatten(1, 2), first):
+                    store.add(patches, number)
             seconds, taken = time.perf_counter() - start, (resident() - before) / 1024
             picks, start = torch.randperm(len(store))[: len(store) // 100], time.perf_counter()
             store.take(picks)
