@@ -8,6 +8,8 @@ from typing import Any
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.coreset import CoresetOptions
 from pl_patchcore.ensemble import EnsembleModel
+from pl_patchcore.errors import UserError
+from pl_patchcore.foreground import ForegroundKind
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import EnsembleOptions, PatchOptions, options_of
@@ -22,6 +24,7 @@ def build_model(
     seed: int,
     transform: Preprocessing,
     tiles: TileOptions | None = None,
+    foreground: ForegroundKind = "none",
 ) -> PatchCoreModel | EnsembleModel:
     """Build the model of a `PatchCore`.
 
@@ -31,12 +34,17 @@ def build_model(
         seed: Seed of random weights, projection and selection.
         transform: Preprocessing of the images to come.
         tiles: How larger images are cut into tiles; None: not.
+        foreground: Whether only an object in front of a plain background counts, and by what it is found.
 
     Raises:
         UserError: For a value out of range, an unknown name, or weights that cannot be had or do not fit.
     """
     if ensemble.members is None:
-        return _single(settings, seed, transform, tiles)
+        model = _single(settings, seed, transform, tiles)
+        model.foreground = foreground
+        return model
+    if foreground != "none":
+        raise UserError("foreground goes with one model, not with ensemble.members; leave one of them out.")
     members = [_single({**settings, **member}, seed, transform, tiles) for member in ensemble.members]
     return EnsembleModel(members, ensemble.combine)
 

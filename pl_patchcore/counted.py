@@ -26,6 +26,7 @@ class Geometry(NamedTuple):
     box: tuple[float, ...]  # top, left, bottom, right of the input in the original image, pixels
     region: bytes | None  # which pixels count, row by row, packed to bits and compressed; None: all
     name: str  # the image's, for messages
+    object: np.ndarray | None = None  # which parts of the input show the object, bool (h, w); None: all
 
 
 class Counted:
@@ -63,6 +64,15 @@ class Counted:
         packed = [None if region is None else _packed(region) for region in regions]
         return cls([Geometry(*each) for each in zip(sizes, boxes, packed, names, strict=True)], device)
 
+    @classmethod
+    def of_objects(cls, images: Tensor, counted: Counted | None, found: Tensor) -> Counted:
+        """Of images ``(B, 3, H, W)`` in which only an object counts, found in parts ``(B, h, w)`` of them."""
+        size = (images.shape[2], images.shape[3])
+        whole = [Geometry(size, (0.0, 0.0, *map(float, size)), None, f"image {i}") for i in range(len(images))]
+        known = whole if counted is None else counted.images
+        parts = [each._replace(object=part) for each, part in zip(known, found.cpu().numpy(), strict=True)]
+        return cls(parts, images.device)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -89,10 +99,15 @@ class Counted:
         return inside
 
     def _of_image(self, i: int, height: int, width: int) -> np.ndarray:
-        (h, w), (top, left, bottom, right), region, _ = self.images[i]
+        (h, w), (top, left, bottom, right), region, _, found = self.images[i]
         y = np.floor(top + (np.arange(height) + 0.5) * ((bottom - top) / height)).astype(np.int64)
         x = np.floor(left + (np.arange(width) + 0.5) * ((right - left) / width)).astype(np.int64)
         inside: np.ndarray = ((y >= 0) & (y < h))[:, None] & ((x >= 0) & (x < w))
+        if found is not None:
+            rows, columns = (
+                (np.arange(n) * m + m // 2) // n for n, m in zip((height, width), found.shape, strict=True)
+            )
+            inside &= found[np.ix_(rows, columns)]
         if region is not None:
             if i not in self._regions:
                 bits = np.frombuffer(zlib.decompress(region), np.uint8)

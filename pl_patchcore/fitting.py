@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pl_patchcore.anomaly_map import peaks
 from pl_patchcore.calibration import draw_held_out, draw_one_of_each, is_held_out
 from pl_patchcore.coreset.collection import Collection, ExpectedImages, StoredImage
-from pl_patchcore.counted import Counted, in_parts
+from pl_patchcore.counted import Counted, Geometry, in_parts
 from pl_patchcore.data.batch import same_size_parts
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
@@ -176,7 +176,10 @@ class Fitting:
             held = [number in self.held_out for number in groups]
         self.count += len(images)
         self.batch = self.batch or batch or len(images)
-        grids = [self._collect(place, images, index.tolist(), held, counted) for place in range(len(self.members))]
+        grids = []
+        for place in range(len(self.members)):
+            grid, counted = self._collect(place, images, index.tolist(), held, counted)
+            grids.append(grid)
         if self.leave_one_out or self.share:
             for i, number in enumerate(index.tolist()):
                 own = None if counted is None else counted[i : i + 1]
@@ -191,12 +194,14 @@ class Fitting:
 
     def _collect(
         self, place: int, images: Tensor, index: Sequence[int], held: Sequence[bool], counted: Counted | None
-    ) -> tuple[int, int]:
-        """Put the patch features of images that count into a member's collection; patches down and across."""
-        member, done, grid = self.members[place], 0, (0, 0)
+    ) -> tuple[tuple[int, int], Counted | None]:
+        """Put the patch features that count into a member's collection; patches down and across, and what counts."""
+        member, done, grid, found = self.members[place], 0, (0, 0), list[Geometry]()
         for part, of_part in in_parts(images, counted, member.patch_features.images_at_once):
             inside: Tensor | None = None
-            for band in member.patch_features.bands(part):
+            bands, of_part = member.bands(part, of_part)
+            found += [] if of_part is None else of_part.images
+            for band in bands:
                 grid, last = (band.rows, band.features.shape[2]), band.top + band.features.shape[1]
                 if place == len(self.collections):
                     self._begin(member)
@@ -209,10 +214,11 @@ class Fitting:
                         chosen, index[done + i], number, held_out=held[done + i], more=band.top > 0
                     )
             done += len(part)
-        return grid
+        return grid, Counted(found, images.device) if found else None
 
     def _look_at_first(self, images: Tensor) -> None:
         self.size = tuple(images.shape[1:])
+        tell_tiles(self.model, images)
         if any(self.fixed) and self.fixed != list(self.size[1:]):
             raise UserError(
                 f"new images of {self.size[1]}x{self.size[2]} pixels, but the memory bank is from images of "
@@ -456,6 +462,12 @@ class Fitting:
         self.collections = []
 
 
+def tell_tiles(model: PatchCoreModel | EnsembleModel, images: Tensor) -> None:
+    """Log what the tiles of images ``(B, 3, H, W)`` cost, of a model that cuts them."""
+    if (tiling := model.members[0].patch_features.tiling) is not None:
+        log.info(tiling.told(*images.shape[2:]))
+
+
 @torch.no_grad()
 def score_without_rows(
     model: PatchCoreModel | EnsembleModel, images: Tensor, group: int | None, counted: Counted | None = None
@@ -477,7 +489,8 @@ def score_without_rows(
     for member in model.members:
         bank = member.memory_bank
         rows = ForeignRows(bank, group, bank.exact())
-        parts.append(member.scorer(member.patch_features.bands(images), rows, images.shape[2:], counted))
+        bands, inside = member.bands(images, counted)
+        parts.append(member.scorer(bands, rows, images.shape[2:], inside))
     return model.combined(parts) if isinstance(model, EnsembleModel) else parts[0]
 
 

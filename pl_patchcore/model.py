@@ -9,6 +9,7 @@ copied, pickled, saved whole, moved, cast, called from several threads, nested i
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from pl_patchcore.coreset import CoresetOptions
 from pl_patchcore.counted import Counted, in_parts
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
+from pl_patchcore.foreground import ForegroundKind, foreground
 from pl_patchcore.memory_bank import MemoryBank
-from pl_patchcore.patch_features import PatchFeatures
+from pl_patchcore.patch_features import Band, PatchFeatures
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -37,6 +39,7 @@ class PatchCoreModel(nn.Module):
         memory_bank: Nearest neighbours; None: an empty bank with exact search.
         scorer: Distances to scores and maps; None: as in the paper.
         coreset: Which patch features a fit keeps; None: one in ten, greedy.
+        foreground: Whether only an object in front of a plain background counts, and by what it is found.
 
     Attributes:
         input_size: Height and width of the images that it scores, int64 ``(2,)``; zeros: any size.
@@ -63,8 +66,10 @@ class PatchCoreModel(nn.Module):
         memory_bank: MemoryBank | None = None,
         scorer: AnomalyScorer | None = None,
         coreset: CoresetOptions | None = None,
+        foreground: ForegroundKind = "none",
     ) -> None:
         super().__init__()
+        self.foreground = foreground
         self.patch_features = patch_features
         self.memory_bank = MemoryBank() if memory_bank is None else memory_bank
         self.scorer = AnomalyScorer() if scorer is None else scorer
@@ -102,14 +107,26 @@ class PatchCoreModel(nn.Module):
             if not images.shape[0]:
                 none = images.new_zeros(0, *size, dtype=torch.float32)
                 return none.flatten(1).sum(1), none
-        found: list[tuple[Tensor, Tensor]] = [
-            self.scorer(self.patch_features.bands(part), self.memory_bank, size, of_part)
-            for part, of_part in in_parts(images, counted, self.patch_features.images_at_once)
-        ]
+        found: list[tuple[Tensor, Tensor]] = []
+        for part, of_part in in_parts(images, counted, self.patch_features.images_at_once):
+            bands, of_part = self.bands(part, of_part)
+            found.append(self.scorer(bands, self.memory_bank, size, of_part))
         if len(found) == 1:
             return found[0]
         scores, maps = zip(*found, strict=True)
         return torch.cat(scores), torch.cat(maps)
+
+    def bands(self, images: Tensor, counted: Counted | None) -> tuple[Iterable[Band], Counted | None]:
+        """Patch features of images ``(B, 3, H, W)``, and which places of them count, of an object in front, too."""
+        bands: Iterable[Band] = self.patch_features.bands(images)
+        if self.foreground == "none":
+            return bands, counted
+        if self.patch_features.takes_whole(images):
+            bands = list(bands)
+            features = bands[0].features
+        else:  # the features of a large image are never all there: the object is found in a small one
+            features = self.patch_features(images := self.patch_features.small(images))
+        return bands, Counted.of_objects(images, counted, foreground(self.foreground, images, features))
 
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""

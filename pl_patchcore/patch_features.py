@@ -138,11 +138,11 @@ class PatchFeatures(nn.Module):
 
     def bands(self, images: Tensor) -> Iterator[Band]:
         """The same in bands of patches, from the top; one band, where the images are no larger than a tile."""
-        height, width = images.shape[-2:]
-        spans = None if self.tiling is None else (self.tiling.along(0, height), self.tiling.along(1, width))
-        if self.tiling is None or spans is None or (len(spans[0]) == len(spans[1]) == 1 and not self.tiling.padded):
+        if self.tiling is None or self.takes_whole(images):
             yield Band.whole(self._joined(self._pooled(images)))
             return
+        height, width = images.shape[-2:]
+        spans = self.tiling.along(0, height), self.tiling.along(1, width)
         grids = [(self.tiling.grid(i, height), self.tiling.grid(i, width)) for i in range(len(self.layers))]
         for row in spans[0]:
             tiles: list[Tensor] = []
@@ -152,6 +152,19 @@ class PatchFeatures(nn.Module):
                     here = slice(number * len(images), (number + 1) * len(images))
                     tiles.append(self._joined(self.tiling.parts([part[here] for part in stacked], row, column, grids)))
             yield Band(torch.cat(tiles, 2), row.first, grids[0][0])
+
+    def takes_whole(self, images: Tensor) -> bool:
+        """Whether the network is given images ``(B, 3, H, W)`` whole: they are no larger than a tile."""
+        return self.tiling is None or self.tiling.holds(*images.shape[-2:])
+
+    def small(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` made as small as a tile, normalised."""
+        assert self.tiling is not None
+        size, (height, width) = self.tiling.size, images.shape[-2:]
+        if not self.tiling.padded:
+            scale = min(size[0] / height, size[1] / width)
+            size = max(1, int(scale * height)), max(1, int(scale * width))
+        return self._normalised(F.interpolate(images.float(), size, mode="area").to(images.dtype))
 
     def _pooled(self, images: Tensor) -> list[Tensor]:
         """Neighbourhoods of each layer's cells, float32 ``(B, C, h, w)``."""

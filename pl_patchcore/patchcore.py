@@ -44,7 +44,8 @@ from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel, refuse_test_range
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import whole_file
-from pl_patchcore.fitting import Fitting, start_fitting
+from pl_patchcore.fitting import Fitting, start_fitting, tell_tiles
+from pl_patchcore.foreground import ForegroundKind
 from pl_patchcore.foreign import Source
 from pl_patchcore.inspection import Inspection, Settings, inspect
 from pl_patchcore.lightning_parts import (
@@ -114,6 +115,7 @@ class PatchCore(L.LightningModule):
         tile: Larger images go through the backbone in tiles of this size, pixels: a number or ``[height, width]``.
         tile_overlap: Pixels that tiles share; null: enough for features of the whole image, at most half a tile.
         tile_batch: Tiles that the backbone is given at once.
+        foreground: What counts: ``none``, all; an object found by its features, ``auto``, or its ``brightness``.
         search: Exact: ``auto``, by what suits the machine and the bank; ``torch``, by a float32 product; ``int8``, by a
             filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and its recall
             measured at the end of fit.
@@ -182,6 +184,7 @@ class PatchCore(L.LightningModule):
         tile: int | tuple[int, int] | None = None,
         tile_overlap: int | None = None,
         tile_batch: int = 4,
+        foreground: ForegroundKind = "none",
         search: str = "auto",
         bank_dtype: BankDtype = "float32",
         calibration: CalibrationKind | None = None,
@@ -214,7 +217,7 @@ class PatchCore(L.LightningModule):
         self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
         self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         tiles = None if tile is None else TileOptions(tile, tile_overlap, tile_batch)
-        self.model = build_model(settings, of_ensemble, seed, self.transform, tiles)
+        self.model = build_model(settings, of_ensemble, seed, self.transform, tiles, foreground)
         self.model.calibration = calibrated
         if self.calibration != "none":
             refuse_test_range(self.model)
@@ -495,7 +498,10 @@ class PatchCore(L.LightningModule):
         if number == 0:
             running = running_loader(self.trainer, loader)
             self._own_images = OwnImages(running, self.global_rank, self.trainer.world_size)
-        return self._own_images.of(batch)
+        own = self._own_images.of(batch)
+        if number == 0 and not self.trainer.training and len(own["image"]):
+            tell_tiles(self.model, own["image"][:1][0][None])
+        return own
 
     # Fitting
 

@@ -162,14 +162,19 @@ class Tiling:
                 f"tile_overlap {wanted} must be at most {min(most)}, so that tiles of {self.size[0]}x{self.size[1]} "
                 f"pixels move on by the layers' stride of {self.step}; lower it or raise tile."
             )
-        self.overlap = [
-            int(min(self.enough, MOST_OVERLAP * side, far)) if wanted is None else wanted
-            for side, far in zip(self.size, most, strict=True)
-        ]
+        self.wanted = wanted
+        self.overlap = [self._shared(side) for side in self.size]
+
+    def _shared(self, side: int) -> int:
+        """Pixels that neighbours of tiles of this side share."""
+        return int(min(self.enough, MOST_OVERLAP * side, side - self.step)) if self.wanted is None else self.wanted
 
     def along(self, axis: int, pixels: int) -> list[Span]:
         """Tiles along an axis (0: down, 1: across) of so many pixels, spread evenly."""
-        tile, advance = self.size[axis], (self.size[axis] - self.overlap[axis]) // self.step
+        return self._spread(self.size[axis], pixels)
+
+    def _spread(self, tile: int, pixels: int) -> list[Span]:
+        advance = (tile - self._shared(tile)) // self.step
         last = max(0, -(-(pixels - tile) // self.step))  # start of the last one, steps
         after = -(-last // advance)  # tiles after the first one
         starts = [round(k * last / max(1, after)) * self.step for k in range(after + 1)]
@@ -177,6 +182,32 @@ class Tiling:
         between = [round((start + end) / 2 / self.patch) for start, end in zip(starts[1:], ends[:-1], strict=True)]
         bounds = [0, *between, self.grid(0, pixels)]
         return [Span(*each) for each in zip(starts, ends, bounds[:-1], bounds[1:], strict=True)]
+
+    def holds(self, height: int, width: int) -> bool:
+        """Whether the network is given an image of so many pixels whole."""
+        if self.padded:
+            return (height, width) == self.size
+        return height <= self.size[0] and width <= self.size[1]
+
+    def told(self, height: int, width: int) -> str:
+        """What the tiles of an image of so many pixels cost, in a sentence."""
+        row, column = (self._spread(side, pixels) for side, pixels in zip(self.size, (height, width), strict=True))
+        more = self._more(self.size, (height, width))
+        text = f"images of {height}x{width} pixels in {len(row) * len(column)} tiles of {self.size[0]}x{self.size[1]}, "
+        text += f"that share {self.overlap[0]} pixels: {more:.0%} of the pixels are computed again"
+        sizes = ((self.size[0] + k * self.step, self.size[1] + k * self.step) for k in itertools.count(1))
+        if more and not self.padded:
+            half = next(size for size in sizes if self._more(size, (height, width)) <= more / 2)
+            text += f", tile [{half[0]}, {half[1]}] would halve that"
+        if max(len(row), len(column)) > 1 and (short := min(self.overlap)) < self.enough:
+            needed = f"from {self.enough:.0f} on" if math.isfinite(self.enough) else "at no overlap"
+            text += f"; patch features are those of the whole image {needed}, and nearly so with {short}"
+        return f"{text}."
+
+    def _more(self, size: Sequence[int], image: Sequence[int]) -> float:
+        """Pixels that tiles of this size compute beyond those of the image, as a share of them."""
+        sides = [sum(span.end - span.start for span in self._spread(*each)) for each in zip(size, image, strict=True)]
+        return max(0.0, math.prod(sides) / math.prod(image) - 1)
 
     def grid(self, layer: int, pixels: int) -> int:
         """Neighbourhoods of a layer along so many pixels."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pl_patchcore.coreset import CoresetOptions, Selection, coreset_rows, random_projection, select_coreset
 from pl_patchcore.coreset.bounded import bounded_coreset
-from pl_patchcore.coreset.plan import StorePlan, available_memory, device_memory, lies_in_memory, rows_in
+from pl_patchcore.coreset.plan import GIB, StorePlan, available_memory, device_memory, lies_in_memory, rows_in
 from pl_patchcore.coreset.shared import rows_of_all, select_shared_coreset
 from pl_patchcore.coreset.store import FeatureStore
 from pl_patchcore.distributed import Processes, on_first_process
@@ -33,6 +33,7 @@ from pl_patchcore.options import StoreOptions
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
+LARGE = 4 * GIB  # bytes of a fit that is told what would take less
 SAMPLE_ROWS = 1000  # patch features that stand for all in `Collection.sample`
 
 
@@ -146,7 +147,7 @@ class Collection:
                 lies_in_memory(folder), device_memory(self.device),
             ).chosen()  # fmt: skip
             self.planned, self.bank_numbers, kind = plan.peak, bank * d, plan.store.kind
-            log.info("collecting %s.", plan)
+            log.info("collecting %s.%s", plan, f" {plan.smaller()}" if plan.peak + plan.on_disk > LARGE else "")
         on_disk, dtype = folder if kind == "disk" else None, getattr(torch, store.dtype)
         bounded = store.selection_memory is not None
         self._store = FeatureStore(d, rows, self._projection(), on_disk, dtype=dtype, projected_on_disk=bounded)

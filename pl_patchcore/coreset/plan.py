@@ -84,8 +84,17 @@ class StorePlan:
             ram, disk = (replace(self, store=replace(self.store, kind=kind)) for kind in ("ram", "disk"))
             plan = ram if ram.peak <= self.available / 2 or (disk.lacking() and not ram.lacking()) else disk
         if lacking := plan.lacking():
-            raise UserError(f"this fit cannot run: {lacking} ({plan}). What helps: {_REMEDIES}.")
+            raise UserError(f"this fit cannot run: {lacking} ({plan}). What helps: {_REMEDIES}. {plan.smaller()}")
         return plan
+
+    def smaller(self) -> str:
+        """What fewer patch features or a smaller memory bank would take, in a sentence."""
+        fewer = replace(self, rows=self.rows // 4, held_out=self.held_out // 4, bank=self.bank // 4)
+        bank = replace(self, bank=self.bank // 10)
+        return (
+            f"Twice the patches.stride, or half the resize, would take {_size(fewer.peak)} of RAM and "
+            f"{_size(fewer.on_disk)} of disk; a tenth of the memory bank {_size(bank.peak)} and {_size(bank.on_disk)}."
+        )
 
     def __str__(self) -> str:
         place = f"on disk in {self.folder}" if self.store.kind == "disk" else "in RAM"
