@@ -2,8 +2,8 @@
 
 The first principal component of an image's patch features tells object and background apart (Damm et al. 2025,
 "AnomalyDINO"); so does brightness, where the background is darker or lighter. Otsu's threshold divides the values in
-two, and the side that most of the border lies on is the background. Where the border does not agree, all of the image is
-taken: no defect is to be lost by a guess. Next: `counted.py`.
+two, and the side that most of the border lies on is the background; small spots on it are none of the object's. Where
+the border does not agree, all of the image is taken: no defect is to be lost by a guess. Next: `counted.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 ForegroundKind = Literal["none", "auto", "brightness"]
 PLAIN_BORDER = 0.8  # share of the border's patches that are background, where the background is plain
 LEAST_OBJECT, MOST_OBJECT = 0.01, 0.95  # shares of the image between which an object is believed
+LEAST_PART = 0.1  # of the largest connected part's area, below which a part is a spot on the background
 NEAR = np.ones((3, 3), bool)  # patches beside one
 
 
@@ -66,6 +67,9 @@ def object_in(values: np.ndarray) -> np.ndarray:
     if 1 - PLAIN_BORDER < border.mean() < PLAIN_BORDER:
         return everywhere
     found = ~high if border.mean() > 0.5 else high
+    labels, number = ndimage.label(found, NEAR)
+    areas = np.bincount(labels.ravel(), minlength=number + 1)[1:]
+    found = np.isin(labels, 1 + np.flatnonzero(areas >= LEAST_PART * areas.max(initial=0)))
     if not LEAST_OBJECT <= found.mean() <= MOST_OBJECT:
         return everywhere
     filled: np.ndarray = ndimage.binary_fill_holes(ndimage.binary_dilation(found, NEAR))
