@@ -143,7 +143,7 @@ def test_object_in_front(kind, tiles):
     dirt = images.clone()
     dirt[:, :, 4:9, 80:85] = 0.4
     scores, maps = model(dirt)
-    assert float(scores.max()) < 0.1 * float(fitted(images, None, tiles)(dirt)[0].min())
+    assert float(scores.max()) < 0.2 * float(fitted(images, None, tiles)(dirt)[0].min())
     assert maps[:, :10, 78:].isnan().all()
     assert not maps[:, 24:40, 34:66].isnan().any()
     assert object_in(np.random.default_rng(0).random((20, 20))).all()
