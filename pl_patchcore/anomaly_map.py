@@ -121,8 +121,8 @@ def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0) ->
 def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: tuple[float, ...]) -> Tensor:
     """Map an anomaly map ``(H, W)`` of the input back to the original image's pixels: float32 ``original_size``.
 
-    Where the map is NaN it is continued from the nearest place that is not. A map that has the original's pixels already
-    is returned as it is. The memory needed beside the result is that of a few million pixels.
+    Where the map is NaN it is continued from the nearest place that is not. A map that has the original's pixels
+    already is returned as it is. The memory needed beside the result is that of a few million pixels.
 
     Args:
         anomaly_map: The input's map, of any floating type.

@@ -204,7 +204,8 @@ class Inspection:
     def _counts(self, height: int, width: int) -> np.ndarray:
         """Which pixels of a picture of the original have their centre in the region, bool ``(height, width)``."""
         assert self._region is not None
-        rows, columns = (((np.arange(n) + 0.5) * (of / n)).astype(int) for n, of in zip((height, width), self.size))
+        rows = ((np.arange(height) + 0.5) * (self.size[0] / height)).astype(int)
+        columns = ((np.arange(width) + 0.5) * (self.size[1] / width)).astype(int)
         return np.unpackbits(self._region[rows], axis=1, count=self.size[1])[:, columns].view(bool)
 
     def _windows(self) -> list[tuple[slice, slice]]:
@@ -238,7 +239,7 @@ class Inspection:
         found = []
         for rows, columns in self._windows():
             heat = self._part(rows, columns)
-            above = heat > self.pixel_threshold  # type: ignore[operator]  # there are windows
+            above = heat > self.pixel_threshold
             found += find_regions(heat, above, self._settings.least_area, (columns.start, rows.start))
         return sorted(found, key=lambda region: -region.area)
 
@@ -430,7 +431,7 @@ def smaller(image: Image.Image, longest_side: int | None) -> Image.Image:
 
 
 def smaller_map(heat: np.ndarray, factor: int) -> np.ndarray:
-    """The highest value of each block of ``factor`` x ``factor`` places that is not NaN; the last blocks may be smaller.
+    """Highest value, NaN left out, of each block of ``factor`` x ``factor`` places; the last blocks may be smaller.
 
     Example:
         >>> smaller_map(np.array([[1, 5, np.nan], [2, 3, np.nan]]), 2)

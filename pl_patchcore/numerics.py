@@ -161,13 +161,13 @@ def k_least(values: Tensor, rows: Tensor, query: Tensor, queries: int, k: int) -
     return order[((count.cumsum(0) - count)[:, None] + torch.arange(k, device=query.device)).clamp(max=len(order) - 1)]
 
 
-def peaks(maps: Tensor | Sequence[Tensor]) -> Tensor:
+def map_peaks(maps: Tensor | Sequence[Tensor]) -> Tensor:
     """Highest value of each map ``(B, H, W)``, or of each of a list ``(H, W)``, NaN left out: ``(B,)``.
 
     -inf of a map that is all NaN.
 
     Example:
-        >>> peaks(torch.tensor([[[1.0, 3.0]], [[torch.nan, 2.0]]])).tolist()
+        >>> map_peaks(torch.tensor([[[1.0, 3.0]], [[torch.nan, 2.0]]])).tolist()
         [3.0, 2.0]
     """
     if isinstance(maps, Tensor) and not (found := maps.flatten(1).amax(1)).isnan().any():  # the usual case

@@ -183,7 +183,7 @@ class ImageDataset(Dataset[Sample]):
             image, mask = record.read(self.transform)
             sample = self.transform.apply(image, mask)
             if self.original_masks:
-                sample["mask"] = torch.from_numpy(mask)
+                sample["mask"] = torch.tensor(mask)
             samples.append(sample | numbers | names)
         shapes = {tuple(sample["image"].shape[1:]): sample["path"] for sample in samples}
         if len(shapes) > 1:

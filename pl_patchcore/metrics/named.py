@@ -56,8 +56,8 @@ class TestFigures:
         """Add the images of a batch, with their scores ``(B,)`` and maps ``(B, H, W)``, or a list of maps ``(H, W)``.
 
         It holds ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``; for the
-        size ``original`` also ``original_size`` and ``crop_box``, and masks of that size. Pixels that do not count (their
-        map is NaN, or ``region`` leaves them out) are unknown.
+        size ``original`` also ``original_size`` and ``crop_box``, and masks of that size. Pixels that do not count are
+        unknown: their map is NaN, or ``region`` leaves them out.
 
         Raises:
             UserError: If there is no label, or the size of the original is not known or not the mask's; as
@@ -74,13 +74,29 @@ class TestFigures:
         if "category" in batch:
             categories = _numbers(batch["category"])
             self.categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
-        together = self.size == "input" and not isinstance(maps, list) and not isinstance(masks, list)
-        for i in range(1 if together else len(scores)):
-            part = slice(None) if together else slice(i, i + 1)
-            heat = maps if together else (_on_original(batch, i, maps[i]) if self.size == "original" else maps[i])[None]
-            truth = masks if masks is None or together else masks[i][None]
-            numbers = (None if each is None else each[part] for each in (groups, categories))
-            self.evaluation.update(scores[part], *_known(heat, labels[part], truth), *numbers)
+        if self.size == "input" and isinstance(maps, Tensor) and not isinstance(masks, list):
+            self._update(scores, maps, labels, masks, groups, categories)
+            return
+        for i in range(len(scores)):  # sizes differ
+            one, truth = slice(i, i + 1), None if masks is None else masks[i][None]
+            heat = _on_original(batch, i, maps[i]) if self.size == "original" else maps[i]
+            category = None if categories is None else categories[one]
+            self._update(scores[one], heat[None], labels[one], truth, groups[one], category)
+
+    def _update(
+        self,
+        scores: Tensor,
+        maps: Tensor,
+        labels: Tensor,
+        masks: Tensor | None,
+        groups: Tensor,
+        categories: Tensor | None,
+    ) -> None:
+        """Add images of one size; where the map is NaN the mask is unknown."""
+        masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8) if masks is None else masks
+        if (absent := maps.isnan()).any():
+            maps, masks = maps.masked_fill(absent, 0), torch.where(absent, UNKNOWN, masks.to(maps.device))
+        self.evaluation.update(scores, maps, labels, masks, groups, categories)
 
     def compute(self, processes: Processes) -> tuple[Rows, Rows]:
         """Figures of all processes, which must all call this: rows of plain numbers, as `AnomalyEvaluation.compute`.
@@ -102,7 +118,7 @@ def _on_original(batch: dict[str, Any], i: int, heat: Tensor) -> Tensor:
     """Map of image ``i`` on the pixels of the original, NaN where these do not count."""
     if "original_size" not in batch or "crop_box" not in batch:
         raise UserError(
-            "metrics_size is original, but batches hold no 'original_size' and 'crop_box'; use one of the package's data "
+            "metrics_size is original, but batches hold no 'original_size' and 'crop_box'; use one of our data "
             "modules, give both (see Preprocessing.apply), or set metrics_size to input."
         )
     height, width = batch["original_size"][i].tolist()
@@ -113,14 +129,6 @@ def _on_original(batch: dict[str, Any], i: int, heat: Tensor) -> Tensor:
         )
     found = to_original(heat, (height, width), tuple(batch["crop_box"][i].tolist()))
     return found if "region" not in batch else found.where(batch["region"][i].to(found.device) > 0, torch.nan)
-
-
-def _known(maps: Tensor, labels: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps without NaN, labels, and masks that are unknown where there was one."""
-    masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8) if masks is None else masks
-    if not (absent := maps.isnan()).any():
-        return maps, labels, masks
-    return maps.masked_fill(absent, 0), labels, torch.where(absent, UNKNOWN, masks.to(maps.device))
 
 
 def _numbers(names: Sequence[str]) -> Tensor:
