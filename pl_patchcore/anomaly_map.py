@@ -20,7 +20,7 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 
 LARGEST_SIGMA = 1024  # pixels; the filter has 8 times as many
-BAND = 2**22  # pixels of the original that a map is brought to at once: 16 MB
+BAND_PIXELS = 1 << 22  # of a map, that are made at once: 16 MB
 Distance = Literal["euclidean", "squared"]
 
 
@@ -141,9 +141,9 @@ def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: t
     rows = _places(height, heat.shape[0], top, bottom, heat.device)
     columns = _places(width, heat.shape[1], left, right, heat.device)
     if rows.weight.any() or columns.weight.any():
-        heat = continued(heat)
+        heat = filled(heat)
     full = heat.new_empty(height, width)
-    for band in torch.arange(height, device=heat.device).split(max(1, BAND // width)):
+    for band in torch.arange(height, device=heat.device).split(max(1, BAND_PIXELS // width)):
         first, second = rows.first[band], rows.second[band]
         lowest = int(first[0])
         near = heat[lowest : int(second.max()) + 1]
@@ -154,14 +154,14 @@ def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: t
     return full
 
 
-def continued(anomaly_map: Tensor) -> Tensor:
+def filled(anomaly_map: Tensor) -> Tensor:
     """Give each NaN of a map ``(H, W)`` the value of the nearest place that has one.
 
     Rows and columns at the border that are NaN all along repeat what lies next to them, which costs nothing. Elsewhere
     it takes 16 bytes of memory a place. A map without NaN, or of nothing else, is returned as it is.
 
     Example:
-        >>> continued(torch.tensor([[torch.nan, 1.0, torch.nan, torch.nan, 2.0]])).tolist()
+        >>> filled(torch.tensor([[torch.nan, 1.0, torch.nan, torch.nan, 2.0]])).tolist()
         [[1.0, 1.0, 1.0, 2.0, 2.0]]
     """
     if not anomaly_map.max().isnan():  # which needs no copy

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
-from pl_patchcore.numerics import map_peaks
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -262,7 +261,7 @@ class Calibration(nn.Module):
             scores, maps = model(batch["image"].to(self.scores.device))
             index = batch["index"].tolist()
             groups.update(zip(index, batch["group"].tolist(), strict=True))
-            found.update(zip(index, zip(scores.tolist(), map_peaks(maps).tolist(), strict=True), strict=True))
+            found.update(zip(index, zip(scores.tolist(), maps.flatten(1).amax(1).tolist(), strict=True), strict=True))
         if not found:
             raise UserError("there is no image to calibrate with; give a loader of nominal images.")
         drawn = sorted(draw_one_of_each(groups, seed))

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from pl_patchcore.anomaly_map import continued, to_original
+from pl_patchcore.anomaly_map import filled, to_original
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, check_file, shown
 from pl_patchcore.regions import Region, find_regions
@@ -99,7 +99,7 @@ class Inspection:
         self.size, self._original, self._settings = original_size, original, settings
         self._box = tuple(crop_box or (0.0, 0.0, *original_size))
         as_it_is = heat.shape == tuple(original_size) and self._box == (0, 0, *original_size)
-        self._heat = heat if as_it_is else continued(torch.from_numpy(heat)).numpy()
+        self._heat = heat if as_it_is else filled(torch.from_numpy(heat)).numpy()
         self._region = None if region is None else np.packbits(region > 0, axis=1)  # rows of bits
 
     @classmethod

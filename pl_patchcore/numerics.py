@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import timeit
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -159,21 +159,3 @@ def k_least(values: Tensor, rows: Tensor, query: Tensor, queries: int, k: int) -
     order = order[query[order].argsort(stable=True)]
     count = torch.bincount(query, minlength=queries)
     return order[((count.cumsum(0) - count)[:, None] + torch.arange(k, device=query.device)).clamp(max=len(order) - 1)]
-
-
-def map_peaks(maps: Tensor | Sequence[Tensor]) -> Tensor:
-    """Highest value of each map ``(B, H, W)``, or of each of a list ``(H, W)``, NaN left out: ``(B,)``.
-
-    -inf of a map that is all NaN.
-
-    Example:
-        >>> map_peaks(torch.tensor([[[1.0, 3.0]], [[torch.nan, 2.0]]])).tolist()
-        [3.0, 2.0]
-    """
-    if isinstance(maps, Tensor) and not (found := maps.flatten(1).amax(1)).isnan().any():  # the usual case
-        return found
-    return torch.stack([_peak(each) for each in maps])
-
-
-def _peak(heat: Tensor) -> Tensor:
-    return torch.stack([part.masked_fill(part.isnan(), -torch.inf).amax() for part in heat.split(64)]).amax()
