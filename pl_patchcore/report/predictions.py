@@ -241,7 +241,7 @@ def _input(transform: Preprocessing, batch: Any, outputs: dict[str, Any], i: int
     levels = image if image.dtype == torch.uint8 else rgb_of(transform, image) * 255  # (3, H, W)
     full = np.empty((*size, 3), np.uint8)
     for number, channel in enumerate(levels.cpu()):  # one at a time, as an image may be large
-        full[..., number] = to_original(channel, size, box).nan_to_num(GREY[number]).round().byte().numpy()
+        full[..., number] = to_original(channel, size, box).nan_to_num_(GREY[number]).round_().byte().numpy()
     return Image.fromarray(full)
 
 
