@@ -257,6 +257,11 @@ def test_figures_of_the_originals(fitted, size, trainer, tmp_path):
     assert (tmp_path / "pictures" / "most_anomalous_1.png").is_file()
 
 
+def test_metrics_size_is_one_of_two():
+    with pytest.raises(UserError, match="metrics_size"):
+        PatchCore(metrics_size="both")
+
+
 def test_masks_of_originals_are_shown_on_the_input():
     transform = Preprocessing(40, (24, 32))
     for size in ((40, 40), (80, 120), (30, 20)):

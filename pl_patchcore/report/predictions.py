@@ -56,7 +56,7 @@ class PredictionWriter(Callback):
     regions in COCO's format. ``report.html`` shows all images, their scores and the threshold in a browser.
 
     Args:
-        maps: Also write each anomaly map, on the original image's pixels (NaN where the crop left them out), as
+        maps: Also write each anomaly map, on the original image's pixels (NaN where these do not count), as
             float32 ``maps/<number>-<name>.npy``.
         pictures: Write ``pictures/<number>-<name>.jpg`` of each image: with outlines and verdict, and, of a model with
             thresholds, beside it with the map in colours; the middle colour is the threshold's.
