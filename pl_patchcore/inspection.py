@@ -6,6 +6,7 @@ Score and verdict are there at once; map, mask and regions are computed when the
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from pl_patchcore.anomaly_map import to_original
-from pl_patchcore.data.batch import collate
+from pl_patchcore.anomaly_map import filled, to_original
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, check_file, shown
 from pl_patchcore.regions import Region, find_regions
@@ -28,6 +28,8 @@ from pl_patchcore.regions import Region, find_regions
 BATCH = 8 * 256 * 256  # pixels that are scored at once
 COLOURS = {True: (255, 40, 40), False: (40, 200, 60), None: (160, 160, 160)}  # of the verdict, RGB
 OUTLINE = (255, 230, 0)  # RGB; drawn on black, to be seen on any image
+GREY = (128, 128, 128)  # RGB, of what does not count
+GREYED = 0.7  # share of that grey where an image does not count
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,18 @@ class Inspection:
     """Score, verdict, and where in the image, on the original image's pixels.
 
     Several threads may use it at once. It keeps the original image for `draw`, save where that came from a file, which
-    is then read again; and nothing of the model.
+    is then read again; and nothing of the model. Of a large image it holds the input's map, and what was asked for.
 
     Args:
         score: Anomaly score.
         anomalous: Whether it is above the threshold; None where there is none.
         p_value: Share of nominal images that score so high, of a calibrated model; else None.
-        heat: Anomaly map of the model's input, float32 ``(h, w)``.
+        heat: Anomaly map of the model's input, float32 ``(h, w)``; NaN where the input does not count.
         original_size: Height and width of the original image, upright.
         crop_box: Part of the original that ``heat`` covers, pixels: top, left, bottom, right; None: all of it.
         original: Gives the original image, RGB.
         settings: Thresholds and least area.
+        region: Which pixels of the original count, 0 or 1, ``(H, W)``; None: all.
 
     Attributes:
         threshold: The image threshold, or None.
@@ -90,11 +93,14 @@ class Inspection:
         crop_box: tuple[float, ...] | None,
         original: Callable[[], Image.Image],
         settings: Settings,
+        region: np.ndarray | None = None,
     ) -> None:
         self.score, self.anomalous, self.p_value = score, anomalous, p_value
-        self.size = original_size
-        self._heat, self._crop_box, self._original = heat, crop_box, original
-        self._settings = settings
+        self.size, self._original, self._settings = original_size, original, settings
+        self._box = tuple(crop_box or (0.0, 0.0, *original_size))
+        as_it_is = heat.shape == tuple(original_size) and self._box == (0, 0, *original_size)
+        self._heat = heat if as_it_is else filled(torch.from_numpy(heat)).numpy()
+        self._region = None if region is None else np.packbits(region > 0, axis=1)  # rows of bits
 
     @classmethod
     def of(
@@ -104,6 +110,7 @@ class Inspection:
         place: tuple[tuple[int, int], tuple[float, ...]],
         original: Callable[[], Image.Image],
         settings: Settings,
+        region: Tensor | None = None,
     ) -> Inspection:
         """What was found in image ``i`` of a batch.
 
@@ -113,16 +120,21 @@ class Inspection:
             place: As `geometry` gives it.
             original: See the class.
             settings: See the class.
+            region: See the class.
         """
+        heat = outputs["anomaly_map"][i].float().cpu()
+        if heat.untyped_storage().nbytes() > heat.nbytes:
+            heat = heat.clone()  # free of the batch
         return cls(
             score=float(outputs["score"][i]),
             anomalous=bool(outputs["anomalous"][i]) if "anomalous" in outputs else None,
             p_value=float(outputs["p_value"][i]) if "p_value" in outputs else None,
-            heat=outputs["anomaly_map"][i].float().cpu().numpy().copy(),  # free of the batch
+            heat=heat.numpy(),
             original_size=place[0],
             crop_box=place[1],
             original=original,
             settings=settings,
+            region=None if region is None else region.cpu().numpy(),
         )
 
     def __repr__(self) -> str:
@@ -156,15 +168,59 @@ class Inspection:
 
     @cached_property
     def anomaly_map(self) -> np.ndarray:
-        """Anomaly map on the original image's pixels, float32 ``(H, W)``; NaN where the crop has left them out."""
-        return self.map_of_size(*self.size)
+        """Anomaly map on the original image's pixels, float32 ``(H, W)``; NaN where they do not count.
+
+        Those are the pixels that the crop has left out, and those outside of the region.
+        """
+        return self._part(slice(0, self.size[0]), slice(0, self.size[1]))
 
     def map_of_size(self, height: int, width: int) -> np.ndarray:
-        """Anomaly map on the original image brought to another size, for small pictures: as ``anomaly_map``."""
+        """Anomaly map on the original image brought to another size, for small pictures: as ``anomaly_map``.
+
+        In a picture smaller than the input, a pixel has the highest value of those that it stands for.
+        """
         down, across = height / self.size[0], width / self.size[1]
-        top, left, bottom, right = self._crop_box or (0.0, 0.0, *self.size)
-        box = (top * down, left * across, bottom * down, right * across)
-        found: np.ndarray = to_original(torch.from_numpy(self._heat), (height, width), box).numpy()
+        top, left, bottom, right = self._box
+        (rows, columns), heat = self._heat.shape, self._heat
+        tall, wide = (bottom - top) * down, (right - left) * across  # of the input, pixels of the picture
+        if (factor := int(min(rows / tall, columns / wide))) > 1:
+            heat = smaller_map(heat, factor)
+            tall, wide = tall * heat.shape[0] * factor / rows, wide * heat.shape[1] * factor / columns
+        box = (top * down, left * across, top * down + tall, left * across + wide)
+        found: np.ndarray = to_original(torch.from_numpy(heat), (height, width), box).numpy()
+        return found if self._region is None else np.where(self._counts(height, width), found, np.float32(np.nan))
+
+    def _part(self, rows: slice, columns: slice) -> np.ndarray:
+        """Anomaly map on some of the original's rows and columns."""
+        size = rows.stop - rows.start, columns.stop - columns.start
+        top, left, bottom, right = self._box
+        box = (top - rows.start, left - columns.start, bottom - rows.start, right - columns.start)
+        found: np.ndarray = to_original(torch.from_numpy(self._heat), size, box).numpy()
+        if self._region is None:
+            return found
+        counts = np.unpackbits(self._region[rows], axis=1, count=self.size[1])[:, columns].view(bool)
+        return np.where(counts, found, np.float32(np.nan))
+
+    def _counts(self, height: int, width: int) -> np.ndarray:
+        """Which pixels of a picture of the original have their centre in the region, bool ``(height, width)``."""
+        assert self._region is not None
+        rows = ((np.arange(height) + 0.5) * (self.size[0] / height)).astype(int)
+        columns = ((np.arange(width) + 0.5) * (self.size[1] / width)).astype(int)
+        return np.unpackbits(self._region[rows], axis=1, count=self.size[1])[:, columns].view(bool)
+
+    def _windows(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of the original outside of which nothing is above the pixel threshold, from top to bottom.
+
+        The original's map lies between the input's values. No region lies in two of them.
+        """
+        if (threshold := self.pixel_threshold) is None:
+            return []
+        top, left, bottom, right = self._box
+        found = []
+        for rows, (first, last) in _spans(np.fmax.reduce(self._heat, axis=1) > threshold, top, bottom, self.size[0]):
+            above = np.fmax.reduce(self._heat[first : last + 1], axis=0) > threshold
+            if spans := _spans(above, left, right, self.size[1]):
+                found.append((rows, slice(spans[0][0].start, spans[-1][0].stop)))
         return found
 
     @cached_property
@@ -172,24 +228,25 @@ class Inspection:
         """Pixels whose map is above the pixel threshold, bool ``(H, W)``; None without a threshold."""
         if self.pixel_threshold is None:
             return None
-        return self.anomaly_map > self.pixel_threshold if self._reaches else np.zeros(self.size, bool)
+        found = np.zeros(self.size, bool)
+        for window in self._windows():
+            found[window] = self._part(*window) > self.pixel_threshold
+        return found
 
     @cached_property
     def regions(self) -> list[Region]:
         """Connected regions of the mask, the largest first; may be empty for an anomalous image."""
-        if self.mask is None or not self._reaches:
-            return []
-        return find_regions(self.anomaly_map, self.mask, self._settings.least_area)
+        found = []
+        for rows, columns in self._windows():
+            heat = self._part(rows, columns)
+            above = heat > self.pixel_threshold
+            found += find_regions(heat, above, self._settings.least_area, (columns.start, rows.start))
+        return sorted(found, key=lambda region: -region.area)
 
-    @property
-    def _reaches(self) -> bool:
-        """Whether any pixel can be above the pixel threshold: the original's map lies between the input's values."""
-        return self.pixel_threshold is not None and bool(self._heat.max() > self.pixel_threshold)
-
-    @property
+    @cached_property
     def peak(self) -> tuple[int, int]:
         """Pixel of the map's highest value, ``(x, y)``."""
-        return _highest(self.anomaly_map)
+        return _highest(self._part(slice(0, self.size[0]), slice(0, self.size[1])))
 
     @property
     def original(self) -> Image.Image:
@@ -200,10 +257,22 @@ class Inspection:
         """
         return self._original()
 
-    def draw(self, longest_side: int | None = None) -> Image.Image:
-        """Draw the original image with the outlines of its regions, and the verdict in a strip below it.
+    def picture(self, longest_side: int | None = None) -> Image.Image:
+        """The original image, RGB, greyed outside of the region.
 
-        Where there is no region the peak of the map is marked, save on an image found nominal.
+        Args:
+            longest_side: A larger image is brought to so many pixels; None: as it is.
+
+        Raises:
+            UserError: As `original`.
+        """
+        image = smaller(self.original, longest_side)
+        return image if self._region is None else greyed(image, self._counts(image.height, image.width))
+
+    def draw(self, longest_side: int | None = None) -> Image.Image:
+        """Draw `picture` with the outlines of the regions found, and the verdict in a strip below it.
+
+        Where there is none the peak of the map is marked, save on an image found nominal.
 
         Args:
             longest_side: A larger image is brought to so many pixels, without the strip; None: as it is.
@@ -211,7 +280,7 @@ class Inspection:
         Raises:
             UserError: As `original`.
         """
-        image = smaller(self.original, longest_side)
+        image = self.picture(longest_side)
         scale = max(image.size) / max(self.size)
         picture = with_strip(image, self.sentence, COLOURS[self.anomalous])
         polygons = [polygon for region in self.regions for polygon in region.polygons]
@@ -306,11 +375,17 @@ def _score(
     score: Callable[[dict[str, Any]], dict[str, Tensor]],
     settings: Settings,
 ) -> Iterator[Inspection]:
+    samples = [sample for sample, _ in waiting]
     with torch.inference_mode():
-        outputs = score(collate([sample for sample, _ in waiting]))
+        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+        outputs = score({name: _stacked(each) if name != "region" else each for name, each in batch.items()})
         outputs = {name: value.cpu() for name, value in outputs.items()}
     for i, (sample, original) in enumerate(waiting):
-        yield Inspection.of(outputs, i, geometry(sample), original, settings)
+        yield Inspection.of(outputs, i, geometry(sample), original, settings, sample.get("region"))
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # a large image is not copied
 
 
 @dataclass(frozen=True)
@@ -355,6 +430,24 @@ def smaller(image: Image.Image, longest_side: int | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
+def smaller_map(heat: np.ndarray, factor: int) -> np.ndarray:
+    """Highest value, NaN left out, of each block of ``factor`` x ``factor`` places; the last blocks may be smaller.
+
+    Example:
+        >>> smaller_map(np.array([[1, 5, np.nan], [2, 3, np.nan]]), 2)
+        array([[ 5., nan]])
+    """
+    starts = [np.arange(0, n, factor) for n in heat.shape]
+    found: np.ndarray = np.fmax.reduceat(np.fmax.reduceat(heat, starts[0], axis=0), starts[1], axis=1)
+    return found
+
+
+def greyed(image: Image.Image, counts: np.ndarray) -> Image.Image:
+    """An image RGB, grey and pale where it does not count; ``counts`` is bool ``(H, W)``."""
+    pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, GREY), GREYED)
+    return Image.composite(image, pale, Image.fromarray(counts))
+
+
 def with_strip(image: Image.Image, text: str, colour: tuple[int, int, int] = COLOURS[None]) -> Image.Image:
     """An image with a line of text in a strip below it, as large as fits; images of one size get equal strips."""
     size = max(10, round(max(image.size) / 30))
@@ -368,9 +461,26 @@ def with_strip(image: Image.Image, text: str, colour: tuple[int, int, int] = COL
 
 
 def _highest(heat: np.ndarray) -> tuple[int, int]:
-    """Pixel of the highest value, ``(x, y)``."""
-    y, x = np.unravel_index(int(np.nanargmax(heat)), heat.shape)
-    return int(x), int(y)
+    """Pixel of the highest value, ``(x, y)``, NaN left out; the first of several."""
+    y = int(np.nanargmax(np.fmax.reduce(heat, axis=1)))
+    return int(np.nanargmax(heat[y])), y
+
+
+def _spans(above: np.ndarray, low: float, high: float, pixels: int) -> list[tuple[slice, tuple[int, int]]]:
+    """Runs of the original's rows, or columns, that places of the input ``above (n,)`` reach; each apart from the next.
+
+    The input lies from ``low`` to ``high`` of ``pixels``. With each run come the first and last of its places.
+    """
+    step, found = (high - low) / len(above), list[tuple[slice, tuple[int, int]]]()
+    for place in np.flatnonzero(above).tolist():  # between the centres of the neighbours, a pixel added at each end
+        start = max(0, math.floor(low + (place - 0.5) * step) - 1)
+        stop = min(pixels, math.ceil(low + (place + 1.5) * step) + 1)
+        if found and start <= found[-1][0].stop:
+            before, (first, _) = found.pop()
+            found.append((slice(before.start, max(before.stop, stop)), (first, place)))
+        elif start < stop:
+            found.append((slice(start, stop), (place, place)))
+    return found
 
 
 def _ring(centre: tuple[int, int], radius: float) -> list[tuple[float, float]]:

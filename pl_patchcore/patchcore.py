@@ -64,7 +64,7 @@ from pl_patchcore.lightning_parts import (
     single_loader,
 )
 from pl_patchcore.memory_bank import BankDtype, MemoryBank
-from pl_patchcore.metrics import Mode, TestFigures
+from pl_patchcore.metrics import MetricsSize, Mode, TestFigures
 from pl_patchcore.options import (
     MEMBER_ARGUMENTS,
     EnsembleOptions,
@@ -133,6 +133,7 @@ class PatchCore(L.LightningModule):
         pixel_threshold: The same for anomaly maps.
         metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
             of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
+        metrics_size: Pixel figures of the ``input``'s pixels, or of the ``original`` images' and masks'.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
         patches: Stride and pooling of patch features.
@@ -195,6 +196,7 @@ class PatchCore(L.LightningModule):
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
         metrics_mode: Mode = "auto",
+        metrics_size: MetricsSize = "input",
         save_backbone: bool = False,
         seed: int = 0,
         patches: PatchOptions = PatchOptions(),  # noqa: B008 - frozen
@@ -224,7 +226,7 @@ class PatchCore(L.LightningModule):
         for member in self.model.members:
             self.store.check_method(member.coreset.method)
         self.calibration_share, self.calibration_images, self.seed = calibration_share, calibration_images, seed
-        self.metrics_mode, self.save_backbone = metrics_mode, save_backbone
+        self.metrics_mode, self.metrics_size, self.save_backbone = metrics_mode, metrics_size, save_backbone
         of_file, self.left_out = plain_arguments(self.arguments)
         self.hparams.update(of_file)
         self.anchor = Anchor()
@@ -445,7 +447,8 @@ class PatchCore(L.LightningModule):
         self._check_fitted()
         self.model.calibration.tell_in_use()
         self._find_ranges(loader)
-        self._test_figures = TestFigures(self.image_threshold, self.pixel_threshold, self.metrics_mode, self.device)
+        thresholds = self.image_threshold, self.pixel_threshold
+        self._test_figures = TestFigures(*thresholds, self.metrics_mode, self.device, self.metrics_size)
 
     def on_test_epoch_end(self, prefix: str = "test") -> None:
         """Compute and log the figures: image AUROC, pixel AUROC, PRO."""

@@ -69,13 +69,16 @@ class Region:
         }
 
 
-def find_regions(anomaly_map: np.ndarray, mask: np.ndarray, least_area: int = 1) -> list[Region]:
+def find_regions(
+    anomaly_map: np.ndarray, mask: np.ndarray, least_area: int = 1, corner: tuple[int, int] = (0, 0)
+) -> list[Region]:
     """Find the regions of a mask, the largest first.
 
     Args:
         anomaly_map: ``(H, W)``, of any floating type.
         mask: bool ``(H, W)``.
         least_area: Pixels below which a region is left out.
+        corner: Place of the arrays' first pixel in the image, ``(x, y)``, where they are a part of it.
 
     Example:
         >>> mask = np.array([[1, 1, 0, 0], [0, 0, 0, 1]], bool)
@@ -85,7 +88,7 @@ def find_regions(anomaly_map: np.ndarray, mask: np.ndarray, least_area: int = 1)
     if not mask.any():
         return []
     labels, (frame_rows, frame_columns) = label_regions(mask)
-    areas = np.bincount(labels.ravel())
+    areas = np.bincount(labels[labels > 0])
     found = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         if areas[number] < least_area:
@@ -94,6 +97,7 @@ def find_regions(anomaly_map: np.ndarray, mask: np.ndarray, least_area: int = 1)
         top, left = frame_rows.start + rows.start, frame_columns.start + columns.start
         height, width = inside.shape
         values = np.where(inside, anomaly_map[top : top + height, left : left + width], -np.inf)
+        left, top = left + corner[0], top + corner[1]
         y, x = np.unravel_index(int(values.argmax()), inside.shape)
         middle = [float(places.mean()) for places in inside.nonzero()]
         found.append(

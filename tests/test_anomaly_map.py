@@ -4,7 +4,8 @@ import reference
 import torch
 
 from pl_patchcore import MemoryBank, UserError
-from pl_patchcore.anomaly_map import AnomalyScorer, anomaly_map, reweighting, to_original
+from pl_patchcore import anomaly_map as of_maps
+from pl_patchcore.anomaly_map import AnomalyScorer, anomaly_map, filled, reweighting, to_original
 from pl_patchcore.patch_features import Band
 
 
@@ -91,6 +92,50 @@ def test_to_original():
     full = to_original(heat, (8, 12), (0.0, 2.0, 8.0, 10.0))  # twice the pixels, 2 columns cropped on each side
     assert full.isnan().all(0).nonzero().flatten().tolist() == [0, 1, 10, 11]
     torch.testing.assert_close(full[:, 2:10], torch.from_numpy(reference.bilinear(heat.numpy(), (8, 8))).float())
+
+
+BOXES = [(0.0, 0.0, 37.0, 53.0), (-6.5, 0.0, 43.5, 53.0), (3.25, 9.5, 30.0, 44.0), (-3.0, 7.0, 41.0, 50.0)]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_to_original_in_bands_and_parts(box, monkeypatch):
+    """Few rows at once, and a part of the original at once, give the same bits."""
+    heat = torch.rand(23, 17, generator=torch.Generator().manual_seed(0))
+    full = to_original(heat, (37, 53), box)
+    part = to_original(heat, (20, 11), (box[0] - 9, box[1] - 31, box[2] - 9, box[3] - 31))
+    torch.testing.assert_close(part, full[9:29, 31:42], rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setattr(of_maps, "BAND_PIXELS", 4 * 53)
+    torch.testing.assert_close(to_original(heat, (37, 53), box), full, rtol=0, atol=0, equal_nan=True)
+
+
+def test_to_original_keeps_a_map_of_its_size():
+    heat = torch.rand(37, 53)
+    heat[3, 4] = torch.nan
+    assert to_original(heat, (37, 53), (0.0, 0.0, 37.0, 53.0)) is heat
+    cropped = to_original(heat, (40, 60), (1.0, 2.0, 38.0, 55.0))  # a crop without a resize
+    torch.testing.assert_close(cropped[1:38, 2:55], heat, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_places_that_do_not_count_reach_no_pixel(box):
+    """As if each had the value of the nearest one that counts, by a search of them all."""
+    draw = torch.Generator().manual_seed(1)
+    heat = torch.rand(23, 17, generator=draw)
+    heat[torch.rand(23, 17, generator=draw) < 0.4] = torch.nan
+    heat[:2], heat[:, -3:] = torch.nan, torch.nan
+    heat[2, 0] = heat[22, 13] = 0.5  # the border of what counts
+    whole = filled(heat)
+    places = (~heat.isnan()).nonzero()
+    for y, x in heat.isnan().nonzero().tolist():
+        at = torch.tensor([max(y, 2), min(x, 13)])  # beyond the border, as on it
+        far = (places - at).square().sum(1)
+        assert whole[y, x] in heat[tuple(places[far == far.min()].T)]
+    assert torch.equal(whole[~heat.isnan()], heat[~heat.isnan()])
+    torch.testing.assert_close(
+        to_original(heat, (37, 53), box), to_original(whole, (37, 53), box), rtol=0, atol=0, equal_nan=True
+    )
+    assert filled(whole) is whole
+    assert filled(torch.full((2, 3), torch.nan)).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pl_patchcore import FolderDataModule, Inspection, PatchCore, Preprocessing,
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.fitting import Fitting
 from pl_patchcore.inspection import Settings
+from pl_patchcore.regions import find_regions
 
 
 def pixels_of(seed=0, height=60, width=80, defect=False):
@@ -279,6 +280,75 @@ def test_draw(model):
     assert changed_near(unseen, (65, 15))
     fine = Inspection(0.5, False, None, heat, (60, 80), None, image.copy, settings)
     assert np.array_equal(np.asarray(fine.draw())[:60], np.asarray(image))
+
+
+def counted(region, shape, box):
+    """Which places of the input have their centre on a pixel of the original that counts."""
+    (height, width), (top, left, bottom, right) = region.shape, box
+    y = np.floor(top + (np.arange(shape[0]) + 0.5) * (bottom - top) / shape[0]).astype(int)
+    x = np.floor(left + (np.arange(shape[1]) + 0.5) * (right - left) / shape[1]).astype(int)
+    inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))
+    return inside & region[np.ix_(y.clip(0, height - 1), x.clip(0, width - 1))]
+
+
+def inspected(region, box, shape=(24, 32), seed=0, pixel_threshold=0.9, painted=0.0):
+    """An inspection of a random map; and of what lies outside of the region, where the map is NaN."""
+    heat = np.random.default_rng(seed).random(shape).astype(np.float32)
+    heat[~counted(region, shape, box)] = np.nan
+    image = pixels_of(3, *region.shape)
+    image[~region] = painted
+    settings = Settings(threshold=0.5, pixel_threshold=pixel_threshold)
+    original = Image.fromarray(image).copy
+    return Inspection(1.0, True, None, heat, region.shape, box, original, settings, region)
+
+
+@pytest.mark.parametrize("box", [(0.0, 0.0, 60.0, 80.0), (-10.0, 0.0, 70.0, 80.0), (6.0, 8.0, 52.0, 68.0)])
+def test_what_lies_outside_of_the_region_does_not_count(box):
+    y, x = np.mgrid[:60, :80]
+    region = np.hypot(y - 30, x - 35) < 25
+    region[:, 33:36] = False
+    found = inspected(region, box)
+    within = (y >= box[0]) & (y < box[2]) & (x >= box[1]) & (x < box[3])
+    assert np.array_equal(np.isnan(found.anomaly_map), ~(region & within))
+    assert found.anomaly_map.dtype == np.float32
+    assert found.mask.any()
+    assert not found.mask[~region].any()
+    assert np.array_equal(found.mask, np.nan_to_num(found.anomaly_map) > 0.9)
+    expected = [one.to_dict() for one in find_regions(found.anomaly_map, found.mask)]
+    assert [one.to_dict() for one in found.regions] == expected
+    assert len(expected) > 5
+    assert found.anomaly_map[found.peak[::-1]] == np.nanmax(found.anomaly_map)
+    small = found.map_of_size(30, 40)
+    assert np.array_equal(np.isnan(small), ~(region & within)[1::2, 1::2])
+    picture, image = np.asarray(found.picture()).astype(int), np.asarray(found.original).astype(int)
+    assert np.array_equal(picture[region], image[region])
+    assert (np.ptp(picture[~region], axis=1) == 0).all()  # grey
+    assert (picture[~region] != image[~region]).any()
+    assert pickle.loads(pickle.dumps(found)).to_dict() == found.to_dict()
+
+
+def test_regions_of_parts_are_those_of_the_whole():
+    """What is above the threshold is looked for in parts of the original; few and many, with and without a crop."""
+    for seed, box in enumerate([None, (0.0, 0.0, 60.0, 80.0), (4.5, -20.0, 55.5, 100.0)] * 4):
+        draw = np.random.default_rng(seed)
+        heat = draw.random((30, 20)).astype(np.float32) * (draw.random((30, 20)) < 0.02 * (1 + seed))
+        found = Inspection(1.0, True, None, heat, (60, 80), box, lambda: None, Settings(0.5, 0.4))
+        assert np.array_equal(found.mask, np.nan_to_num(found.anomaly_map) > 0.4)
+        expected = [one.to_dict() for one in find_regions(found.anomaly_map, found.mask)]
+        assert [one.to_dict() for one in found.regions] == expected
+        x, y = found.peak
+        assert found.anomaly_map[y, x] == np.nanmax(found.anomaly_map)
+
+
+def test_a_small_picture_keeps_a_small_peak():
+    heat = np.zeros((600, 800), np.float32)
+    heat[201, 703] = 5
+    found = Inspection(1.0, True, None, heat, (600, 800), None, lambda: None, Settings(0.5, 9.0))
+    small = found.map_of_size(37, 50)
+    assert small.max() > 0.9
+    y, x = np.unravel_index(int(small.argmax()), small.shape)
+    assert abs(y - 201 / 16) <= 1
+    assert abs(x - 703 / 16) <= 1
 
 
 def test_a_camera_may_use_its_buffer_again(model):

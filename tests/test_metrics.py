@@ -312,6 +312,94 @@ def test_figures_of_batches_without_names_and_masks() -> None:
         named.add({"mask": maps}, scores, maps)
 
 
+def named_figures(batch: dict[str, Any], scores: Tensor, maps: Any, size: Any = "input") -> Any:
+    figures = TestFigures(1.0, 0.5, size=size)
+    figures.add(batch, scores, maps)
+    return figures.compute(Processes())[0]
+
+
+def test_pixels_without_a_value_are_unknown() -> None:
+    """Whatever their mask; with masks, without them, and where images come as lists."""
+    scores, maps, labels, masks, _ = images()
+    absent = torch.zeros_like(masks, dtype=torch.bool)
+    absent[:, 2:4], absent[3:5, :, 6:] = True, True
+    batch = {"label": labels, "mask": torch.where(absent, 255, masks)}
+    expected = named_figures(batch, scores, torch.where(absent, 100.0, maps))
+    without = maps.masked_fill(absent, torch.nan)
+    assert 0 < expected["all"]["pro"] < 1
+    assert named_figures(batch | {"mask": masks}, scores, without) == expected
+    assert named_figures(batch | {"mask": list(masks)}, scores, list(without)) == expected
+    unknown = named_figures({"label": labels}, scores, without)["all"]
+    assert unknown["image_auroc"] == expected["all"]["image_auroc"]
+    assert math.isnan(unknown["pixel_auroc"])
+
+
+ORIGINALS = [  # size of the original, part of it that the input covers
+    ((14, 9), (0.0, 0.0, 14.0, 9.0)),
+    ((30, 22), (3.5, 2.0, 26.5, 20.0)),  # cropped
+    ((12, 20), (-4.0, 0.0, 16.0, 20.0)),  # padded
+    ((8, 8), (0.0, 0.0, 8.0, 8.0)),  # as it is
+]
+
+
+def by_pixel(heat: np.ndarray, size: tuple[int, int], box: tuple[float, ...]) -> np.ndarray:
+    """Slow and obvious: a map on the original's pixels, NaN beside the crop."""
+    found = np.full(size, np.nan)
+    (h, w), (top, left, bottom, right) = heat.shape, box
+    for i, j in np.ndindex(size):
+        y, x = (i + 0.5 - top) * h / (bottom - top), (j + 0.5 - left) * w / (right - left)
+        if 0 <= y <= h and 0 <= x <= w:
+            y, x = np.clip(y - 0.5, 0, h - 1), np.clip(x - 0.5, 0, w - 1)
+            a, b = min(int(y), h - 2), min(int(x), w - 2)
+            rows = heat[a] * (a + 1 - y) + heat[a + 1] * (y - a)
+            found[i, j] = rows[b] * (b + 1 - x) + rows[b + 1] * (x - b)
+    return found
+
+
+def test_figures_of_the_originals_pixels() -> None:
+    """As the references say of maps and masks at the sizes of the files, of the pixels that count."""
+    draw = np.random.default_rng(0)
+    maps = draw.random((4, 8, 8)).astype(np.float32)
+    masks, regions_, truth, heats = [], [], [], []
+    for (size, box), heat in zip(ORIGINALS, maps, strict=True):
+        masks.append((draw.random(size) < 0.2).astype(np.uint8))
+        region = draw.random(size) < 0.9
+        heats.append(by_pixel(heat, size, box))
+        truth.append(np.where(region & ~np.isnan(heats[-1]), masks[-1], 255))
+        regions_.append(torch.from_numpy(region.astype(np.uint8)))
+    masks[0][:], truth[0] = 0, np.where(truth[0] == 1, 0, truth[0])
+    batch = {
+        "label": torch.tensor([0, 1, 1, 1]),
+        "mask": [torch.from_numpy(mask) for mask in masks],
+        "region": regions_,
+        "original_size": torch.tensor([size for size, _ in ORIGINALS]),
+        "crop_box": torch.tensor([box for _, box in ORIGINALS]),
+    }
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = named_figures(batch, scores, torch.from_numpy(maps), "original")["all"]
+    nominal = np.concatenate([heat[mask == 0] for heat, mask in zip(heats, truth, strict=True)])
+    anomalous = np.concatenate([heat[mask == 1] for heat, mask in zip(heats, truth, strict=True)])
+    assert found["pixel_auroc"] == pytest.approx(reference.auroc(nominal, anomalous), abs=1e-6)
+    assert found["pixel_average_precision"] == pytest.approx(reference.average_precision(nominal, anomalous), abs=1e-6)
+    assert found["pro"] == pytest.approx(reference.pro(heats, truth, 0.3), abs=1e-6)
+    assert found["pixel_false_alarm_rate"] == pytest.approx((nominal > 0.5).mean(), abs=1e-6)
+    painted = [torch.where(region > 0, mask, 1 - mask) for region, mask in zip(regions_, batch["mask"], strict=True)]
+    painted[0] = batch["mask"][0]  # a nominal image has no 1
+    assert named_figures(batch | {"mask": painted}, scores, list(torch.from_numpy(maps)), "original")["all"] == found
+    del batch["mask"]
+    assert math.isnan(named_figures(batch, scores, torch.from_numpy(maps), "original")["all"]["pro"])
+
+
+def test_originals_must_be_known() -> None:
+    scores, maps, labels, masks, _ = images()
+    batch = {"label": labels, "mask": masks}
+    with pytest.raises(UserError, match="batches hold no 'original_size' and 'crop_box'; use one of our data modules"):
+        named_figures(batch, scores, maps, "original")
+    batch |= {"original_size": torch.tensor([[18, 10]] * 12), "crop_box": torch.tensor([[0.0, 0.0, 18.0, 10.0]] * 12)}
+    with pytest.raises(UserError, match="a mask has 9x10 pixels where the original has 18x10; give masks as they are"):
+        named_figures(batch, scores, maps, "original")
+
+
 def test_plot() -> None:
     _, maps, _, masks, _ = images("tied")
     metric = PRO()
@@ -334,6 +422,15 @@ def test_regions_are_labelled_once_for_each_mask() -> None:
         found = {pixel: len(region) for region in reference.regions(mask.numpy()) for pixel in region}
         places = [tuple(place) for place in (mask == 1).nonzero().tolist()]
         assert pixel_areas(mask[None]).tolist() == [found[place] for place in places]
+
+
+def test_answers_for_large_masks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = images()[3]
+    expected = pixel_areas(masks)
+    monkeypatch.setattr(regions, "SMALL", 89)  # pixels
+    regions.mask_areas.cache_clear()
+    assert torch.equal(pixel_areas(masks), expected)
+    assert regions.mask_areas.cache_info().misses == 0
 
 
 def test_constant_scores() -> None:

@@ -77,3 +77,11 @@ def test_a_ring_has_a_hole():
     ring = np.ones((3, 3), bool)
     ring[1, 1] = False
     assert outlines(ring) == [[(0, 0), (3, 0), (3, 3), (0, 3)], [(1, 1), (2, 1), (2, 2), (1, 2)]]
+
+
+def test_a_part_of_an_image():
+    heat = np.random.default_rng(0).random((40, 50))
+    heat[:7], heat[:, :9] = 0, 0
+    whole, part = find_regions(heat, heat > 0.6), find_regions(heat[7:, 9:], heat[7:, 9:] > 0.6, corner=(9, 7))
+    assert [region.to_dict() for region in part] == [region.to_dict() for region in whole]
+    assert all(heat[region.peak[::-1]] == region.score for region in part)

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -13,10 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from pl_patchcore import PatchCore, SyntheticDataModule, UserError
+from pl_patchcore import PatchCore, Preprocessing, SyntheticDataModule, UserError
+from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.files import check_output, whole_file
+from pl_patchcore.inspection import GREY
+from pl_patchcore.metrics import AnomalyEvaluation
 from pl_patchcore.regions import find_regions
-from pl_patchcore.report import PredictionWriter, TestReport
+from pl_patchcore.report import PredictionWriter, TestReport, pictures, predictions, summary
 from pl_patchcore.report.coco import run_lengths
 from pl_patchcore.report.pictures import Gallery, Shown, colour_scale, overlay
 from pl_patchcore.report.predictions import GAP
@@ -136,6 +140,137 @@ def test_a_colour_means_the_same_in_every_picture():
     assert first[0] == first[2] == [100, 100, 100]  # nothing there
     assert first[1] == second[0]
     assert second[1] == second[2] != second[0]
+
+
+def greys(picture):
+    """Share of a picture's pixels that are of the grey of what does not count."""
+    return (np.asarray(picture.convert("RGB")) == GREY).all(2).mean()
+
+
+def test_pictures_of_images_that_do_not_count_everywhere(tmp_path, monkeypatch):
+    """They are greyed there, and no colour depends on it."""
+    gallery, draw = Gallery(1), torch.Generator().manual_seed(0)
+    heat = torch.rand(32, 48, generator=draw) + 1
+    counts = torch.arange(48) < 24
+    for name, label, outside in (("whole", 0, heat), ("half", 1, torch.nan)):
+        mask = torch.zeros(32, 48, dtype=torch.uint8)
+        gallery.add(Shown(1.0, label, name, torch.rand(3, 32, 48), torch.where(counts, heat, outside), mask), label)
+    limits = []
+    draw_panels = pictures._panels
+    monkeypatch.setattr(pictures, "_panels", lambda *given: limits.append(given[2:4]) or draw_panels(*given))
+    gallery.write(tmp_path)
+    assert np.isfinite(limits).all()
+    assert limits[0][0] == pytest.approx(heat.min())
+    with Image.open(tmp_path / "least_anomalous_1.png") as whole, Image.open(tmp_path / "most_anomalous_1.png") as half:
+        assert greys(whole) < 0.001
+        assert greys(half) > 0.03  # half of the map's panel
+    item = gallery.groups["most_anomalous"][0]
+    assert np.ptp(item.picture[:, 24:], axis=2).max() == 0
+    assert np.array_equal(item.picture[:, :24], (item.image.permute(1, 2, 0) * 255).round().byte().numpy()[:, :24])
+
+
+def test_large_images_are_shown_small(monkeypatch):
+    monkeypatch.setattr(pictures, "LONGEST_SIDE", 40)
+    monkeypatch.setattr(pictures, "BAND", 500)
+    transform = Preprocessing(None, None)
+    levels = torch.randint(0, 256, (3, 50, 90), dtype=torch.uint8)
+    heat, mask = torch.rand(50, 90), torch.randint(0, 2, (50, 90), dtype=torch.uint8)
+    heat[:, :7] = torch.nan
+    item = Shown.of(1.0, 0, "", levels, heat, mask, transform)
+    assert item.image.shape == (3, 17, 30)
+    assert item.anomaly_map.shape == item.mask.shape == (17, 30)
+    assert item.anomaly_map[16, 29] == heat[48:, 87:].max()
+    assert item.anomaly_map.isnan().sum() == 17 * 2
+    torch.testing.assert_close(item.image[:, 3, 5], levels[:, 9:12, 15:18].float().mean((1, 2)) / 255)
+    torch.testing.assert_close(item.image[:, 16, 29], levels[:, 48:, 87:].float().mean((1, 2)) / 255)
+    normalised = transform(levels)
+    torch.testing.assert_close(Shown.of(1.0, 0, "", normalised, heat, mask, transform).image, item.image)
+    monkeypatch.setattr(pictures, "LONGEST_SIDE", 90)
+    item = Shown.of(1.0, 0, "", normalised, heat, mask, transform)
+    assert item.anomaly_map is heat
+    assert item.mask is mask
+    assert torch.equal(item.image, transform.denormalise(normalised))
+
+
+class Lists(L.LightningModule):
+    """Hands maps and regions on as lists, of different sizes, as for images of different sizes."""
+
+    image_threshold, pixel_threshold = 0.5, 0.5
+    transform = Preprocessing(None, None)
+
+    def predict_step(self, batch, batch_idx):
+        maps = [torch.full((20, 30), 0.2), torch.full((12, 16), 0.2)]
+        maps[0][5:9, 5:12], maps[1][:, :8] = 0.9, torch.nan
+        regions = [torch.ones(40, 60), torch.ones(24, 32)]
+        regions[1][:, :16] = 0
+        return {
+            "score": torch.tensor([0.9, 0.2]),
+            "anomaly_map": maps,
+            "anomalous": torch.tensor([True, False]),
+            "index": torch.tensor([0, 1]),
+            "region": regions,
+            "original_size": torch.tensor([[40, 60], [24, 32]]),
+            "crop_box": torch.tensor([[0.0, 0.0, 40.0, 60.0], [0.0, 0.0, 24.0, 32.0]]),
+        }
+
+
+def test_predictions_of_images_of_different_sizes(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "as_batch", lambda batch: {"image": [torch.zeros(3, 20, 30), batch[1]]})
+    loader = DataLoader([torch.zeros(3, 12, 16, dtype=torch.uint8)] * 2, batch_size=2)
+    trainer(callbacks=[PredictionWriter(maps=True)]).predict(Lists(), loader)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["regions"] for row in rows] == ["1", "0"]
+    first, second = (np.load(tmp_path / row["map"]) for row in rows)
+    assert first.shape == (40, 60)
+    assert np.isfinite(first).all()
+    assert np.array_equal(np.isnan(second), np.arange(32) < np.full((24, 1), 16))
+    with Image.open(tmp_path / rows[1]["picture"]) as picture:
+        pixels = np.asarray(picture)[:24].astype(int)
+    for left in (0, 32 + GAP):  # the image and beside it the map
+        assert np.abs(pixels[:, left : left + 12] - 0.7 * 128).max() < 12  # black, greyed
+    assert pixels[:, 20:30].max() < 12
+
+
+@pytest.mark.parametrize("size", ["input", "original"])
+def test_figures_of_the_originals(fitted, size, trainer, tmp_path):
+    """A test compares what `to_original` gives with the masks as they are in the files."""
+    model, data = fitted
+    model.metrics_size = size
+    trainer(callbacks=[TestReport(1)]).test(model, data, verbose=False)
+    metric = AnomalyEvaluation()
+    with torch.no_grad():
+        for record in data.records[1]:
+            image, mask = record.read()
+            sample = model.transform.apply(image, mask)
+            scores, maps = model(sample["image"][None])
+            truth = sample["mask"]
+            if size == "original":
+                full = to_original(maps[0], mask.shape, tuple(sample["crop_box"].tolist()))
+                truth = torch.where(full.isnan(), 255, torch.from_numpy(mask))
+                maps = full.nan_to_num(0)[None]
+            metric.update(scores, maps, torch.tensor([record.label]), truth[None], torch.tensor([1]))
+    expected, metrics = metric.compute(), json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("image_auroc", "pixel_auroc", "pro", "pixel_average_precision"):
+        assert metrics[name] == pytest.approx(expected[name].item(), abs=1e-6), name
+    assert metrics["metrics_size"] == size
+    assert (tmp_path / "pictures" / "most_anomalous_1.png").is_file()
+
+
+def test_metrics_size_is_one_of_two():
+    with pytest.raises(UserError, match="metrics_size"):
+        PatchCore(metrics_size="both")
+
+
+def test_masks_of_originals_are_shown_on_the_input():
+    transform = Preprocessing(40, (24, 32))
+    for size in ((40, 40), (80, 120), (30, 20)):
+        mask = np.random.default_rng(0).integers(0, 2, size, dtype=np.uint8)
+        sample = transform.apply(Image.new("RGB", size[::-1]), mask)
+        shown = summary._at_input(torch.from_numpy(mask), sample["crop_box"].tolist(), (24, 32))
+        assert torch.equal(shown, sample["mask"])
+    beyond = summary._at_input(torch.ones(4, 4, dtype=torch.uint8), [-2.0, 0.0, 6.0, 4.0], (4, 2))
+    assert beyond.tolist() == [[255] * 2, [1] * 2, [1] * 2, [255] * 2]
 
 
 @pytest.mark.parametrize("name", ["[/old]", r"[old]a:warning:b$\foo$" + "c" * 40])

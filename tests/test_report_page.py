@@ -112,7 +112,7 @@ def test_pictures(tmp_path):
     assert "mask" not in small
     heat = np.asarray(decoded(small["map"]).convert("RGB")).astype(int)  # the scale ends at twice the threshold
     for place, colour in (
-        ((20, 2), of_page.OUTSIDE),
+        ((20, 2), of_page.GREY),
         ((25, 32), of_page.COLOURS[64]),
         ((10, 15), of_page.COLOURS[191]),
     ):

@@ -159,10 +159,11 @@ class ImageDataset(Dataset[Sample]):
     Args:
         records: The images, in the data set's order.
         transform: Geometry and normalisation.
+        original_masks: Whether ``mask`` is as in the file, of the original's size, in place of the input's.
     """
 
-    def __init__(self, records: Sequence[Record], transform: Preprocessing) -> None:
-        self.records, self.transform = records, transform
+    def __init__(self, records: Sequence[Record], transform: Preprocessing, *, original_masks: bool = False) -> None:
+        self.records, self.transform, self.original_masks = records, transform, original_masks
         first: dict[str, int] = {}
         self.groups = [first.setdefault(r.group, i) if r.group else i for i, r in enumerate(records)]
 
@@ -179,7 +180,11 @@ class ImageDataset(Dataset[Sample]):
             record = self.records[index]
             names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
             numbers = {"label": record.label, "index": index, "group": self.groups[index]}
-            samples.append(self.transform.apply(*record.read(self.transform)) | numbers | names)
+            image, mask = record.read(self.transform)
+            sample = self.transform.apply(image, mask)
+            if self.original_masks:
+                sample["mask"] = torch.tensor(mask)
+            samples.append(sample | numbers | names)
         shapes = {tuple(sample["image"].shape[1:]): sample["path"] for sample in samples}
         if len(shapes) > 1:
             (one, first), (other, second) = list(shapes.items())[:2]
@@ -364,7 +369,11 @@ class AnomalyDataModule(L.LightningDataModule):
         if stage == "predict":
             self.predict_set = ImageDataset(self.predict_records, transform)
         else:
-            self.train_set, self.test_set = (ImageDataset(part, transform) for part in self.records)
+            train, test = self.records
+            module = self.trainer.lightning_module if self.trainer is not None else None
+            as_they_are = getattr(module, "metrics_size", "input") == "original"
+            self.train_set = ImageDataset(train, transform)
+            self.test_set = ImageDataset(test, transform, original_masks=as_they_are)
             self.calibration_set = ImageDataset(self.calibration_records, transform)
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())

@@ -5,7 +5,7 @@ Classes are `torchmetrics.Metric`: ``update`` per batch, ``compute`` at the end,
 """
 
 from pl_patchcore.metrics.evaluation import AnomalyEvaluation
-from pl_patchcore.metrics.named import TestFigures
+from pl_patchcore.metrics.named import MetricsSize, TestFigures
 from pl_patchcore.metrics.regions import pixel_areas
 from pl_patchcore.metrics.single import PRO, AveragePrecision, BestF1, ImageAUROC, PixelAUROC
 from pl_patchcore.metrics.state import Mode
@@ -16,6 +16,7 @@ __all__ = [
     "AveragePrecision",
     "BestF1",
     "ImageAUROC",
+    "MetricsSize",
     "Mode",
     "PixelAUROC",
     "TestFigures",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.evaluation import AnomalyEvaluation, Row
@@ -16,6 +17,7 @@ from pl_patchcore.metrics.state import Mode
 from pl_patchcore.preprocessing import UNKNOWN
 
 Rows = dict[str, Row]
+MetricsSize = Literal["input", "original"]
 
 
 class TestFigures:
@@ -24,6 +26,7 @@ class TestFigures:
     Args:
         image_threshold: As ``pixel_threshold`` and ``mode``, see `AnomalyEvaluation`.
         device: Where figures are computed: that of the anomaly maps.
+        size: Pixels that are compared: those of the ``input``, or of the ``original`` image, to which maps are brought.
 
     Example:
         >>> figures = TestFigures()
@@ -42,31 +45,57 @@ class TestFigures:
         pixel_threshold: float | None = None,
         mode: Mode = "auto",
         device: torch.device | str = "cpu",
+        size: MetricsSize = "input",
     ) -> None:
         made = AnomalyEvaluation(mode=mode, image_threshold=image_threshold, pixel_threshold=pixel_threshold)
-        self.evaluation = made.to(device)
+        self.evaluation, self.size = made.to(device), size
         self.defects: dict[int, str] = {}
         self.categories: dict[int, str] = {}
 
-    def add(self, batch: dict[str, Any], scores: Tensor, maps: Tensor) -> None:
-        """Add the images of a batch, with their scores ``(B,)`` and maps ``(B, H, W)``.
+    def add(self, batch: dict[str, Any], scores: Tensor, maps: Tensor | Sequence[Tensor]) -> None:
+        """Add the images of a batch, with their scores ``(B,)`` and maps ``(B, H, W)``, or a list of maps ``(H, W)``.
 
-        It holds ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``; a
-        `UserError` if there is no label, or one of `AnomalyEvaluation.update`.
+        It holds ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``; for the
+        size ``original`` also ``original_size`` and ``crop_box``, and masks of that size. Pixels that do not count are
+        unknown: their map is NaN, or ``region`` leaves them out.
+
+        Raises:
+            UserError: If there is no label, or the size of the original is not known or not the mask's; as
+                `AnomalyEvaluation.update`.
         """
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
         if not len(scores):
             return
-        labels = torch.as_tensor(batch["label"], device=scores.device)
-        masks = batch.get("mask")
-        masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8) if masks is None else masks
+        labels, masks = torch.as_tensor(batch["label"], device=scores.device), batch.get("mask")
         defects = batch.get("defect", ["anomalous"] * len(scores))
         groups, categories = _numbers(defects), None
         self.defects |= {g: d for g, d, y in zip(groups.tolist(), defects, labels.tolist(), strict=True) if y == 1}
         if "category" in batch:
             categories = _numbers(batch["category"])
             self.categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
+        if self.size == "input" and isinstance(maps, Tensor) and not isinstance(masks, list):
+            self._update(scores, maps, labels, masks, groups, categories)
+            return
+        for i in range(len(scores)):  # sizes differ
+            one, truth = slice(i, i + 1), None if masks is None else masks[i][None]
+            heat = _on_original(batch, i, maps[i]) if self.size == "original" else maps[i]
+            category = None if categories is None else categories[one]
+            self._update(scores[one], heat[None], labels[one], truth, groups[one], category)
+
+    def _update(
+        self,
+        scores: Tensor,
+        maps: Tensor,
+        labels: Tensor,
+        masks: Tensor | None,
+        groups: Tensor,
+        categories: Tensor | None,
+    ) -> None:
+        """Add images of one size; where the map is NaN the mask is unknown."""
+        masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8) if masks is None else masks
+        if (absent := maps.isnan()).any():
+            maps, masks = maps.masked_fill(absent, 0), torch.where(absent, UNKNOWN, masks.to(maps.device))
         self.evaluation.update(scores, maps, labels, masks, groups, categories)
 
     def compute(self, processes: Processes) -> tuple[Rows, Rows]:
@@ -83,6 +112,23 @@ class TestFigures:
         names = {number: _own_name(self.categories.get(number, str(number))) for number in rows}
         by_category = {names[number]: _plain(row) for number, row in rows.items()}
         return {"all": _plain(overall)} | dict(sorted(by_defect.items())), dict(sorted(by_category.items()))
+
+
+def _on_original(batch: dict[str, Any], i: int, heat: Tensor) -> Tensor:
+    """Map of image ``i`` on the pixels of the original, NaN where these do not count."""
+    if "original_size" not in batch or "crop_box" not in batch:
+        raise UserError(
+            "metrics_size is original, but batches hold no 'original_size' and 'crop_box'; use one of our data "
+            "modules, give both (see Preprocessing.apply), or set metrics_size to input."
+        )
+    height, width = batch["original_size"][i].tolist()
+    if "mask" in batch and batch["mask"][i].shape != (height, width):
+        raise UserError(
+            f"metrics_size is original, but a mask has {'x'.join(map(str, batch['mask'][i].shape))} pixels where the "
+            f"original has {height}x{width}; give masks as they are in the files, or set metrics_size to input."
+        )
+    found = to_original(heat, (height, width), tuple(batch["crop_box"][i].tolist()))
+    return found if "region" not in batch else found.where(batch["region"][i].to(found.device) > 0, torch.nan)
 
 
 def _numbers(names: Sequence[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """Masks -> the region each anomalous pixel belongs to.
 
 A region is a connected component of mask == 1 in one image; pixels that touch at a corner are connected (8
-neighbours, as in MVTec's evaluation code). SciPy labels them, on the CPU, once for each of the last distinct masks.
+neighbours, as in MVTec's evaluation code). SciPy labels them, on the CPU; of small masks the last answers are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
+
+SMALL = 2**19  # pixels of the largest mask whose answer is kept
 
 
 def label_regions(mask: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
@@ -27,8 +29,12 @@ def label_regions(mask: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
 
 @lru_cache(maxsize=256)  # 65 KB for a mask of 256x256 that is a quarter anomalous
 def mask_areas(packed: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """Area of each anomalous pixel's region, of a mask by `np.packbits` that holds such a pixel."""
-    mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=shape[0] * shape[1]).reshape(shape)
+    """As `areas_of`, of a mask by `np.packbits`."""
+    return areas_of(np.unpackbits(np.frombuffer(packed, np.uint8), count=shape[0] * shape[1]).reshape(shape))
+
+
+def areas_of(mask: np.ndarray) -> np.ndarray:
+    """Area of each anomalous pixel's region, int32, of a mask ``(H, W)`` that holds such a pixel."""
     labels, _ = label_regions(mask)
     inside = labels[labels > 0]  # image rows one after another
     areas: np.ndarray = np.bincount(inside).astype(np.int32)[inside]
@@ -51,5 +57,7 @@ def pixel_areas(masks: Tensor) -> Tensor:
         [3, 3, 3, 1, 2, 2]
     """
     flags = [mask for mask in (masks == 1).cpu().numpy() if mask.any()]
-    areas = [mask_areas(np.packbits(mask).tobytes(), mask.shape) for mask in flags]
+    areas = [
+        mask_areas(np.packbits(mask).tobytes(), mask.shape) if mask.size <= SMALL else areas_of(mask) for mask in flags
+    ]
     return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *areas]))

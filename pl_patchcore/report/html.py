@@ -24,6 +24,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from pl_patchcore.files import whole_file
+from pl_patchcore.inspection import GREY
 from pl_patchcore.regions import Polygon
 from pl_patchcore.report.pictures import COLOUR_MAP, colour_scale
 
@@ -33,7 +34,6 @@ MOST_PICTURES = 500  # of anomalous images, and as many of the others
 MOST_INLINE = 24 << 20  # bytes of pictures inside the page; more go into a folder beside it
 TEMPLATE = Path(__file__).with_name("report.html")
 COLOURS = (colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # (256, 3)
-OUTSIDE = (128, 128, 128)  # colour of a map where the crop left the image out
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PageImage:
         name: Name that is shown.
         score: Anomaly score, finite.
         image: RGB, uint8 ``(H, W, 3)``.
-        anomaly_map: float32 ``(H, W)``, NaN outside the crop.
+        anomaly_map: float32 ``(H, W)``, NaN where the image does not count.
         outlines: Polygons, corners x and y in pixels; (0, 0) is the outer corner of the first pixel.
         mask: Ground truth, bool ``(H, W)``; None where it is not known.
         label: 0 nominal, 1 anomalous, None unknown.
@@ -259,7 +259,7 @@ def _finished(record: _Record, low: float, high: float) -> dict[str, bytes]:
     levels = np.asarray(Image.open(io.BytesIO(record.pictures["map"])))
     values = record.low + (np.arange(256) - 1) / 254 * (record.high - record.low)  # of each level
     table = COLOURS[np.clip(255 * (values - low) / (high - low), 0, 255).round().astype(int)]
-    table[0] = OUTSIDE
+    table[0] = GREY  # where the image does not count
     return record.pictures | {"map": _encode(Image.fromarray(table[levels]), "JPEG")}
 
 

@@ -1,7 +1,8 @@
 """Anomaly maps as pictures: image, mask, map and overlay side by side.
 
-Only the images a report shows are kept while the test runs, in four short lists. Of a model with thresholds the colours
-go from 0 to twice the pixel threshold, so that a colour means the same in every picture.
+Only the images a report shows are kept while the test runs, in four short lists, and of large ones what is shown. Of a
+model with thresholds the colours go from 0 to twice the pixel threshold, so that a colour means the same in every
+picture. Where a map is NaN the image does not count, and is greyed.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from pl_patchcore.files import whole_file
-from pl_patchcore.preprocessing import UNKNOWN
+from pl_patchcore.inspection import GREY, greyed, smaller_map
+from pl_patchcore.preprocessing import UNKNOWN, Preprocessing
 
 GROUPS = {  # group: (label, sign of the score)
     "most_anomalous": (1, 1),
@@ -31,6 +35,8 @@ GROUPS = {  # group: (label, sign of the score)
 }
 ERRORS = {"lowest_anomalous": "missed", "highest_nominal": "false_alarm"}  # names of those on the wrong side
 COLOUR_MAP = "inferno"  # from black to yellow, as bright as the value is high
+LONGEST_SIDE = 1600  # pixels of a picture's image; larger ones are brought to that, or a little less
+BAND = 2**20  # pixels of an image that are made smaller at once
 
 
 def colour_scale(pixel_threshold: float) -> tuple[float, float]:
@@ -39,7 +45,7 @@ def colour_scale(pixel_threshold: float) -> tuple[float, float]:
 
 
 def overlay(image: Image.Image, heat: np.ndarray, low: float, high: float) -> Image.Image:
-    """Lay the colours of an anomaly map ``(H, W)`` over an image of its size, the thicker the higher the value."""
+    """Lay the colours of an anomaly map ``(H, W)`` over an image of its size, the thicker the higher; none for NaN."""
     share = np.clip((np.nan_to_num(heat, nan=low) - low) / max(high - low, 1e-12), 0, 1)  # (H, W)
     colours = matplotlib.colormaps[COLOUR_MAP](share)[..., :3] * 255
     weight = _thickness(share)[..., None]
@@ -51,6 +57,17 @@ def _thickness(share: np.ndarray) -> np.ndarray:
     return 0.7 * share**2
 
 
+def rgb_of(transform: Preprocessing, image: Tensor) -> Tensor:
+    """Model input ``(3, H, W)``, normalised or levels uint8, as RGB in [0, 1], float32."""
+    return image.float() / 255 if image.dtype == torch.uint8 else transform.denormalise(image.float())
+
+
+def smaller_rgb(transform: Preprocessing, image: Tensor, factor: int) -> Tensor:
+    """As `rgb_of`, the mean of each block of ``factor`` x ``factor`` pixels; the last blocks may be smaller."""
+    bands = image.split(factor * max(1, BAND // (factor * image.shape[2])), dim=1)
+    return torch.cat([avg_pool2d(rgb_of(transform, band), factor, ceil_mode=True) for band in bands], dim=1)
+
+
 @dataclass
 class Shown:
     """An image that may be shown."""
@@ -59,8 +76,26 @@ class Shown:
     order: int  # its number; of equal scores the first image is shown
     title: str
     image: Tensor  # (3, H, W) in [0, 1]
-    anomaly_map: Tensor  # (H, W), float32
+    anomaly_map: Tensor  # (H, W), float32; NaN where the image does not count
     mask: Tensor | None  # (H, W)
+
+    @classmethod
+    def of(cls, score: float, order: int, title: str, image: Tensor, heat: Tensor, mask: Tensor | None,
+           transform: Preprocessing) -> Shown:  # fmt: skip
+        """Take a model input ``(3, H, W)``, its map and mask ``(H, W)``; large ones are brought to `LONGEST_SIDE`."""
+        heat = heat.float()
+        if (factor := -(-max(heat.shape) // LONGEST_SIDE)) == 1:
+            return cls(score, order, title, rgb_of(transform, image), heat, mask)
+        small = torch.from_numpy(smaller_map(heat.cpu().numpy(), factor))
+        thinned = None if mask is None else mask[::factor, ::factor]
+        return cls(score, order, title, smaller_rgb(transform, image, factor), small, thinned)
+
+    @property
+    def picture(self) -> np.ndarray:
+        """RGB, uint8 ``(H, W, 3)``, greyed where the image does not count."""
+        rgb = (self.image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+        outside = self.anomaly_map.isnan().cpu().numpy()
+        return np.asarray(greyed(Image.fromarray(rgb), ~outside)) if outside.any() else rgb
 
 
 class Gallery:
@@ -113,7 +148,7 @@ class Gallery:
         if not shown:
             return 0
         if pixel_threshold is None:
-            values = np.concatenate([item.anomaly_map.numpy().ravel() for item in shown])
+            values = torch.cat([item.anomaly_map[~item.anomaly_map.isnan()] for item in shown]).numpy()
             low, high = float(values.min()), float(np.quantile(values, 0.995))
         else:
             low, high = colour_scale(pixel_threshold)
@@ -157,8 +192,10 @@ class Gallery:
 def _panels(item: Shown, group: str, low: float, high: float, threshold: float | None) -> Figure:
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
-    image, heat = item.image.permute(1, 2, 0).numpy(), item.anomaly_map.numpy()
-    colours: dict[str, Any] = {"cmap": COLOUR_MAP, "vmin": low, "vmax": high}
+    image, heat = item.picture, item.anomaly_map.numpy()
+    red, green, blue = (level / 255 for level in GREY)
+    colours: dict[str, Any] = {"cmap": matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=(red, green, blue))}
+    colours |= {"vmin": low, "vmax": high}
     level, meaning = (0.5 * (low + high), "mid-scale") if threshold is None else (threshold, "threshold")
     titles = ("image", "mask", "anomaly map", f"overlay, contour at {level:.3g} ({meaning})")
     for axis, title in zip(axes, titles, strict=True):
@@ -168,11 +205,12 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
     if item.mask is None or (item.mask == UNKNOWN).all():
         axes[1].text(0.5, 0.5, "unknown", ha="center", va="center", transform=axes[1].transAxes)
     else:
-        axes[1].imshow(item.mask.numpy() == 1, cmap="gray", vmin=0, vmax=1)
+        axes[1].imshow(np.where(np.isnan(heat), 0.5, item.mask.numpy() == 1), cmap="gray", vmin=0, vmax=1)
     figure.colorbar(axes[2].imshow(heat, **colours), ax=axes[2], shrink=0.8)
     axes[3].imshow(image)
-    axes[3].imshow(heat, alpha=_thickness(np.clip((heat - low) / (high - low), 0, 1)), **colours)
-    if heat.min() < level < heat.max():
+    share = np.clip((np.nan_to_num(heat, nan=low) - low) / (high - low), 0, 1)
+    axes[3].imshow(heat, alpha=_thickness(share), **colours)
+    if np.nanmin(heat) < level < np.nanmax(heat):
         axes[3].contour(heat, levels=[level], colors="cyan", linewidths=1.2)
     title = f"{group.replace('_', ' ')}: {item.title}, anomaly score {item.score:.4g}"
     figure.suptitle(title, fontsize=11, parse_math=False)  # a file name may hold dollar signs

@@ -20,17 +20,16 @@ from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.data.batch import as_batch
 from pl_patchcore.files import hold, output_folder, plain_console, spreadsheet_cell, whole_file
-from pl_patchcore.inspection import Inspection, Settings, geometry, smaller, with_strip
+from pl_patchcore.inspection import GREY, Inspection, Settings, geometry, with_strip
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
 from pl_patchcore.report.html import LARGE, Page, PageImage
-from pl_patchcore.report.pictures import colour_scale, overlay
+from pl_patchcore.report.pictures import LONGEST_SIDE, colour_scale, overlay, rgb_of
 
 VERDICT = ("verdict", "anomalous", "threshold", "normalized", "p_value")  # columns of a model with a threshold
 REGIONS = ("regions", "left", "top", "right", "bottom", "area")  # and of one with a threshold of pixels
 NAME_LENGTH = 48  # characters of an image's name in its map's, of at most 4 bytes each; file systems take 255 bytes
 GAP = 8  # pixels between an image and its map
-LONGEST_SIDE = 1600  # pixels of a picture's image; larger ones are brought to that
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class PredictionWriter(Callback):
     regions in COCO's format. ``report.html`` shows all images, their scores and the threshold in a browser.
 
     Args:
-        maps: Also write each anomaly map, on the original image's pixels (NaN where the crop left them out), as
+        maps: Also write each anomaly map, on the original image's pixels (NaN where these do not count), as
             float32 ``maps/<number>-<name>.npy``.
         pictures: Write ``pictures/<number>-<name>.jpg`` of each image: with outlines and verdict, and, of a model with
             thresholds, beside it with the map in colours; the middle colour is the threshold's.
@@ -109,8 +108,8 @@ class PredictionWriter(Callback):
                 bound(_read, dataset, int(outputs["index"][i])) if isinstance(dataset, ImageDataset)
                 else bound(_input, pl_module.transform, batch, outputs, i)
             )  # fmt: skip
-            place = _geometry(outputs, i)
-            found = Inspection.of(outputs, i, place, cache(original), self.settings)  # a file is read once
+            place, region = _geometry(outputs, i), outputs["region"][i] if "region" in outputs else None
+            found = Inspection.of(outputs, i, place, cache(original), self.settings, region)  # a file is read once
             row = self._row(found, outputs, i, number)
             csv.writer(self.file).writerow(row.cells)
             self.rows.append(row)
@@ -200,7 +199,7 @@ class PredictionWriter(Callback):
 
 
 def _for_page(found: Inspection, row: _Row) -> PageImage:
-    picture = smaller(found.original, LARGE)
+    picture = found.picture(LARGE)
     scale = picture.width / found.size[1]
     lines = [np.array(polygon) * scale for region in found.regions for polygon in region.polygons]
     heat, name = found.map_of_size(picture.height, picture.width), "/".join(Path(row.image["file_name"]).parts[-2:])
@@ -225,7 +224,7 @@ def _remove_old(folder: Path, suffixes: list[str]) -> None:
 
 def _geometry(outputs: dict[str, Any], i: int) -> tuple[tuple[int, int], tuple[float, ...]]:
     """Size of the original image and the part that the input covers; what says nothing of it is the original."""
-    height, width = outputs["anomaly_map"].shape[1:]
+    height, width = outputs["anomaly_map"][i].shape
     if "crop_box" not in outputs:
         return (height, width), (0.0, 0.0, float(height), float(width))
     return geometry({name: outputs[name][i] for name in ("original_size", "crop_box")})
@@ -238,9 +237,12 @@ def _read(dataset: ImageDataset, index: int) -> Image.Image:
 
 def _input(transform: Preprocessing, batch: Any, outputs: dict[str, Any], i: int) -> Image.Image:
     """What the model's input shows of an image of any loader; grey where the crop has left the original out."""
-    rgb = transform.denormalise(as_batch(batch)["image"][i].float()).cpu()  # (3, H, W)
-    full = torch.stack([to_original(channel, *_geometry(outputs, i)) for channel in rgb], dim=2)
-    return Image.fromarray((full.nan_to_num(0.5) * 255).round().byte().numpy())
+    image, (size, box) = as_batch(batch)["image"][i], _geometry(outputs, i)
+    levels = image if image.dtype == torch.uint8 else rgb_of(transform, image) * 255  # (3, H, W)
+    full = np.empty((*size, 3), np.uint8)
+    for number, channel in enumerate(levels.cpu()):  # one at a time, as an image may be large
+        full[..., number] = to_original(channel, size, box).nan_to_num_(GREY[number]).round_().byte().numpy()
+    return Image.fromarray(full)
 
 
 def _picture(found: Inspection) -> Image.Image:
@@ -248,7 +250,7 @@ def _picture(found: Inspection) -> Image.Image:
     drawn = found.draw(LONGEST_SIDE)
     if found.pixel_threshold is None:
         return drawn
-    image = smaller(found.original, LONGEST_SIDE)
+    image = found.picture(LONGEST_SIDE)
     low, high = colour_scale(found.pixel_threshold)
     coloured = overlay(image, found.map_of_size(image.height, image.width), low, high)
     picture = Image.new("RGB", (2 * drawn.width + GAP, drawn.height))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 from rich.table import Column, Table
+from torch import Tensor
 
 from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
@@ -75,17 +77,19 @@ class TestReport(Callback):
         if not (self.pictures or self.page):
             return
         batch = as_batch(batch)
-        images = pl_module.transform.denormalise(batch["image"].float())
         for i, score in enumerate(scores):
             order, label = int(outputs["index"][i]), int(batch["label"][i])
             name = batch["path"][i] if "path" in batch else f"image {order}"
             kind = batch["defect"][i] if "defect" in batch else ("nominal", "anomalous")[label]
-            mask = batch["mask"][i] if "mask" in batch else None
-            heat = outputs["anomaly_map"][i].float()
+            heat, mask = outputs["anomaly_map"][i], batch["mask"][i] if "mask" in batch else None
+            if mask is not None and pl_module.metrics_size == "original":
+                mask = _at_input(mask, batch["crop_box"][i].tolist(), heat.shape)
+            title = f"{Path(name).name} ({kind})"
+            item = Shown.of(score, order, title, batch["image"][i], heat, mask, pl_module.transform)
             if self.pictures:
-                self.gallery.add(Shown(score, order, f"{Path(name).name} ({kind})", images[i], heat, mask), label)
+                self.gallery.add(item, label)
             if self.page:
-                item = Shown(score, order, "/".join(Path(name).parts[-2:]), images[i], heat, mask)
+                item = replace(item, title="/".join(Path(name).parts[-2:]))
                 self.shown.add(_for_page(item, label, kind, pl_module.pixel_threshold))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -108,8 +112,9 @@ class TestReport(Callback):
         notes = []
         if lost := figures["all"]["lost"]:
             notes.append(
-                f"{lost} anomalous images have lost their whole defect to the resize and centre crop, and count as "
-                "anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small specks."
+                f"{lost} anomalous images have lost their whole defect to the resize, the centre crop or the region, "
+                "and count as anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize "
+                "small specks."
             )
         for line in (notes := [*notes, *_missing(figures["all"])]):
             console.print(line)
@@ -185,21 +190,34 @@ def _write_json(path: Path, pl_module: Any, seconds: float) -> None:
         "memory_bank": pl_module.bank_shape,
         "image_threshold": pl_module.image_threshold,
         "pixel_threshold": pl_module.pixel_threshold,
+        "metrics_size": pl_module.metrics_size,
         "model": dict(pl_module.hparams),
     }
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def _at_input(mask: Tensor, crop_box: Sequence[float], size: Sequence[int]) -> Tensor:
+    """Mask ``(H, W)`` of an original at the centres of its input's pixels; unknown beside the original."""
+    top, left, bottom, right = crop_box
+    axes = []
+    for pixels, inputs, low, high in zip(mask.shape, size, (top, left), (bottom, right), strict=True):
+        at = low + (torch.arange(inputs, dtype=torch.float64, device=mask.device) + 0.5) * ((high - low) / inputs)
+        axes.append((at.floor().long().clamp(0, pixels - 1), (at >= 0) & (at < pixels)))
+    (rows, down), (columns, across) = axes
+    found = mask[rows][:, columns]
+    return torch.where(down[:, None] & across, found, UNKNOWN)
+
+
 def _for_page(item: Shown, label: int, kind: str, pixel_threshold: float | None) -> PageImage:
-    """An image as the page takes it; its size is the network's."""
+    """An image as the page takes it; its size is the network's, or that of a picture."""
     heat = item.anomaly_map.cpu().numpy()
     known = item.mask is not None and not bool((item.mask == UNKNOWN).all())
     regions = [] if pixel_threshold is None else find_regions(heat, heat > pixel_threshold)
     return PageImage(
         name=item.title,
         score=item.score,
-        image=(item.image.permute(1, 2, 0) * 255).round().byte().cpu().numpy(),
+        image=item.picture,
         anomaly_map=heat,
         outlines=[polygon for region in regions for polygon in region.polygons],
         mask=item.mask.cpu().numpy() == 1 if known and item.mask is not None else None,

@@ -18,7 +18,7 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.files import output_folder, plain_console, spreadsheet_cell, whole_file
 from pl_patchcore.fitting import score_without_rows
 from pl_patchcore.inspection import with_strip
-from pl_patchcore.report.pictures import colour_scale, overlay
+from pl_patchcore.report.pictures import Shown, colour_scale, overlay
 from pl_patchcore.suspicious import TrainingImage
 
 NAME_LENGTH = 48  # characters of an image's name in its picture's
@@ -71,9 +71,9 @@ class TrainingImagesReport(Callback):
             image = batch["image"].to(model.device)
             with trainer.precision_plugin.forward_context():
                 _, maps = score_without_rows(model.model, image, each.group, Counted.of(batch, model.device))
-            rgb = model.transform.denormalise(image[0].float()).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+            item = Shown.of(each.score, place, each.name, image[0], maps[0], None, model.transform)
             with whole_file(folder / f"{place:03d}-{Path(each.name).stem[:NAME_LENGTH]}.jpg") as partial:
-                _picture(rgb, maps[0].float().cpu().numpy(), each, model.pixel_threshold).save(partial, quality=90)
+                _picture(item, each, model.pixel_threshold).save(partial, quality=90)
         return len(shown)
 
 
@@ -81,10 +81,10 @@ def _row(each: TrainingImage) -> tuple[Any, ...]:
     return spreadsheet_cell(each.name), f"{each.score:.6g}", int(each.stands_out), int(each.left_out)
 
 
-def _picture(rgb: np.ndarray, heat: np.ndarray, each: TrainingImage, threshold: float | None) -> Image.Image:
-    """The image ``(H, W, 3)`` in [0, 1], beside it with the map ``(H, W)`` in colours."""
-    image = Image.fromarray((rgb * 255).round().astype(np.uint8))
-    low, high = colour_scale(threshold) if threshold is not None else (0.0, float(heat.max()))
+def _picture(item: Shown, each: TrainingImage, threshold: float | None) -> Image.Image:
+    """The image, beside it with the map in colours."""
+    image, heat = Image.fromarray(item.picture), item.anomaly_map.cpu().numpy()
+    low, high = colour_scale(threshold) if threshold is not None else (0.0, float(np.nanmax(heat)))
     both = Image.new("RGB", (2 * image.width, image.height))
     both.paste(image)
     both.paste(overlay(image, heat, low, high), (image.width, 0))

@@ -6,18 +6,15 @@ whose file is the first argument; without it only costs are measured, of random 
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table

@@ -29,7 +29,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from pl_patchcore import PatchCoreModel, PatchFeatures
-from pl_patchcore.metrics import PRO, AnomalyEvaluation, Mode, PixelAUROC, pixel_areas, regions
+from pl_patchcore.distributed import Processes
+from pl_patchcore.metrics import PRO, AnomalyEvaluation, Mode, PixelAUROC, TestFigures, pixel_areas, regions
 
 SIDE, BATCH = 256, 32
 console = Console()
@@ -128,6 +129,18 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def peak_above(before: float) -> float:
+    """Highest resident memory since `start_peak`, MB above ``before``."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1.024 / 1e3 - before
+
+
+def start_peak() -> float:
+    """Have the peak start anew; resident memory now, MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
 def simulated_mstc(images: int = 8600) -> None:
     """One pass over maps that are made on the fly; prints the largest memory above the start."""
     base, _ = make_test_set(64)
@@ -135,18 +148,34 @@ def simulated_mstc(images: int = 8600) -> None:
     g = torch.Generator().manual_seed(0)
     metric = AnomalyEvaluation(mode="streaming")
     batch(base, masks, g)  # libraries and code pages are loaded
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = start_peak()
     largest, start = 0.0, time.perf_counter()
     for _ in range(images // BATCH + 1):
         metric.update(*batch(base, masks, g))
         largest = max(largest, resident())
     figures = metric.compute()
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) * 1.024 / 1e3
     seconds = time.perf_counter() - start
-    print(f"{before:.0f} {largest - before:.0f} {peak - before:.0f} {seconds:.0f}")
+    print(f"{before:.0f} {largest - before:.0f} {peak_above(before):.0f} {seconds:.0f}")
     print({name: f"{float(value):.2e}" for name, value in figures.items() if name.endswith("_bound")})
+
+
+def simulated_originals(images: int) -> None:
+    """A test whose maps of 256x256 are compared to masks of 5 megapixels, each other than the last; prints the peak."""
+    height, width = 1944, 2592
+    maps = make_test_set(16)[0]
+    g, figures = np.random.default_rng(0), TestFigures(mode="streaming", size="original")
+    place = {"original_size": torch.tensor([[height, width]]), "crop_box": torch.tensor([[0.0, 0.0, height, width]])}
+    before, start = start_peak(), time.perf_counter()
+    for number in range(images):
+        mask = torch.zeros(1, height, width, dtype=torch.uint8)
+        if label := number % 2:
+            row, column = g.integers(0, 1500, 2)
+            mask[0, row : row + 300, column : column + 400] = 1
+        heat = maps[number % 16][None] * (1 + 0.001 * number)
+        figures.add({"label": torch.tensor([label]), "mask": mask} | place, heat.amax((1, 2)), heat)
+    row, _ = figures.compute(Processes())
+    bound = row["all"]["pixel_auroc_bound"]
+    print(f"{peak_above(before):.0f} {time.perf_counter() - start:.0f} {bound:.2e}")
 
 
 def batch(base: Tensor, masks: Tensor, g: torch.Generator) -> tuple[Tensor, ...]:
@@ -165,6 +194,14 @@ def memory() -> None:
         f"8,600 maps of 256x256 in streaming mode, 12 categories: {running} MB above the start ({before} MB) after "
         f"batches, {peak} MB at the highest; {seconds} s with making the maps. Bounds: {printed[-1]}"
     )
+    for images in (10, 300):
+        command = [sys.executable, __file__, "simulated_originals", str(images)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        peak, seconds, bound = printed[-1].split()
+        console.print(
+            f"metrics_size original, streaming, {images} images of 5 megapixels: {peak} MB above the start at the "
+            f"highest; {seconds} s; pixel AUROC to {bound}"
+        )
 
 
 def loop(images: int = 32, bank: int = 10_000) -> None:
@@ -204,6 +241,9 @@ def main() -> None:
     wanted = sys.argv[1:] or ["speed", "memory", "loop"]
     if wanted == ["simulated_mstc"]:
         simulated_mstc()
+        return
+    if wanted[0] == "simulated_originals":
+        simulated_originals(int(wanted[1]))
         return
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     console.print(
