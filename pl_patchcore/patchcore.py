@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import lightning as L
 import torch
@@ -75,7 +75,7 @@ from pl_patchcore.options import (
     refuse_rate_beside_threshold,
 )
 from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing
+from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, ResizeMode
 from pl_patchcore.suspicious import TrainingImage
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class PatchCore(L.LightningModule):
         patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
         resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
         crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
-        resize_mode: ``squash`` both sides to ``resize``, or resize the ``shorter_side`` and keep the aspect ratio.
+        resize_mode: ``squash`` both sides to ``resize``; or keep the aspect ratio: resize the ``shorter_side``, or the
+            ``longer_side``, which repeats the edges up to ``resize``; what it repeats counts nowhere.
         coreset_method: ``greedy``: exact farthest-first selection. ``approximate``: with the authors' start of 10
             random rows. ``random``: a uniform draw. ``none``: every patch feature is kept.
         coreset_ratio: Share of the patch features kept, in (0, 1].
@@ -126,6 +127,9 @@ class PatchCore(L.LightningModule):
             of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
+        roi: Where images count, in original pixels: box ``[left, top, right, bottom]``, polygon ``[[x, y], ...]``, list
+            of these, mask image, or folder of masks by the image's name; null: everywhere.
+        ignore: Where they do not count, likewise.
         patches: Stride and pooling of patch features.
         images: Filter of the resize, mean and standard deviation of the normalisation.
         store: Where patch features go until the memory bank is selected.
@@ -161,7 +165,7 @@ class PatchCore(L.LightningModule):
         patch_size: int = 3,
         resize: int | tuple[int, int] | None = 256,
         crop: int | tuple[int, int] | None = 224,
-        resize_mode: Literal["squash", "shorter_side"] = "squash",
+        resize_mode: ResizeMode = "squash",
         coreset_method: CoresetMethod = "greedy",
         coreset_ratio: float = 0.1,
         coreset_size: int | None = None,
@@ -182,6 +186,8 @@ class PatchCore(L.LightningModule):
         metrics_mode: Mode = "auto",
         save_backbone: bool = False,
         seed: int = 0,
+        roi: list[Any] | str | None = None,
+        ignore: list[Any] | str | None = None,
         patches: PatchOptions = PatchOptions(),  # noqa: B008 - frozen
         images: ImageOptions = ImageOptions(),  # noqa: B008 - frozen
         store: StoreOptions = StoreOptions(),  # noqa: B008 - frozen
@@ -200,7 +206,7 @@ class PatchCore(L.LightningModule):
             refuse_rate_beside_threshold(["false_alarm_rate", *calibrated.by_hand])
         self.drop_suspicious = drop_suspicious
         self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
-        self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
+        self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images), roi=roi, ignore=ignore)
         self.model = build_model(settings, of_ensemble, seed, self.transform.size)
         self.model.calibration = calibrated
         if self.calibration != "none":

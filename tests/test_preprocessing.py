@@ -157,7 +157,7 @@ def test_no_image(tmp_path):
         ({"resize": 99_999_999_999, "crop": None}, "resize must be at most 16384 pixels"),
         ({"bits": 64}, r"images\.bits must be from 1 to 31, got 64"),
         ({"max_pixels": 0}, r"images\.max_pixels must be at least 1"),
-        ({"resize_mode": "pad"}, "squash' or 'shorter_side"),
+        ({"resize_mode": "pad"}, "squash', 'shorter_side' or 'longer_side'"),
         ({"resize": (20, 30), "crop": None, "resize_mode": "shorter_side"}, "takes one number"),
         ({"std": (1, 0, 1)}, "std positive"),
         ({"interpolation": "lanczos"}, "bilinear' or 'bicubic"),

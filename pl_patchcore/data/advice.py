@@ -1,0 +1,92 @@
+"""What the sizes of a few images say about the model's geometry: a line each, where there is something to say."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage
+
+from pl_patchcore.distributed import on_first_process
+from pl_patchcore.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from pl_patchcore.data.base import Record
+
+log = logging.getLogger(__name__)
+log.addFilter(on_first_process)
+
+LOOKED_AT = 16  # images, and masks, evenly spread
+SQUASHED = 1.2  # ratio of the sides' scales from which on defects look different lying and standing
+VARIED = 1.05  # ratio between aspect ratios of images that one resize does not fit
+GRID = 32  # pixels: largest stride of common backbones
+# Side of a patch in pixels of the original. The paper brings images of 700 to 1024 pixels to 256, so that a patch is 22
+# to 32; half as much again is no longer what its figures are of.
+LARGE_PATCH = 48
+
+
+def tell_geometry(
+    records: Sequence[Record], tests: Sequence[Record], transform: Preprocessing, patch: tuple[float, float] | None
+) -> None:
+    """Say where images are squashed, and where a patch is large beside the images or their labelled defects.
+
+    Headers are looked at, and some masks are read; no image is decoded.
+
+    Args:
+        records: Images that the model is to fit, or to score.
+        tests: Test images of a fit; none where there is no model to be chosen any more.
+        transform: Preprocessing of the model.
+        patch: Pixels of the input from patch to patch, down and across; None: not known.
+    """
+    headers = (record.check(transform) for record in _spread(records))
+    sizes = [header.size for header in headers if header is not None]
+    if not sizes:
+        return
+    if transform.resize_mode == "squash" and transform.resize is not None:
+        _tell_squashed(sizes, transform)
+    if patch is not None:
+        _tell_patch(sizes, transform, patch)
+        _tell_defects(tests, transform, patch)
+
+
+def _spread(records: Sequence[Record]) -> list[Record]:
+    places = np.linspace(0, len(records) - 1, min(LOOKED_AT, len(records))).round().astype(int)
+    return [records[i] for i in places]
+
+
+def _tell_squashed(sizes: Sequence[tuple[int, int]], transform: Preprocessing) -> None:
+    """Say that images do not have the input's aspect ratio, and which size has theirs."""
+    rows, columns = transform.resize if isinstance(transform.resize, tuple) else (transform.resize or 1,) * 2
+    aspects = [width / height for height, width in sizes]
+    aspect = float(np.median(aspects))
+    stretch = aspect * rows / columns
+    if max(stretch, 1 / stretch) <= SQUASHED:
+        return
+    remedy = "set model.resize_mode to longer_side, which keeps each one's"
+    if max(aspects) / min(aspects) <= VARIED:
+        height = math.sqrt(rows * columns / aspect)
+        size = [max(GRID, GRID * round(side / GRID)) for side in (height, height * aspect)]
+        crop = "" if transform.crop is None else " and model.crop to null"
+        remedy = f"set model.resize to {size}{crop}, which has their aspect ratio and about as many pixels, or model." \
+                 "resize_mode to longer_side"
+    log.info("the images are about %s and squashed to %s: %s.", _ratio(aspect), _ratio(columns / rows), remedy)
+
+
+def _ratio(aspect: float) -> str:
+    """Width to height in small whole numbers.
+
+    Example:
+        >>> _ratio(1.5), _ratio(9 / 16)
+        ('3:2', '9:16')
+    """
+    found = Fraction(max(aspect, 1 / aspect)).limit_denominator(9)
+    return f"{found.numerator}:{found.denominator}" if aspect >= 1 else f"{found.denominator}:{found.numerator}"
+
+
+def _tell_patch(sizes: Sequence[tuple[int, int]], transform: Preprocessing, patch: tuple[float, float]) -> None:
+    """Say how large a patch is on the images, where it is larger than the paper's."""
+    ...
