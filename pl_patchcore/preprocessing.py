@@ -169,9 +169,14 @@ class Preprocessing:
             round((of - size) / 2) - round((of - inner) / 2)
             for of, size, inner in zip(frame, (rows, columns), fitted, strict=True)
         )
-        down, across = height / fitted[0], width / fitted[1]  # pixels of the original per pixel
+        down, across = height / fitted[0], width / fitted[1]
         box = (top * down, left * across, (top + rows) * down, (left + columns) * across)
         return Geometry(fitted, frame, (top, left, top + rows, left + columns), box)
+
+    def scale(self, height: int, width: int) -> tuple[float, float]:
+        """Pixels of an image of some size per pixel of the input, down and across."""
+        fitted = self.geometry(height, width).fitted
+        return height / fitted[0], width / fitted[1]
 
     def region(self, size: tuple[int, int], path: str | os.PathLike[str] | None = None) -> np.ndarray | None:
         """Which pixels of an image count, uint8 ``size``, not to be written to; None: all, as no option says otherwise.

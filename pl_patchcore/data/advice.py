@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
+from tqdm import tqdm
 
 from pl_patchcore.distributed import on_first_process
+from pl_patchcore.metrics.regions import label_regions
 from pl_patchcore.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -49,8 +51,7 @@ def tell_geometry(
     if transform.resize_mode == "squash" and transform.resize is not None:
         _tell_squashed(sizes, transform)
     if patch is not None:
-        _tell_patch(sizes, transform, patch)
-        _tell_defects(tests, transform, patch)
+        _tell_patch(sizes, tests, transform, patch)
 
 
 def _spread(records: Sequence[Record]) -> list[Record]:
@@ -71,8 +72,10 @@ def _tell_squashed(sizes: Sequence[tuple[int, int]], transform: Preprocessing) -
         height = math.sqrt(rows * columns / aspect)
         size = [max(GRID, GRID * round(side / GRID)) for side in (height, height * aspect)]
         crop = "" if transform.crop is None else " and model.crop to null"
-        remedy = f"set model.resize to {size}{crop}, which has their aspect ratio and about as many pixels, or model." \
-                 "resize_mode to longer_side"
+        remedy = (
+            f"set model.resize to {size}{crop}, which has their aspect ratio and about as many pixels, or "
+            "model.resize_mode to longer_side"
+        )
     log.info("the images are about %s and squashed to %s: %s.", _ratio(aspect), _ratio(columns / rows), remedy)
 
 
@@ -87,6 +90,42 @@ def _ratio(aspect: float) -> str:
     return f"{found.numerator}:{found.denominator}" if aspect >= 1 else f"{found.denominator}:{found.numerator}"
 
 
-def _tell_patch(sizes: Sequence[tuple[int, int]], transform: Preprocessing, patch: tuple[float, float]) -> None:
-    """Say how large a patch is on the images, where it is larger than the paper's."""
-    ...
+def _tell_patch(
+    sizes: Sequence[tuple[int, int]], tests: Sequence[Record], transform: Preprocessing, patch: tuple[float, float]
+) -> None:
+    """Say how large a patch is on the images, where it is larger than the paper's or than half a labelled defect."""
+    scales = np.median([transform.scale(*size) for size in sizes], axis=0)
+    down, across = scales * patch
+    if max(scales) <= 1:
+        return  # a larger resize would show nothing more
+    found = []
+    if max(down, across) > LARGE_PATCH:
+        found = [f"defects under about {_round(2 * across)} x {_round(2 * down)} are hard to see"]
+    masked = [record for record in tests if record.label == 1 and record.mask_path and record.mask_is_image]
+    if (smallest := _smallest_defect(masked, transform, patch)) is not None:
+        found.append(f"the smallest labelled defect of {min(LOOKED_AT, len(masked))} masks is {smallest}")
+    if found:
+        log.info(
+            "a patch covers %.0f x %.0f pixels (width x height) of these images; %s: raise model.resize, with "
+            "model.tile where that takes too much memory.",
+            *(across, down, ", and ".join(found)),
+        )
+
+
+def _round(pixels: float) -> int:
+    return 5 * round(pixels / 5)
+
+
+def _smallest_defect(masked: Sequence[Record], transform: Preprocessing, patch: tuple[float, float]) -> str | None:
+    """Width and height of the smallest of the images' largest defects in some masks, if it is under two patches."""
+    found = []
+    for record in tqdm(_spread(masked), "Looking at masks", delay=2, leave=False, unit=" masks"):
+        header = record.check(transform)
+        mask = np.zeros((1, 1), np.uint8) if header is None else record.truth(header.size, transform)
+        boxes = ndimage.find_objects(label_regions(mask == 1)[0]) if (mask == 1).any() else []
+        sides = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in boxes]
+        units = np.multiply(transform.scale(*mask.shape), patch)  # a patch in pixels of this image
+        if sides:
+            found.append(max((max(np.divide(side, units)), side) for side in sides))
+    patches, (height, width) = min(found, default=(2.0, (0, 0)))
+    return f"{width} x {height}" if patches < 2 else None

@@ -160,8 +160,8 @@ class ImageDataset(Dataset[Sample]):
     """Records as samples.
 
     A sample holds ``image``, ``mask``, ``original_size``, ``crop_box`` and perhaps ``region`` as `Preprocessing.apply`
-    gives them; ``label``, ``index`` in the data set, ``group`` (index of the first image of its group); ``category``, ``defect``
-    and ``path`` as strings.
+    gives them; ``label``, ``index`` in the data set, ``group`` (index of the first image of its group); ``category``,
+    ``defect`` and ``path`` as strings.
 
     Args:
         records: The images, in the data set's order.
