@@ -96,7 +96,7 @@ def test_outlines_give_regions_back():
         ([BOX, None], "roi must be a box"),
         ([10, 5, 10, 30], r"roi \[10, 5, 10, 30\]: a box is \[left, top, right, bottom\], right above left"),
         ([BOX, [0, 9, 5, 3]], r"roi \[0, 9, 5, 3\]: a box is"),
-        ([0, 0, float("inf"), 3], r"roi \[0, 0, inf, 3\]: coordinates must be at most"),
+        ([0, 0, float("inf"), 3], "coordinates must be at most"),
         ([[0, 0], [float("nan"), 0], [0, 3]], "coordinates must be at most"),
         ([[i, i * i] for i in range(10_001)], "roi has more than 10000 numbers or corners; give a mask image"),
         ("nowhere.png", r"roi: .*nowhere\.png: no such file or folder; give a mask image"),
@@ -136,7 +136,7 @@ def test_masks_and_shapes_agree(tmp_path):
     save(INSIDE, tmp_path / "dim.png", level=1)
     save(INSIDE, tmp_path / "deep.png", np.uint16, 65535)
     save(INSIDE, tmp_path / "masks" / "01_mask.png")
-    save(INSIDE, tmp_path / "within" / "good" / "01.PNG".lower())
+    save(INSIDE, tmp_path / "within" / "good" / "01.png")
     save(~INSIDE, tmp_path / "within" / "01.png")  # the longer name is nearer
     save(~INSIDE, tmp_path / "outside.png")
     names = ("roi.png", "dim.png", "deep.png", "masks", "within")

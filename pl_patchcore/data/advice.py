@@ -25,7 +25,7 @@ log.addFilter(on_first_process)
 LOOKED_AT = 16  # images, and masks, evenly spread
 SQUASHED = 1.2  # ratio of the sides' scales from which on defects look different lying and standing
 VARIED = 1.05  # ratio between aspect ratios of images that one resize does not fit
-GRID = 32  # pixels: largest stride of common backbones
+GRID = 16  # pixels: stride of the coarser of the layers that are usual
 # Side of a patch in pixels of the original. The paper brings images of 700 to 1024 pixels to 256, so that a patch is 22
 # to 32; half as much again is no longer what its figures are of.
 LARGE_PATCH = 48
