@@ -95,8 +95,7 @@ class PatchCore(L.LightningModule):
         patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
         resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
         crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
-        resize_mode: ``squash`` both sides to ``resize``; or keep the aspect ratio: resize the ``shorter_side``, or the
-            ``longer_side``, which repeats the edges up to ``resize``; what it repeats counts nowhere.
+        resize_mode: ``squash``, or keep the aspect ratio: of ``shorter_side``, or ``longer_side``, padded to ``resize``.
         coreset_method: ``greedy``: exact farthest-first selection. ``approximate``: with the authors' start of 10
             random rows. ``random``: a uniform draw. ``none``: every patch feature is kept.
         coreset_ratio: Share of the patch features kept, in (0, 1].
@@ -127,9 +126,9 @@ class PatchCore(L.LightningModule):
             of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
-        roi: Where images count, in original pixels: box ``[left, top, right, bottom]``, polygon ``[[x, y], ...]``, list
-            of these, mask image, or folder of masks by the image's name; null: everywhere.
-        ignore: Where they do not count, likewise.
+        roi: What counts, in original pixels: boxes ``[left, top, right, bottom]``, polygons ``[[x, y], ...]``, the path
+            of a mask image, or of a folder of masks.
+        ignore: What does not count, likewise.
         patches: Stride and pooling of patch features.
         images: Filter of the resize, mean and standard deviation of the normalisation.
         store: Where patch features go until the memory bank is selected.

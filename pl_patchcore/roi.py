@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pl_patchcore.data.files import IMAGE_SUFFIXES, by_name
+from pl_patchcore.data.files import IMAGE_SUFFIXES, by_name, is_folder
 from pl_patchcore.data.masks import MID_GREY
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import check_image, read_mask, shown
@@ -48,7 +48,7 @@ def checked(name: str, value: Any) -> Where | None:
         return None
     if isinstance(value, str | os.PathLike):
         path = Path(value).absolute()
-        if not path.exists():
+        if not is_folder(path) and not path.is_file():
             raise UserError(f"{name}: {path}: no such file or folder; give a mask image, or a folder of masks.")
         return str(path)
     alone = _shape(value)
