@@ -95,7 +95,7 @@ class PatchCore(L.LightningModule):
         patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
         resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
         crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
-        resize_mode: ``squash``, or keep the aspect ratio: of ``shorter_side``, or ``longer_side``, padded to ``resize``.
+        resize_mode: ``squash``, or keep the aspect ratio: by ``shorter_side``, or by ``longer_side``, padded.
         coreset_method: ``greedy``: exact farthest-first selection. ``approximate``: with the authors' start of 10
             random rows. ``random``: a uniform draw. ``none``: every patch feature is kept.
         coreset_ratio: Share of the patch features kept, in (0, 1].

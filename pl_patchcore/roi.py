@@ -49,7 +49,7 @@ def checked(name: str, value: Any) -> Where | None:
     if isinstance(value, str | os.PathLike):
         path = Path(value).absolute()
         if not is_folder(path) and not path.is_file():
-            raise UserError(f"{name}: {path}: no such file or folder; give a mask image, or a folder of masks.")
+            raise UserError(f"{name}: {path}: no such file or folder; give a mask image, a folder of masks, or null.")
         return str(path)
     alone = _shape(value)
     listed = [alone] if alone else list(map(_shape, value)) if isinstance(value, list | tuple | np.ndarray) else []

@@ -1,5 +1,7 @@
 import copy
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pl_patchcore import Preprocessing, UserError
+from pl_patchcore import PatchCore, Preprocessing, UserError
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.data import ImageDataset, Record
 from pl_patchcore.preprocessing import IMAGENET_MEAN
@@ -99,7 +101,7 @@ def test_outlines_give_regions_back():
         ([0, 0, float("inf"), 3], "coordinates must be at most"),
         ([[0, 0], [float("nan"), 0], [0, 3]], "coordinates must be at most"),
         ([[i, i * i] for i in range(10_001)], "roi has more than 10000 numbers or corners; give a mask image"),
-        ("nowhere.png", r"roi: .*nowhere\.png: no such file or folder; give a mask image"),
+        ("nowhere.png", r"roi: .*nowhere\.png: no such file or folder; give a mask image, a folder of masks, or null"),
     ],
 )
 def test_bad_values(value, message):
@@ -229,6 +231,18 @@ def test_settings_are_plain_and_no_part_of_the_identity(tmp_path, monkeypatch):
         assert same == transform
         assert hash(same) == hash(transform)
         assert np.array_equal(same.region(SIZE), INSIDE)
+
+
+def test_hyper_parameters_hold_them_as_plain_values(tmp_path, monkeypatch, tiny):
+    save(INSIDE, tmp_path / "roi.png")
+    monkeypatch.chdir(tmp_path)
+    given = {"roi": Path("roi.png"), "ignore": (BOX, np.array(CORNERS))}
+    model = PatchCore(tiny, ["fine"], resize=64, crop=None, **given)
+    saved = {name: model.hparams[name] for name in given}
+    assert saved == {"roi": str(tmp_path / "roi.png"), "ignore": [BOX, CORNERS]}
+    again = PatchCore(tiny, ["fine"], resize=64, crop=None, **json.loads(json.dumps(saved)))
+    assert again.transform == model.transform
+    assert again.identity() == PatchCore(tiny, ["fine"], resize=64, crop=None).identity()
 
 
 def test_regions_are_kept_for_a_size():
