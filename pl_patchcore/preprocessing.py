@@ -151,7 +151,11 @@ class Preprocessing:
         return 1 - rows * columns / (original[0] * original[1])
 
     def geometry(self, height: int, width: int) -> Geometry:
-        """Where an image of some size goes."""
+        """Where an image of some size goes.
+
+        Raises:
+            UserError: If it is smaller than the crop.
+        """
         fitted, frame = (height, width), (height, width)
         if self.resize is not None:
             frame = self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
@@ -169,9 +173,17 @@ class Preprocessing:
             round((of - size) / 2) - round((of - inner) / 2)
             for of, size, inner in zip(frame, (rows, columns), fitted, strict=True)
         )
+        bottom, right = top + rows, left + columns
+        if rows > frame[0] or columns > frame[1]:
+            raise UserError(f"crop {self.crop} is larger than an image of {frame[0]}x{frame[1]} pixels; set resize.")
         down, across = height / fitted[0], width / fitted[1]
-        box = (top * down, left * across, (top + rows) * down, (left + columns) * across)
-        return Geometry(fitted, frame, (top, left, top + rows, left + columns), box)
+        return Geometry(
+            fitted,
+            rows=slice(max(0, top), min(bottom, fitted[0])),
+            columns=slice(max(0, left), min(right, fitted[1])),
+            edges=[(max(0, -top), max(0, bottom - fitted[0])), (max(0, -left), max(0, right - fitted[1]))],
+            box=(top * down, left * across, bottom * down, right * across),
+        )
 
     def scale(self, height: int, width: int) -> tuple[float, float]:
         """Pixels of an image of some size per pixel of the input, down and across."""
@@ -235,18 +247,18 @@ class Preprocessing:
             UserError: If the image is smaller than the crop, or as `region`.
         """
         height, width = image.height, image.width
-        fitted, frame, crop, box = self.geometry(height, width)
-        if crop[2] - crop[0] > frame[0] or crop[3] - crop[1] > frame[1]:
-            raise UserError(f"crop {self.crop} is larger than an image of {frame[0]}x{frame[1]} pixels; set resize.")
-        region = self.region((height, width), path)
+        fitted, rows, columns, edges, box = self.geometry(height, width)
+        region = self.region((height, width), path) if self.roi is not None or self.ignore is not None else None
         if region is not None:
             image = image.copy()
             image.paste(tuple(round(255 * min(max(m, 0), 1)) for m in self.mean), None, Image.fromarray(region == 0))
         if fitted != (height, width):
             image = image.resize(fitted[::-1], Image.Resampling[self.interpolation.upper()])
-        pixels = torch.from_numpy(_cut_out(image, crop))
+        pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
+        if not self.levels:
+            pixels = normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
         result = {
-            "image": pixels if self.levels else self._normalised(pixels),
+            "image": pixels,
             "original_size": torch.tensor((height, width), dtype=torch.int64),
             "crop_box": torch.tensor(box, dtype=torch.float32),
         }
@@ -257,7 +269,6 @@ class Preprocessing:
                 mask = np.where(region, mask, np.uint8(UNKNOWN))
             if fitted != (height, width):
                 mask = np.asarray(Image.fromarray(mask).resize(fitted[::-1], Image.Resampling.NEAREST))
-            rows, columns, edges = _within(crop, fitted)
             result["mask"] = torch.from_numpy(np.pad(mask[rows, columns], edges, constant_values=UNKNOWN))
         return result
 
@@ -278,11 +289,6 @@ class Preprocessing:
         path = image if isinstance(image, str | os.PathLike) else None
         return replace(self, levels=False).apply(self.read(image, color), path=path)["image"]
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """Levels uint8 ``(3, H, W)`` as the backbone takes them, float32."""
-        image: Tensor = normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
-        return image
-
     def denormalise(self, image: Tensor) -> Tensor:
         """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures; levels of 8 bits have none."""
         if image.dtype == torch.uint8:
@@ -298,26 +304,17 @@ class Preprocessing:
 
 
 class Geometry(NamedTuple):
-    """Where an image goes: sizes are height and width; parts are top, left, bottom, right."""
+    """Where an image goes. The input is a part of the fitted image, with edges repeated beyond it."""
 
-    fitted: tuple[int, int]  # size after the resize
-    frame: tuple[int, int]  # size with the edges repeated
-    crop: tuple[int, int, int, int]  # part of the fitted image that is the input; beyond it are repeated edges
-    box: tuple[float, float, float, float]  # the same in pixels of the original
-
-
-def _within(crop: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[slice, slice, list[tuple[int, int]]]:
-    """Rows and columns of a crop that lie within an image, and how many lie beyond it, at the start and end of each."""
-    (top, left), (bottom, right) = crop[:2], crop[2:]
-    edges = [
-        (max(0, -low), max(0, high - most)) for low, high, most in ((top, bottom, size[0]), (left, right, size[1]))
-    ]
-    return slice(max(0, top), min(bottom, size[0])), slice(max(0, left), min(right, size[1])), edges
+    fitted: tuple[int, int]  # height and width after the resize
+    rows: slice  # of the fitted image that are in the input
+    columns: slice
+    edges: list[tuple[int, int]]  # rows and columns beyond it, at the start and at the end
+    box: tuple[float, float, float, float]  # top, left, bottom, right of the input in pixels of the original
 
 
-def _cut_out(image: Image.Image, crop: tuple[int, int, int, int]) -> np.ndarray:
-    """A crop of an image as uint8 ``(3, H, W)``, edges repeated where it reaches beyond; next to no other memory."""
-    rows, columns, edges = _within(crop, (image.height, image.width))
+def _cut_out(image: Image.Image, rows: slice, columns: slice, edges: list[tuple[int, int]]) -> np.ndarray:
+    """Part of an image as uint8 ``(3, H, W)``, with edges repeated; takes next to no other memory."""
     pixels = np.empty((3, rows.stop - rows.start, columns.stop - columns.start), np.uint8)
     for start in range(rows.start, rows.stop, BAND):
         stop = min(start + BAND, rows.stop)

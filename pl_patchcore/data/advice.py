@@ -32,7 +32,10 @@ LARGE_PATCH = 48
 
 
 def tell_geometry(
-    records: Sequence[Record], tests: Sequence[Record], transform: Preprocessing, patch: tuple[float, float] | None
+    records: Sequence[Record],
+    tests: Sequence[Record] | None,
+    transform: Preprocessing,
+    patch: tuple[float, float] | None,
 ) -> None:
     """Say where images are squashed, and where a patch is large beside the images or their labelled defects.
 
@@ -40,7 +43,7 @@ def tell_geometry(
 
     Args:
         records: Images that the model is to fit, or to score.
-        tests: Test images of a fit; none where there is no model to be chosen any more.
+        tests: Test images of a fit; None where the model is fitted, and its settings are known.
         transform: Preprocessing of the model.
         patch: Pixels of the input from patch to patch, down and across; None: not known.
     """
@@ -48,10 +51,10 @@ def tell_geometry(
     sizes = [header.size for header in headers if header is not None]
     if not sizes:
         return
-    if transform.resize_mode == "squash" and transform.resize is not None:
+    if tests is not None and transform.resize_mode == "squash" and transform.resize is not None:
         _tell_squashed(sizes, transform)
     if patch is not None:
-        _tell_patch(sizes, tests, transform, patch)
+        _tell_patch(sizes, tests or (), transform, patch)
 
 
 def _spread(records: Sequence[Record]) -> list[Record]:
@@ -117,7 +120,10 @@ def _round(pixels: float) -> int:
 
 
 def _smallest_defect(masked: Sequence[Record], transform: Preprocessing, patch: tuple[float, float]) -> str | None:
-    """Width and height of the smallest of the images' largest defects in some masks, if it is under two patches."""
+    """Width and height of the smallest of the images' largest defects in some masks, if it is under two patches.
+
+    The largest of an image is what it can be found by; the longer side counts, as that of a scratch.
+    """
     found = []
     for record in tqdm(_spread(masked), "Looking at masks", delay=2, leave=False, unit=" masks"):
         header = record.check(transform)

@@ -366,7 +366,7 @@ class AnomalyDataModule(L.LightningDataModule):
             records = self.predict_records if stage == "predict" else self.records[0]
             _tell_crop(records[0], transform)
             module = self.trainer.lightning_module if self.trainer is not None else None
-            tests = [] if stage == "predict" else self.records[1]
+            tests = None if stage == "predict" else self.records[1]
             tell_geometry(records, tests, transform, getattr(module, "pixels_per_patch", None))
 
     def describe(self) -> str:
