@@ -239,7 +239,7 @@ def test_a_fit_tells_of_sizes(tmp_path, caplog):
     for i in range(3):
         Image.new("L", (200, 100)).save(tmp_path / f"{i}.png")
     data = FolderDataModule(tmp_path, test_share=0, num_workers=0)
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(pixels_per_patch=(60.0, 60.0)))
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(pixels_per_patch=60))
     data.transform = Preprocessing(64, None)
     caplog.set_level("INFO")
     data.setup("fit")

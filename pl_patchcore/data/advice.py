@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
+Patch = float | tuple[float, float]
 LOOKED_AT = 16  # images, and masks, evenly spread
 SQUASHED = 1.2  # ratio of the sides' scales from which on defects look different lying and standing
 VARIED = 1.05  # ratio between aspect ratios of images that one resize does not fit
@@ -35,7 +36,7 @@ def tell_geometry(
     records: Sequence[Record],
     tests: Sequence[Record] | None,
     transform: Preprocessing,
-    patch: tuple[float, float] | None,
+    patch: Patch | None,
 ) -> None:
     """Say where images are squashed, and where a patch is large beside the images or their labelled defects.
 
@@ -45,7 +46,7 @@ def tell_geometry(
         records: Images that the model is to fit, or to score.
         tests: Test images of a fit; None where the model is fitted, and its settings are known.
         transform: Preprocessing of the model.
-        patch: Pixels of the input from patch to patch, down and across; None: not known.
+        patch: Pixels of the input from patch to patch, one number, or down and across; None: not known.
     """
     headers = (record.check(transform) for record in _spread(records))
     sizes = [header.size for header in headers if header is not None]
@@ -94,7 +95,7 @@ def _ratio(aspect: float) -> str:
 
 
 def _tell_patch(
-    sizes: Sequence[tuple[int, int]], tests: Sequence[Record], transform: Preprocessing, patch: tuple[float, float]
+    sizes: Sequence[tuple[int, int]], tests: Sequence[Record], transform: Preprocessing, patch: Patch
 ) -> None:
     """Say how large a patch is on the images, where it is larger than the paper's or than half a labelled defect."""
     scales = np.median([transform.scale(*size) for size in sizes], axis=0)
@@ -119,7 +120,7 @@ def _round(pixels: float) -> int:
     return 5 * round(pixels / 5)
 
 
-def _smallest_defect(masked: Sequence[Record], transform: Preprocessing, patch: tuple[float, float]) -> str | None:
+def _smallest_defect(masked: Sequence[Record], transform: Preprocessing, patch: Patch) -> str | None:
     """Width and height of the smallest of the images' largest defects in some masks, if it is under two patches.
 
     The largest of an image is what it can be found by; the longer side counts, as that of a scratch.
