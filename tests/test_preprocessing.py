@@ -109,6 +109,23 @@ def test_orientation_is_applied(tmp_path):
     assert check_image(tmp_path / "turned.png").size == (32, 48)
 
 
+def test_a_large_file_is_not_copied(tmp_path, monkeypatch):
+    """Each copy of an image of 100 megapixels is 400 MB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    given = Image.fromarray(pixels)
+    read = read_image(given)
+    given.paste((0, 0, 0))
+    assert np.array_equal(np.asarray(read), pixels)  # the caller's image is
+
+    def copy(self):
+        raise AssertionError
+
+    monkeypatch.setattr(Image.Image, "copy", copy)
+    transform = Preprocessing(None, None, levels=True)
+    assert np.array_equal(transform.apply(transform.read(tmp_path / "a.png"))["image"].permute(1, 2, 0), pixels)
+
+
 def test_mask_threshold(tmp_path):
     Image.fromarray(np.array([[0, 100, 127, 128, 255]], np.uint8)).save(tmp_path / "mask.png")
     Image.fromarray(np.array([[0, 100, 127, 128, 255]], np.uint16) * 257).save(tmp_path / "deep.png")
