@@ -115,7 +115,7 @@ def test_a_large_file_is_not_copied(tmp_path, monkeypatch):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     given = Image.fromarray(pixels)
     read = read_image(given)
-    given.paste((0, 0, 0))
+    given.paste((0, 0, 0), (0, 0, 40, 600))
     assert np.array_equal(np.asarray(read), pixels)  # the caller's image is
 
     def copy(self):
