@@ -288,7 +288,7 @@ def _short(value: Any) -> str:
 def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Those of a `PatchCore`'s arguments that have a plain form, in it, and the names of the others.
 
-    Paths of weights become absolute, to hold in any folder.
+    Paths of weights and masks become absolute, to hold in any folder.
     """
     found: dict[str, Any] = {}
     left_out = []
@@ -300,6 +300,7 @@ def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     for each in (found, *((found.get("ensemble") or {}).get("members") or ())):
         if isinstance(name := each.get("weights"), str):
             each["weights"] = str(weights_path(name) or name)
+    found |= {name: str(Path(found[name]).absolute()) for name in ("roi", "ignore") if isinstance(found.get(name), str)}
     return found, left_out
 
 

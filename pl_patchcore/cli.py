@@ -250,6 +250,9 @@ class PatchCoreCLI(LightningCLI):
         self.chosen: Any = self.config[command]  # settings of the command
         if isinstance(weights := self.chosen["model"]["weights"], str):  # a path is saved as one for any folder
             self.chosen["model"]["weights"] = str(weights_path(weights) or weights)
+        for name in ("roi", "ignore"):
+            if isinstance(path := self.chosen["model"][name], str):
+                self.chosen["model"][name] = str(Path(path).absolute())
         # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
         # leave that out; it does without where there is no ckpt_path.
         self.ckpt_path = self.chosen.pop("ckpt_path", None)

@@ -90,7 +90,9 @@ def shorten(text: str) -> str:
         return f"{option[1]}\n{textwrap.fill(shown, width, initial_indent=indent, subsequent_indent=indent)}\n"
 
     text = re.sub(r",\s+known\s+subclasses:[^()]*\)", ")", text)
-    text = re.sub(r"\(type:\s+(?:Literal\[[^]]*\]|str),\s+default", "(default", text)  # choices are shown before
+    text = re.sub(
+        r"\(type:\s+(?:Literal\[[^]]*\]|str|Union\[list\[Any\],\s+str,\s+null\]),\s+default", "(default", text
+    )  # choices are shown before
     text = re.sub(r"^  --(?:model|trainer)\.\S+\.help .*\n(?: {10,}.*\n)+", "", text, flags=re.MULTILINE)
     text = re.sub(r"^(  --(?:trainer\.|ckpt_path)\S*.*)\n((?: {10,}.*\n?)+)", brief, text, flags=re.MULTILINE)
     hint = "Options of images of your own, such as --data.nominal: --data.help FolderDataModule\n"

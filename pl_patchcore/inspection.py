@@ -365,7 +365,7 @@ def _prepare(
     """An image as a sample, and what gives the original again."""
     if isinstance(image, str | os.PathLike):
         source = _File.of(Path(image).absolute(), transform)
-        return transform.apply(source.read()), source
+        return transform.apply(source.read(), path=source.path), source
     read = transform.read(image, color)
     return transform.apply(read), read.copy
 

@@ -328,7 +328,7 @@ def _words(kind: Any) -> str:
     if origin is tuple and inner[-1] is not Ellipsis:
         return f"a list of {len(inner)} ({_words(inner[0])} each)"
     if origin in (list, Sequence, tuple):
-        return f"a list ({_words(inner[0])} each)"
+        return "a list" if inner[0] is Any else f"a list ({_words(inner[0])} each)"
     return _WORDS.get(origin or kind) or f"a {kind.__name__}"
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import lightning as L
 import torch
@@ -77,7 +77,7 @@ from pl_patchcore.options import (
     refuse_rate_beside_threshold,
 )
 from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing
+from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, ResizeMode
 from pl_patchcore.suspicious import TrainingImage
 from pl_patchcore.tiles import TileOptions
 
@@ -98,7 +98,7 @@ class PatchCore(L.LightningModule):
         patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
         resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
         crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
-        resize_mode: ``squash`` both sides to ``resize``, or resize the ``shorter_side`` and keep the aspect ratio.
+        resize_mode: ``squash``, or keep the aspect ratio: by ``shorter_side``, or by ``longer_side``, padded.
         coreset_method: ``greedy``: exact farthest-first selection. ``approximate``: with the authors' start of 10
             random rows. ``random``: a uniform draw. ``none``: every patch feature is kept.
         coreset_ratio: Share of the patch features kept, in (0, 1].
@@ -136,6 +136,9 @@ class PatchCore(L.LightningModule):
         metrics_size: Pixel figures of the ``input``'s pixels, or of the ``original`` images' and masks'.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
         seed: Seed of all random choices: projection, selection, calibration split, random weights.
+        roi: What counts, in original pixels: boxes ``[left, top, right, bottom]``, polygons ``[[x, y], ...]``, the path
+            of a mask image, or of a folder of masks.
+        ignore: What does not count, likewise.
         patches: Stride and pooling of patch features.
         images: Filter of the resize, mean and standard deviation of the normalisation.
         store: Where patch features go until the memory bank is selected.
@@ -171,7 +174,7 @@ class PatchCore(L.LightningModule):
         patch_size: int = 3,
         resize: int | tuple[int, int] | None = 256,
         crop: int | tuple[int, int] | None = 224,
-        resize_mode: Literal["squash", "shorter_side"] = "squash",
+        resize_mode: ResizeMode = "squash",
         coreset_method: CoresetMethod = "greedy",
         coreset_ratio: float = 0.1,
         coreset_size: int | None = None,
@@ -199,6 +202,8 @@ class PatchCore(L.LightningModule):
         metrics_size: MetricsSize = "input",
         save_backbone: bool = False,
         seed: int = 0,
+        roi: list[Any] | str | None = None,
+        ignore: list[Any] | str | None = None,
         patches: PatchOptions = PatchOptions(),  # noqa: B008 - frozen
         images: ImageOptions = ImageOptions(),  # noqa: B008 - frozen
         store: StoreOptions = StoreOptions(),  # noqa: B008 - frozen
@@ -217,8 +222,11 @@ class PatchCore(L.LightningModule):
             refuse_rate_beside_threshold(["false_alarm_rate", *calibrated.by_hand])
         self.drop_suspicious = drop_suspicious
         self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
-        self.transform = Preprocessing(resize, crop, resize_mode, **vars(of_images))
         tiles = None if tile is None else TileOptions(tile, tile_overlap, tile_batch)
+        regions: dict[str, Any] = {"roi": roi, "ignore": ignore}
+        self.transform = Preprocessing(
+            resize, crop, resize_mode, **vars(of_images), **regions, levels=tiles is not None
+        )
         self.model = build_model(settings, of_ensemble, seed, self.transform, tiles, foreground)
         self.model.calibration = calibrated
         if self.calibration != "none":

@@ -1,7 +1,7 @@
 """Image of any kind -> input of the backbone, one image at a time.
 
-Reads an image file, a PIL image, an array or a tensor, resizes, crops and normalises it, and remembers which part of
-the original the crop covers.
+Reads an image file, a PIL image, an array or a tensor, paints over what does not count (`roi.py`), resizes, crops and
+normalises it, and remembers which part of the original the crop covers.
 Each image is handled alone, so that a score never depends on its neighbours in the batch. Next: `data/base.py`,
 which makes samples and batches of it.
 
@@ -14,17 +14,17 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, normalize, resize
+from torchvision.transforms.functional import normalize
 
 from pl_patchcore.errors import UserError
 
@@ -32,6 +32,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_PIXELS = 16_384  # of a side
 UNKNOWN = 255  # mask value of pixels that no pixel figure counts
+UNNAMED = ("max_pixels", "roi", "ignore", "levels")  # settings on which the patch features of an image do not depend
+BAND = 256  # rows of an image that are converted at once, of which there are several copies meanwhile
 _ORIENTATION = 274  # EXIF tag
 # no EPS among them, for which Pillow would start another program
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
@@ -41,6 +43,7 @@ _GREY_ONLY = "model.images.bits is for grey images; save this one with 8 bits a 
 _pillows_limit = threading.Lock()  # that limit belongs to the whole process
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor  # what `read_image` reads
 Color = Literal["rgb", "bgr"]  # order of the channels
+ResizeMode = Literal["squash", "shorter_side", "longer_side"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,22 @@ class Preprocessing:
         resize: Size before the crop, in pixels: one number, ``(height, width)``, or None to leave it.
         crop: Size of the centre crop, one number, ``(height, width)``, or None for no crop.
         resize_mode: ``squash`` resizes both sides to ``resize``, ignoring the aspect ratio; ``shorter_side``
-            resizes the shorter side to ``resize`` (one number) and keeps the aspect ratio.
+            resizes the shorter side to ``resize`` (one number) and keeps the aspect ratio; ``longer_side`` fits the
+            image into ``resize``, keeps the aspect ratio, and fills the rest evenly with the image's edges.
         interpolation: Filter of the image's resize (antialiased); masks always take the nearest pixel.
         mean: Subtracted per RGB channel, in units of [0, 1].
         std: Divided by per RGB channel, in units of [0, 1].
         bits: As `read_image`; kept here as it belongs to what the model has seen.
         max_pixels: As `read_image`.
+        roi: Where images count, in pixels of the original: a box ``[left, top, right, bottom]``, a polygon
+            ``[[x, y], ...]``, a list of these, the path of a mask image, or of a folder of masks by the image's name;
+            None: everywhere. What does not count is painted over with the mean of the normalisation.
+        ignore: Where they do not count, likewise.
+        levels: Give images as levels of 8 bits, not normalised: a quarter of the memory.
 
     Raises:
-        UserError: If a size is not positive or the crop is larger than the resized image.
+        UserError: If a size is not positive, the crop is larger than the resized image, or ``roi`` or ``ignore`` is
+            none of these.
 
     Example:
         >>> Preprocessing()(Image.new("RGB", (300, 200))).shape
@@ -68,12 +78,15 @@ class Preprocessing:
 
     resize: int | tuple[int, int] | None = 256
     crop: int | tuple[int, int] | None = 224
-    resize_mode: Literal["squash", "shorter_side"] = "squash"
+    resize_mode: ResizeMode = "squash"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     bits: int | None = None
     max_pixels: int | None = None
+    roi: Sequence[Any] | str | None = None
+    ignore: Sequence[Any] | str | None = None
+    levels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop", "mean", "std"):
@@ -84,8 +97,8 @@ class Preprocessing:
                 raise UserError(f"{name} must be at least 1 pixel, one number or (height, width), got {size}.")
             if size is not None and np.max(size) > MOST_PIXELS:
                 raise UserError(f"{name} must be at most {MOST_PIXELS} pixels, got {size}.")
-        if self.resize_mode not in ("squash", "shorter_side"):
-            raise UserError(f"resize_mode must be 'squash' or 'shorter_side', got {self.resize_mode!r}.")
+        if self.resize_mode not in get_args(ResizeMode):
+            raise UserError(f"resize_mode must be 'squash', 'shorter_side' or 'longer_side', got {self.resize_mode!r}.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise UserError(f"interpolation must be 'bilinear' or 'bicubic', got {self.interpolation!r}.")
         if self.resize_mode == "shorter_side" and isinstance(self.resize, tuple):
@@ -99,11 +112,21 @@ class Preprocessing:
         # shorter_side makes the other side at least as long, so this bound holds for it too
         if self.resize is not None and self.crop is not None and np.any(np.greater(self.crop, self.resize)):
             raise UserError(f"crop {self.crop} is larger than the resized image ({self.resize}); change one of them.")
+        if self.marks:
+            from pl_patchcore.roi import checked  # which imports this file
+
+            for name, where in self.marks:
+                object.__setattr__(self, name, checked(name, where))
+
+    @property
+    def marks(self) -> list[tuple[str, Any]]:
+        """Options that say where images count, by name."""
+        return [(name, where) for name in ("roi", "ignore") if (where := getattr(self, name)) is not None]
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the input; None where they depend on the image."""
-        size = self.resize if self.crop is None and self.resize_mode == "squash" else self.crop
+        size = self.resize if self.crop is None and self.resize_mode != "shorter_side" else self.crop
         return (size, size) if isinstance(size, int) else size
 
     def left_out(self, original: tuple[int, int] | None = None) -> float:
@@ -116,54 +139,137 @@ class Preprocessing:
             >>> round(Preprocessing().left_out(), 3)
             0.234
         """
-        size = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
-        if size is None or self.resize_mode == "shorter_side":
-            if original is None:
+        if original is None:
+            if self.resize is None or self.resize_mode != "squash":
                 return 0.0
-            scale = 1.0 if size is None else size[0] / min(original)
-            size = (round(scale * original[0]), round(scale * original[1]))
-        if self.crop is None:
-            return 0.0
-        kept = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
-        return 1 - min(kept[0], size[0]) * min(kept[1], size[1]) / (size[0] * size[1])
+            original = (MOST_PIXELS, MOST_PIXELS)  # whichever
+        top, left, bottom, right = self.geometry(*original).box
+        rows, columns = (
+            min(high, side) - max(low, 0)
+            for low, high, side in zip((top, left), (bottom, right), original, strict=True)
+        )
+        return 1 - rows * columns / (original[0] * original[1])
 
-    def apply(self, image: Image.Image, mask: np.ndarray | None = None) -> dict[str, Tensor]:
+    def geometry(self, height: int, width: int) -> Geometry:
+        """Where an image of some size goes.
+
+        Raises:
+            UserError: If it is smaller than the crop.
+        """
+        fitted, frame = (height, width), (height, width)
+        if self.resize is not None:
+            frame = self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
+            if self.resize_mode == "shorter_side":  # as torchvision rounds
+                short, long = sorted((height, width))
+                longer = int(frame[0] * long / short)
+                frame = (frame[0], longer) if height <= width else (longer, frame[0])
+            fitted = frame
+            if self.resize_mode == "longer_side":
+                scale = min(frame[0] / height, frame[1] / width)
+                fitted = max(1, round(scale * height)), max(1, round(scale * width))
+        rows, columns = self.crop if isinstance(self.crop, tuple) else (self.crop or frame[0], self.crop or frame[1])
+        # of the frame's middle, then of the image's within the frame
+        top, left = (
+            round((of - size) / 2) - round((of - inner) / 2)
+            for of, size, inner in zip(frame, (rows, columns), fitted, strict=True)
+        )
+        bottom, right = top + rows, left + columns
+        if rows > frame[0] or columns > frame[1]:
+            raise UserError(f"crop {self.crop} is larger than an image of {frame[0]}x{frame[1]} pixels; set resize.")
+        down, across = height / fitted[0], width / fitted[1]
+        return Geometry(
+            fitted,
+            rows=slice(max(0, top), min(bottom, fitted[0])),
+            columns=slice(max(0, left), min(right, fitted[1])),
+            edges=[(max(0, -top), max(0, bottom - fitted[0])), (max(0, -left), max(0, right - fitted[1]))],
+            box=(top * down, left * across, bottom * down, right * across),
+        )
+
+    def scale(self, height: int, width: int) -> tuple[float, float]:
+        """Pixels of an image of some size per pixel of the input, down and across."""
+        fitted = self.geometry(height, width).fitted
+        return height / fitted[0], width / fitted[1]
+
+    def region(self, size: tuple[int, int], path: str | os.PathLike[str] | None = None) -> np.ndarray | None:
+        """Which pixels of an image count, uint8 ``size``, not to be written to; None: all, as no option says otherwise.
+
+        Args:
+            size: Height and width of the image.
+            path: File of the image, by whose name a folder of masks is looked at.
+
+        Raises:
+            UserError: If none does, or as `roi.marked`.
+        """
+        if not self.marks:
+            return None
+        from pl_patchcore.roi import marked  # which imports this file
+
+        file = None if path is None else Path(path)
+        found = {name: marked(name, where, size, file, self.max_pixels) for name, where in self.marks}
+        counts = found["roi"] if "roi" in found else ~found["ignore"]
+        if len(found) == 2:
+            counts = counts & ~found["ignore"]
+        if not counts.any():
+            image = "an image in memory" if file is None else shown(file)
+            raise UserError(f"{image}: no pixel of its {size[0]}x{size[1]} counts; change {' and '.join(found)}.")
+        return counts.view(np.uint8)
+
+    def check_region(self, size: tuple[int, int], path: Path) -> None:
+        """Refuse what `region` refuses, as far as it shows without decoding a mask of the image's own.
+
+        Raises:
+            UserError: As `region`.
+        """
+        if self.marks:
+            from pl_patchcore.roi import check_marked  # which imports this file
+
+            for name, where in self.marks:
+                check_marked(name, where, size, path, self.max_pixels)
+
+    def apply(
+        self, image: Image.Image, mask: np.ndarray | None = None, path: str | os.PathLike[str] | None = None
+    ) -> dict[str, Tensor]:
         """Take an image, and its mask, through the same geometry.
 
         Args:
             image: RGB.
             mask: uint8 ``(H0, W0)``, of the image's size; it is resized to the nearest pixel.
+            path: File of the image, by whose name ``roi`` and ``ignore`` find its mask in a folder.
 
         Returns:
-            ``image`` float32 ``(3, H, W)``, normalised; ``mask`` uint8 ``(H, W)``, where one was given;
-            ``original_size`` int64 ``(2,)``, height and width; ``crop_box`` float32 ``(4,)``, the part of the
-            original that the input covers: top, left, bottom, right in pixels of the original, fractional.
+            ``image`` float32 ``(3, H, W)``, normalised, or uint8 where ``levels`` says so; ``mask`` uint8 ``(H, W)``,
+            where one was given, `UNKNOWN` where the image does not count and beyond its edges; ``original_size`` int64
+            ``(2,)``, height and width; ``crop_box`` float32 ``(4,)``, the part of the original that the input covers:
+            top, left, bottom, right in pixels of the original, fractional, beyond it where edges were repeated;
+            ``region`` uint8 ``(H0, W0)``, 1 where a pixel of the original counts, where ``roi`` or ``ignore`` is set.
 
         Raises:
-            UserError: If the image is smaller than the crop.
+            UserError: If the image is smaller than the crop, or as `region`.
         """
-        resized = image
-        if self.resize is not None:
-            side = self.resize_mode == "squash" and isinstance(self.resize, int)
-            size = (self.resize, self.resize) if side else self.resize
-            resized = resize(image, size, InterpolationMode(self.interpolation))
-        width, height = resized.size
-        rows, columns = self.crop if isinstance(self.crop, tuple) else (self.crop or height, self.crop or width)
-        if rows > height or columns > width:
-            raise UserError(f"crop {self.crop} is larger than an image of {height}x{width} pixels; set resize.")
-        top, left = round((height - rows) / 2), round((width - columns) / 2)
-        crop = (left, top, left + columns, top + rows)
-        pixels = torch.from_numpy(np.array(resized.crop(crop))).permute(2, 0, 1).contiguous()  # (3, H, W)
-        down, across = image.height / height, image.width / width  # pixels of the original per pixel
-        covered = (top * down, left * across, (top + rows) * down, (left + columns) * across)
+        height, width = image.height, image.width
+        fitted, rows, columns, edges, box = self.geometry(height, width)
+        region = self.region((height, width), path) if self.roi is not None or self.ignore is not None else None
+        if region is not None:
+            image = image.copy()
+            image.paste(tuple(round(255 * min(max(m, 0), 1)) for m in self.mean), None, Image.fromarray(region == 0))
+        if fitted != (height, width):
+            image = image.resize(fitted[::-1], Image.Resampling[self.interpolation.upper()])
+        pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
+        if not self.levels:
+            pixels = normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
         result = {
-            "image": normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True),
-            "original_size": torch.tensor((image.height, image.width), dtype=torch.int64),
-            "crop_box": torch.tensor(covered, dtype=torch.float32),
+            "image": pixels,
+            "original_size": torch.tensor((height, width), dtype=torch.int64),
+            "crop_box": torch.tensor(box, dtype=torch.float32),
         }
+        if region is not None:
+            result["region"] = torch.from_numpy(region.copy())
         if mask is not None:
-            nearest = Image.fromarray(mask).resize(resized.size, Image.Resampling.NEAREST)
-            result["mask"] = torch.from_numpy(np.array(nearest.crop(crop)))
+            if region is not None:
+                mask = np.where(region, mask, np.uint8(UNKNOWN))
+            if fitted != (height, width):
+                mask = np.asarray(Image.fromarray(mask).resize(fitted[::-1], Image.Resampling.NEAREST))
+            result["mask"] = torch.from_numpy(np.pad(mask[rows, columns], edges, constant_values=UNKNOWN))
         return result
 
     def read(self, image: ImageLike, color: Color = "rgb") -> Image.Image:
@@ -180,19 +286,41 @@ class Preprocessing:
         Raises:
             UserError: As `read_image` and `apply`.
         """
-        return self.apply(self.read(image, color))["image"]
+        path = image if isinstance(image, str | os.PathLike) else None
+        return replace(self, levels=False).apply(self.read(image, color), path=path)["image"]
 
     def denormalise(self, image: Tensor) -> Tensor:
-        """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures."""
+        """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures; levels of 8 bits have none."""
+        if image.dtype == torch.uint8:
+            return image.float() / 255
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=image.device)[..., None, None]
         rgb: Tensor = (image * std + mean).clamp(0, 1)
         return rgb
 
     def as_dict(self) -> dict[str, Any]:
         """What an image becomes by: plain numbers, strings and lists, as stored in checkpoints."""
-        settings = asdict(self)
-        del settings["max_pixels"]  # which images are opened
+        settings = {name: value for name, value in asdict(self).items() if name not in UNNAMED}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+
+
+class Geometry(NamedTuple):
+    """Where an image goes. The input is a part of the fitted image, with edges repeated beyond it."""
+
+    fitted: tuple[int, int]  # height and width after the resize
+    rows: slice  # of the fitted image that are in the input
+    columns: slice
+    edges: list[tuple[int, int]]  # rows and columns beyond it, at the start and at the end
+    box: tuple[float, float, float, float]  # top, left, bottom, right of the input in pixels of the original
+
+
+def _cut_out(image: Image.Image, rows: slice, columns: slice, edges: list[tuple[int, int]]) -> np.ndarray:
+    """Part of an image as uint8 ``(3, H, W)``, with edges repeated; takes next to no other memory."""
+    pixels = np.empty((3, rows.stop - rows.start, columns.stop - columns.start), np.uint8)
+    for start in range(rows.start, rows.stop, BAND):
+        stop = min(start + BAND, rows.stop)
+        band = np.asarray(image.crop((columns.start, start, columns.stop, stop)))  # (n, W, 3)
+        pixels[:, start - rows.start : stop - rows.start] = band.transpose(2, 0, 1)
+    return np.pad(pixels, [(0, 0), *edges], mode="edge") if np.any(edges) else pixels
 
 
 class Header(NamedTuple):
@@ -249,15 +377,24 @@ def read_image(
     with source as opened:
         if bits is not None or opened.mode.startswith(("I", "F")):
             bits = _check_range(opened, bits)
-        upright = ImageOps.exif_transpose(opened)
+        if isinstance(image, Image.Image):  # the caller's stays as it is
+            upright = ImageOps.exif_transpose(opened)
+        else:
+            ImageOps.exif_transpose(upright := opened, in_place=True)  # large images: no copy more than it takes
         if upright.mode.startswith("I"):
-            grey, high = np.asarray(upright), 2 ** (bits or 16) - 1
-            if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
-                found = f"level {lowest if lowest < 0 else highest}"
-                raise UserError(f"holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew.")
-            grey = grey.astype(np.float32) / (high / 255)
-            upright = Image.fromarray(grey.round().astype(np.uint8))
-        return upright.convert("RGB")
+            upright = Image.fromarray(_of_depth(np.asarray(upright), 2 ** (bits or 16) - 1))
+        return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _of_depth(grey: np.ndarray, high: int) -> np.ndarray:
+    """Levels 0 to ``high`` of a grey image brought to 8 bits."""
+    if (lowest := int(grey.min())) < 0 or (highest := int(grey.max())) > high:
+        found = f"level {lowest if lowest < 0 else highest}"
+        raise UserError(f"holds {found}, outside of 0 to {high}; set model.images.bits, or save it anew.")
+    levels = np.empty(grey.shape, np.uint8)
+    for start in range(0, len(grey), BAND):
+        levels[start : start + BAND] = (grey[start : start + BAND].astype(np.float32) / (high / 255)).round()
+    return levels
 
 
 def _of_tensor(image: Tensor) -> np.ndarray:

@@ -483,6 +483,18 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, mo
         ("fit --config demo --model.coreset_ratio=1.5", "coreset_ratio must be in (0, 1], got 1.5"),
         ("fit --config demo --model.patches.stride=0", "patches.stride must be at least 1, got 0."),
         ("fit --config demo --model.layers=3", "model.layers must be Sequence, got 3."),
+        (
+            "fit --config demo --model.roi=[9,9,5,5]",
+            "roi [9, 9, 5, 5]: a box is [left, top, right, bottom], right above",
+        ),
+        (
+            "fit --config demo --model.ignore=[[0,0],[9,9]]",
+            "ignore must be a box [left, top, right, bottom], a polygon",
+        ),
+        (
+            "fit --config demo --model.ignore=a.png",
+            "a.png: no such file or folder; give a mask image, a folder of masks",
+        ),
         ("fit --config demo --model.layers=[layer9]", "layer 'layer9' is not in resnet18; did you mean"),
         (
             "fit --config demo --model.weights=nowhere.pth",

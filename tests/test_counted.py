@@ -137,7 +137,7 @@ def test_object_in_front(kind, tiles):
     """What is in the background is in no bank and no score; a background that is not plain is taken."""
     torch.manual_seed(6)
     images = 0.05 * torch.rand(2, 3, 64, 96)
-    images[:, :, 20:44, 30:70] += 1 + 0.3 * torch.rand(2, 3, 24, 40)
+    images[:, :, 20:44, 30:70] += 1 + 0.1 * torch.rand(2, 3, 24, 40)
     model = fitted(images, None, tiles, kind)
     share = model.memory_bank.size / (2 * 32 * 48)
     assert 24 * 40 / (64 * 96) <= share < 0.42

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import fakes
 import lightning as L
@@ -8,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from pl_patchcore import MTDDataModule, Preprocessing, SyntheticDataModule, UserError
-from pl_patchcore.data.base import loader_error
-from pl_patchcore.data.batch import as_batch
+from pl_patchcore import FolderDataModule, MTDDataModule, Preprocessing, SyntheticDataModule, UserError
+from pl_patchcore.data.advice import tell_geometry
+from pl_patchcore.data.base import Record, loader_error
+from pl_patchcore.data.batch import as_batch, collate
 from pl_patchcore.lightning_parts import ReleaseOnException
 
 
@@ -156,10 +158,93 @@ def test_missing_root(tmp_path):
         MTDDataModule(tmp_path / "nowhere").prepare_data()
 
 
-def test_images_of_different_shapes_are_refused_by_name(mtd):
-    data = ready(MTDDataModule(mtd, num_workers=0), resize=None)
-    with pytest.raises(UserError, match=r"exp\d_num_\d+\.jpg is .* pixels after preprocessing.*set crop"):
-        next(iter(data.test_dataloader()))
+def test_images_of_different_shapes_are_kept_apart(mtd):
+    data = ready(MTDDataModule(mtd, num_workers=0, batch_size=5), resize=None, roi=[0, 0, 30, 30])
+    batch = next(iter(data.test_dataloader()))
+    for i, path in enumerate(batch["path"]):
+        sample = data.test_set[i]
+        assert (sample["path"], list(sample["image"].shape[1:])) == (path, sample["original_size"].tolist())
+        for name in ("image", "mask", "region"):
+            assert torch.equal(batch[name][i], sample[name])
+    assert isinstance(batch["image"], list)
+    assert batch["crop_box"].shape == (5, 4)
+    assert batch["label"].tolist() == [0, 0, 1, 1, 1]
+    squashed = next(iter(ready(data, roi=[0, 0, 30, 30]).test_dataloader()))
+    assert squashed["image"].shape == (5, 3, 32, 32)
+    assert [region.shape for region in squashed["region"]] == [region.shape for region in batch["region"]]
+
+
+def test_collate_is_torchs_where_shapes_agree():
+    samples = [{"image": torch.rand(3, 4, 4), "label": i, "score": 0.5 * i, "path": f"{i}.png"} for i in range(3)]
+    found, expected = collate(samples), default_collate(samples)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+
+
+PATCH = (8.0, 8.0)
+
+
+def told(caplog, tmp_path, size, transform, patch=PATCH, defects=()):
+    """What is said of a data set of six images of that size, or of a list of sizes, and its masks."""
+    sizes = size if isinstance(size, list) else [size] * 6
+    records, tests = [], []
+    for i, (height, width) in enumerate(sizes):
+        Image.new("L", (width, height)).save(tmp_path / f"{i}.png")
+        records.append(Record(tmp_path / f"{i}.png", 0, "nominal", "x"))
+    for i, (height, width) in enumerate(defects):
+        mask = np.zeros(sizes[0], np.uint8)
+        mask[5 : 5 + height, 5 : 5 + width] = 255
+        mask[-1, -1] = 255  # a speck
+        Image.fromarray(mask).save(tmp_path / f"mask{i}.png")
+        tests.append(Record(tmp_path / "0.png", 1, "dirt", "x", tmp_path / f"mask{i}.png"))
+    caplog.clear()
+    caplog.set_level("INFO")
+    tell_geometry(records, tests, transform, patch)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_what_the_sizes_of_images_say(caplog, tmp_path):
+    squashed, patches = told(caplog, tmp_path, (2000, 3000), Preprocessing())
+    assert squashed == (
+        "the images are about 3:2 and squashed to 1:1: set model.resize to [208, 320] and model.crop to null, which has"
+        " their aspect ratio and about as many pixels, or model.resize_mode to longer_side."
+    )
+    assert patches == (
+        "a patch covers 94 x 62 pixels (width x height) of these images; defects under about 190 x 125 are hard to see:"
+        " raise model.resize, with model.tile where that takes too much memory."
+    )
+    assert not told(caplog, tmp_path, (1024, 1024), Preprocessing())
+    assert not told(caplog, tmp_path, (1000, 850), Preprocessing())
+    assert not told(caplog, tmp_path, (2000, 3000), Preprocessing((640, 960), None))
+    assert not told(caplog, tmp_path, (2000, 3000), Preprocessing(None, None))
+    assert len(told(caplog, tmp_path, (2000, 3000), Preprocessing(256, None, "longer_side"))) == 1
+    assert len(told(caplog, tmp_path, (2000, 3000), Preprocessing(), patch=None)) == 1
+    (tall,) = told(caplog, tmp_path, (100, 30), Preprocessing((64, 64), None))
+    assert "about 3:10 and squashed to 1:1: set model.resize to [112, 32]," in tall
+    (mixed,) = told(caplog, tmp_path, [(100, 30), (60, 50), (100, 25)], Preprocessing(64, None))
+    assert "squashed to 1:1: set model.resize_mode to longer_side, which keeps each one's." in mixed
+
+
+def test_small_labelled_defects_are_told_of(caplog, tmp_path):
+    size, transform = (600, 600), Preprocessing(200, None)  # a patch of 24 pixels
+    assert not told(caplog, tmp_path, size, transform, defects=[(10, 50), (60, 60)])
+    (line,) = told(caplog, tmp_path, size, transform, defects=[(10, 50), (20, 40), (60, 60)])
+    assert "a patch covers 24 x 24 pixels (width x height) of these images; the smallest labelled defect of 3" in line
+    assert "masks is 40 x 20: raise model.resize" in line
+    assert not told(caplog, tmp_path, size, Preprocessing(None, None), defects=[(3, 3)])
+
+
+def test_a_fit_tells_of_sizes(tmp_path, caplog):
+    for i in range(3):
+        Image.new("L", (200, 100)).save(tmp_path / f"{i}.png")
+    data = FolderDataModule(tmp_path, test_share=0, num_workers=0)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(pixels_per_patch=60))
+    data.transform = Preprocessing(64, None)
+    caplog.set_level("INFO")
+    data.setup("fit")
+    assert "the images are about 2:1 and squashed to 1:1: set model.resize to [48, 96], which" in caplog.text
+    assert "a patch covers 188 x 94 pixels" in caplog.text
 
 
 def test_validation_set_is_asked_for_explicitly(mtd):

@@ -109,6 +109,23 @@ def test_orientation_is_applied(tmp_path):
     assert check_image(tmp_path / "turned.png").size == (32, 48)
 
 
+def test_a_large_file_is_not_copied(tmp_path, monkeypatch):
+    """Each copy of an image of 100 megapixels is 400 MB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    given = Image.fromarray(pixels)
+    read = read_image(given)
+    given.paste((0, 0, 0), (0, 0, 40, 600))
+    assert np.array_equal(np.asarray(read), pixels)  # the caller's image is
+
+    def copy(self):
+        raise AssertionError
+
+    monkeypatch.setattr(Image.Image, "copy", copy)
+    transform = Preprocessing(None, None, levels=True)
+    assert np.array_equal(transform.apply(transform.read(tmp_path / "a.png"))["image"].permute(1, 2, 0), pixels)
+
+
 def test_mask_threshold(tmp_path):
     Image.fromarray(np.array([[0, 100, 127, 128, 255]], np.uint8)).save(tmp_path / "mask.png")
     Image.fromarray(np.array([[0, 100, 127, 128, 255]], np.uint16) * 257).save(tmp_path / "deep.png")
@@ -157,7 +174,7 @@ def test_no_image(tmp_path):
         ({"resize": 99_999_999_999, "crop": None}, "resize must be at most 16384 pixels"),
         ({"bits": 64}, r"images\.bits must be from 1 to 31, got 64"),
         ({"max_pixels": 0}, r"images\.max_pixels must be at least 1"),
-        ({"resize_mode": "pad"}, "squash' or 'shorter_side"),
+        ({"resize_mode": "pad"}, "squash', 'shorter_side' or 'longer_side'"),
         ({"resize": (20, 30), "crop": None, "resize_mode": "shorter_side"}, "takes one number"),
         ({"std": (1, 0, 1)}, "std positive"),
         ({"interpolation": "lanczos"}, "bilinear' or 'bicubic"),

@@ -24,6 +24,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
+from pl_patchcore.data.advice import tell_geometry
+from pl_patchcore.data.batch import collate
 from pl_patchcore.data.files import is_folder, list_images
 from pl_patchcore.data.masks import MID_GREY, settle_masks
 from pl_patchcore.errors import UserError
@@ -76,7 +78,11 @@ class Record:
         """
         transform = transform or Preprocessing()
         image = read_image(self.path, bits=transform.bits, max_pixels=transform.max_pixels)
-        mask = np.zeros((image.height, image.width), np.uint8)
+        return image, self.truth((image.height, image.width), transform)
+
+    def truth(self, size: tuple[int, int], transform: Preprocessing) -> np.ndarray:
+        """Read the ground truth of an image of some size: see `read`."""
+        mask = np.zeros(size, np.uint8)
         if self.label != 0:
             for path in self.masks():
                 levels = read_mask(path, transform.max_pixels)
@@ -85,7 +91,7 @@ class Record:
                 mask |= levels > self.mask_above[levels.dtype != np.uint8]
         if self.label != 0 and not mask.any():
             mask[:] = UNKNOWN
-        return image, mask
+        return mask
 
     def image(self) -> Image.Image:
         """Read the image, RGB."""
@@ -105,6 +111,7 @@ class Record:
             found = check_image(path, max_pixels=transform.max_pixels, mask=True).size
             if found != header.size:
                 raise self.mismatch(found, header.size)
+        transform.check_region(header.size, self.path)
         return header
 
     def mismatch(self, found: tuple[int, ...], size: tuple[int, ...]) -> UserError:
@@ -152,9 +159,9 @@ def loader_error(error: Exception) -> Exception:
 class ImageDataset(Dataset[Sample]):
     """Records as samples.
 
-    A sample holds ``image``, ``mask``, ``original_size`` and ``crop_box`` as `Preprocessing.apply` gives them;
-    ``label``, ``index`` in the data set, ``group`` (index of the first image of its group); ``category``, ``defect``
-    and ``path`` as strings.
+    A sample holds ``image``, ``mask``, ``original_size``, ``crop_box`` and perhaps ``region`` as `Preprocessing.apply`
+    gives them; ``label``, ``index`` in the data set, ``group`` (index of the first image of its group); ``category``,
+    ``defect`` and ``path`` as strings.
 
     Args:
         records: The images, in the data set's order.
@@ -171,28 +178,16 @@ class ImageDataset(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """Samples of a batch, as loaders ask for them; images of different shapes are refused by name."""
-        samples: list[Sample] = []
-        for index in indices:
-            record = self.records[index]
-            names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
-            numbers = {"label": record.label, "index": index, "group": self.groups[index]}
-            image, mask = record.read(self.transform)
-            sample = self.transform.apply(image, mask)
-            if self.original_masks:
-                sample["mask"] = torch.tensor(mask)
-            samples.append(sample | numbers | names)
-        shapes = {tuple(sample["image"].shape[1:]): sample["path"] for sample in samples}
-        if len(shapes) > 1:
-            (one, first), (other, second) = list(shapes.items())[:2]
-            raise UserError(
-                f"{second} is {other} pixels after preprocessing, {first} is {one}; "
-                "set crop, or resize_mode 'squash', so that all images have one shape."
-            )
-        return samples
+        record = self.records[index]
+        names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
+        numbers = {"label": record.label, "index": index, "group": self.groups[index]}
+        image, mask = record.read(self.transform)
+        sample = self.transform.apply(image, mask, record.path)
+        if self.original_masks:
+            if "region" in sample:
+                mask[sample["region"].numpy() == 0] = UNKNOWN
+            sample["mask"] = torch.tensor(mask)
+        return sample | numbers | names
 
 
 class AnomalyDataModule(L.LightningDataModule):
@@ -240,6 +235,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self.num_workers = min(8, cores) if num_workers is None else num_workers
         self.loading: dict[str, Any] = {  # arguments that the loaders have in common
             "num_workers": self.num_workers,
+            "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
         }
@@ -378,7 +374,11 @@ class AnomalyDataModule(L.LightningDataModule):
         if stage in ("fit", "test"):
             log.info("%s: %s", type(self).__name__, self.describe())
         if stage in ("fit", "predict"):
-            _tell_crop((self.predict_records if stage == "predict" else self.records[0])[0], transform)
+            records = self.predict_records if stage == "predict" else self.records[0]
+            _tell_crop(records[0], transform)
+            module = self.trainer.lightning_module if self.trainer is not None else None
+            tests = None if stage == "predict" else self.records[1]
+            tell_geometry(records, tests, transform, getattr(module, "pixels_per_patch", None))
 
     def describe(self) -> str:
         """One line: the number of images in each set."""

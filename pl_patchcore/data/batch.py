@@ -149,10 +149,15 @@ def _of_each(value: Any, batch: Mapping[str, Any]) -> bool:
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Torch's default collation, but what differs in shape between samples stays a list."""
-    batch: dict[str, Any] = {}
-    for name in samples[0]:
-        values = [sample[name] for sample in samples]
-        alike = not isinstance(values[0], Tensor) or len({value.shape for value in values}) == 1
-        batch[name] = default_collate(values) if alike else values
-    return batch
+    """Samples as a batch, as torch does it; entries whose shapes differ between the samples stay lists of tensors.
+
+    Nothing is padded to a neighbour's size.
+
+    Example:
+        >>> batch = collate([{"image": torch.zeros(3, 4, 4), "label": 0}, {"image": torch.zeros(3, 4, 6), "label": 1}])
+        >>> [image.shape[2] for image in batch["image"]], batch["label"]
+        ([4, 6], tensor([0, 1]))
+    """
+    entries = {name: [sample[name] for sample in samples] for name in samples[0]}
+    alike = {name: len({np.shape(value) for value in values}) == 1 for name, values in entries.items()}
+    return {name: default_collate(values) if alike[name] else values for name, values in entries.items()}

@@ -87,10 +87,10 @@ def pair_masks(
     Raises:
         UserError: If an image has no mask (then with the ``remedy``), a mask no image, or two have one name.
     """
-    of_image = _by_name(images, root)
-    folders = _by_name(sorted({path.parent for path in masks} - {folder}), folder, "_mask")
+    of_image = by_name(images, root)
+    folders = by_name(sorted({path.parent for path in masks} - {folder}), folder, "_mask")
     several = {name: path for name, path in folders.items() if name in of_image}
-    single = _by_name([path for path in masks if path.parent not in set(several.values())], folder, "_mask")
+    single = by_name([path for path in masks if path.parent not in set(several.values())], folder, "_mask")
     if both := sorted(set(single) & set(several)):
         raise UserError(f"{single[both[0]]}: has the same name as {several[both[0]]}; remove one of them.")
     of_mask = single | several
@@ -102,8 +102,12 @@ def pair_masks(
     return {path: of_mask[name] for name, path in of_image.items()}
 
 
-def _by_name(paths: Sequence[Path], folder: Path, ending: str = "") -> dict[str, Path]:
-    """Paths by their names inside ``folder``, without suffix and ``ending``."""
+def by_name(paths: Sequence[Path], folder: Path, ending: str = "") -> dict[str, Path]:
+    """Paths by their names inside ``folder``, without suffix and ``ending``.
+
+    Raises:
+        UserError: If two have one name.
+    """
     found: dict[str, Path] = {}
     for path in paths:
         name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
