@@ -388,8 +388,11 @@ def _benchmark_sets(words: Sequence[str], verbose: bool) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--datasets", nargs="?")
     parser.add_argument("--folder", default="benchmark")
-    known, rest = parser.parse_known_args(words)
-    names = yaml.safe_load(known.datasets or "")
+    try:
+        known, rest = parser.parse_known_args(words)
+        names = yaml.safe_load(known.datasets or "")
+    except (argparse.ArgumentError, yaml.YAMLError) as error:
+        raise UserError(f"benchmark: {' '.join(str(error).split())}") from error
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(
@@ -455,7 +458,8 @@ def main(args: Sequence[str] | None = None) -> None:
     _set_up_console(verbose)
     words = [word for word in words if word != "-v"]
     try:
-        if words[0] == "benchmark" and any(word.partition("=")[0] == "--datasets" for word in words):
+        options = {word.partition("=")[0] for word in words}
+        if words[0] == "benchmark" and "--datasets" in options and not options & {"-h", "--help", "--print_config"}:
             _benchmark_sets(words, verbose)
         else:
             PatchCoreCLI(words, verbose)

@@ -338,6 +338,7 @@ def test_one_command_over_fakes_of_all_sets(tmp_path, monkeypatch, capsys):
         ("[data/mvtec,own/mvtec.yaml]", "two files have one name"),
         ("[]", "must be a list of configuration files, got []"),
         ("3", "must be a list of configuration files, got 3"),
+        ("[", "benchmark: while parsing a flow"),
     ],
 )
 def test_wrong_data_sets_are_one_line(value, message, tmp_path, monkeypatch, capsys):

@@ -76,9 +76,10 @@ class MVTecDataModule(AnomalyDataModule):
     """One category of MVTec AD, or of a data set in its layout.
 
     Args:
-        root: Folder that holds the categories (``bottle``, ``cable``, ...); None: that of `Layout`, ``data/mvtec_ad``.
+        root: Folder that holds the categories; None: ``data/`` with the name of the data set, such as
+            ``data/mvtec_ad``.
         category: The category; ``pl-patchcore benchmark`` goes through all.
-        download: Fetch the data set if ``root`` does not exist. Its licence allows no commercial use.
+        download: Fetch the data set if ``root`` does not exist; docs/data.md has its licence.
         url: Address it is fetched from, and not compared with the known checksum; None: the known address.
         **loading: Arguments of `AnomalyDataModule`.
 
