@@ -71,8 +71,7 @@ def published_for(data: str, settings: Mapping[str, Any]) -> Published | None:
     """
     if settings.get("coreset_method") not in ("greedy", "approximate"):
         return None
-    ours = (run for run in PUBLISHED if run.data == data and run.settings is not None)
-    return next((run for run in ours if _holds(settings, run.settings)), None)
+    return next((run for run in PUBLISHED if run.data == data and _holds(settings, run.settings)), None)
 
 
 def others_had(data: str) -> list[Published]:
