@@ -30,11 +30,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pl_patchcore.data import AnomalyDataModule as AnomalyDataModule
+    from pl_patchcore.data import BTADDataModule as BTADDataModule
     from pl_patchcore.data import FolderDataModule as FolderDataModule
+    from pl_patchcore.data import KolektorSDD2DataModule as KolektorSDD2DataModule
+    from pl_patchcore.data import MPDDDataModule as MPDDDataModule
     from pl_patchcore.data import MSTCDataModule as MSTCDataModule
     from pl_patchcore.data import MTDDataModule as MTDDataModule
+    from pl_patchcore.data import MVTecAD2DataModule as MVTecAD2DataModule
     from pl_patchcore.data import MVTecDataModule as MVTecDataModule
+    from pl_patchcore.data import MVTecLOCODataModule as MVTecLOCODataModule
+    from pl_patchcore.data import RealIADDataModule as RealIADDataModule
     from pl_patchcore.data import SyntheticDataModule as SyntheticDataModule
+    from pl_patchcore.data import VisADataModule as VisADataModule
     from pl_patchcore.errors import UserError as UserError
     from pl_patchcore.inspection import Inspection as Inspection
     from pl_patchcore.memory_bank import MemoryBank as MemoryBank
@@ -48,20 +55,27 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 _MODULES = {  # name: module it is from
     "AnomalyDataModule": "data",
+    "BTADDataModule": "data",
     "FolderDataModule": "data",
     "Inspection": "inspection",
+    "KolektorSDD2DataModule": "data",
+    "MPDDDataModule": "data",
     "MSTCDataModule": "data",
     "MTDDataModule": "data",
+    "MVTecAD2DataModule": "data",
     "MVTecDataModule": "data",
+    "MVTecLOCODataModule": "data",
     "MemoryBank": "memory_bank",
     "MemoryBankCallback": "memory_bank_callback",
     "PatchCore": "patchcore",
     "PatchCoreModel": "model",
     "PatchFeatures": "patch_features",
     "Preprocessing": "preprocessing",
+    "RealIADDataModule": "data",
     "Region": "regions",
     "SyntheticDataModule": "data",
     "UserError": "errors",
+    "VisADataModule": "data",
 }
 __all__ = list(_MODULES)
 

@@ -1,9 +1,10 @@
-"""One recipe over all categories of a data set -> a table.
+"""One recipe over all categories of a data set, or of several -> tables.
 
 Each row (a category, or scene, at a number of shots and a seed) is a process of its own, ``pl-patchcore run``, in a
 folder of its own. So one that fails takes no other with it, memory is given back, and several run at once. A row is
 finished when its ``metrics.json`` is there, which is written whole; a benchmark that was stopped goes on with the
-rows that are not. The table says nothing of time, so that it is the same however often it was stopped.
+rows that are not. The table says nothing of time, so that it is the same however often it was stopped. Several data
+sets are benchmarks of their own, each in a folder of its own, and a page that holds all their tables.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Job:
     seed: int | None  # of shots and model; None leaves both as configured
     folder: Path  # where the run writes; its name is that of the row
     settings: dict[str, Any]  # configuration of ``pl-patchcore run``
+    headline: tuple[str, ...] = tuple(FIGURES)  # figures that the data set is compared by
 
     def figures(self) -> dict[str, Any] | None:
         """Figures of the finished run, None if it has not finished; a `UserError` if it had other settings."""
@@ -116,7 +118,7 @@ def plan(
         trainer = job.setdefault("trainer", {})
         trainer |= {"default_root_dir": str(place), "logger": False, "enable_progress_bar": False}
         trainer["enable_checkpointing"] = bool(trainer.get("enable_checkpointing"))
-        jobs.append(Job(str(category), number, seed, place, job))
+        jobs.append(Job(str(category), number, seed, place, job, kind.headline))
     return jobs
 
 
@@ -197,7 +199,7 @@ def _start(job: Job, slot: int, processes: int) -> subprocess.Popen[bytes] | Non
 def _outcome(job: Job, code: int, failed: dict[str, str]) -> str:
     """What a process that has ended leaves: figures, or a reason, which goes into ``failed``."""
     if (figures := job.figures()) is not None:
-        return ", ".join(f"{name} {_text(figures.get(key), 1, '.4f')}" for key, name in FIGURES.items())
+        return ", ".join(f"{figure_name(key)} {_text(figures.get(key), 1, '.4f')}" for key in job.headline)
     if code < 0:
         reason = f"killed by signal {-code}{'; out of memory, perhaps' if code == -9 else ''}"
     else:
@@ -213,8 +215,8 @@ def table_lines(jobs: Sequence[Job], published: Published | None = None) -> list
 
     Returns:
         Dicts with ``category``, ``shots``, ``seeds`` (number averaged), ``missing`` (rows that have not finished); for
-        each figure its value, in [0, 1] or None, ``<figure>_se``, the standard error over seeds, None below two
-        seeds, and ``<figure>_published``, in [0, 1] or None.
+        each headline figure its value, in [0, 1] or None, ``<figure>_se``, the standard error over seeds, None below
+        two seeds, and ``<figure>_published``, in [0, 1] or None.
     """
     lines = []
     for shots in dict.fromkeys(job.shots for job in jobs):
@@ -230,69 +232,159 @@ def table_lines(jobs: Sequence[Job], published: Published | None = None) -> list
     return lines
 
 
-def _average(name: str, jobs: Sequence[Job], published: Sequence[float | None] | None) -> Line:
+def _average(name: str, jobs: Sequence[Job], published: Mapping[str, float] | None) -> Line:
     """Line of the table: the mean over seeds of the means over the categories that have finished with the seed."""
     found = [(job.seed, figures) for job in jobs if (figures := job.figures())]
     line: Line = {"category": name, "shots": jobs[0].shots}
     line |= {"seeds": len({seed for seed, _ in found}), "missing": len(jobs) - len(found)}
-    for place, key in enumerate(FIGURES):
+    for key in jobs[0].headline:
         by_seed: dict[int | None, list[float]] = {}
         for seed, figures in found:
-            if figures[key] is not None:
+            if figures.get(key) is not None:
                 by_seed.setdefault(seed, []).append(figures[key])
         means = [fmean(values) for values in by_seed.values()]
-        reference = published[place] if published else None
+        reference = (published or {}).get(key)
         line[key] = fmean(means) if means else None
         line[f"{key}_se"] = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
         line[f"{key}_published"] = None if reference is None else reference / 100
     return line
 
 
-def write_table(folder: Path, lines: Sequence[Line], failed: Mapping[str, str], published: Published | None) -> None:
-    """Write ``benchmark.csv``, ``benchmark.json`` and ``benchmark.md``, and print the table."""
+def write_table(
+    folder: Path,
+    lines: Sequence[Line],
+    failed: Mapping[str, str],
+    published: Published | None,
+    others: Sequence[Published] = (),
+) -> None:
+    """Write ``benchmark.csv``, ``benchmark.json`` and ``benchmark.md``, and print the table.
+
+    Args:
+        folder: Where to.
+        lines: Lines of the table, as of `table_lines`.
+        failed: What went wrong, by row.
+        published: Figures that stand beside ours.
+        others: Published figures of other settings, named below the table.
+    """
+    _write_csv(folder, lines)
+    notes = [f"{name} failed: {reason}" for name, reason in failed.items()]
+    for other in reversed(others):
+        had = ", ".join(f"{figure_name(key)} {value:.1f}" for key, value in other.average.items())
+        notes.insert(0, f"Published elsewhere: {other.run} ({other.source}): {had}.")
+    if published is not None and _compared(lines):
+        told = f"Published: {published.run} ({published.source}); in percent, with the difference of ours."
+        notes.insert(0, told)
+    run = None if published is None else published.run
+    content = {"published": run, "failed": dict(failed), "notes": notes, "rows": list(lines)}
+    _write_json(folder, content)
+    cells = _cells(lines)
+    with whole_file(folder / "benchmark.md") as partial:
+        partial.write_text(_markdown(cells, notes), encoding="utf-8")
+    _print(cells, notes, folder)
+
+
+def write_overview(folder: Path, failed: Mapping[str, str]) -> None:
+    """Write the tables of several data sets as one, and print their averages.
+
+    ``benchmark.md`` has the averages of all, then the table of each set; ``benchmark.csv`` has all lines, with the
+    column ``dataset``; ``benchmark.json`` has by set what those of the sets hold.
+
+    Args:
+        folder: Where to; its folders hold the benchmarks of the sets (`write_table`).
+        failed: Each set, by the name of its folder, and what went wrong, empty where nothing did.
+    """
+    paths = {name: folder / name / "benchmark.json" for name in failed}
+    sets: dict[str, Any] = {
+        name: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"notes": [], "rows": []}
+        for name, path in paths.items()
+    }
+    for name, reason in failed.items():
+        if not sets[name]["rows"]:
+            sets[name] |= {"failed": {name: reason}, "notes": [f"{name} failed: {reason}"]}
+    _write_csv(folder, [{"dataset": name} | line for name, one in sets.items() for line in one["rows"]])
+    _write_json(folder, {"datasets": sets})
+    # of each set and number of shots the last line: the average, or the only one
+    last = {(name, line["shots"]): line | {"category": name} for name, one in sets.items() for line in one["rows"]}
+    cells = _cells(list(last.values()), "data set")
+    pages = [_markdown(cells, [note for one in sets.values() if not one["rows"] for note in one["notes"]])]
+    pages += [
+        f"## {name}\n\n{_markdown(_cells(one['rows']), one['notes'])}" for name, one in sets.items() if one["rows"]
+    ]
+    with whole_file(folder / "benchmark.md") as partial:
+        partial.write_text("\n".join(pages), encoding="utf-8")
+    _print(cells, [], folder)
+
+
+def _write_csv(folder: Path, lines: Sequence[Line]) -> None:
     with whole_file(folder / "benchmark.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
         writer.writeheader()
         writer.writerows(lines)
-    source = None if published is None else published.source
+
+
+def _write_json(folder: Path, content: Mapping[str, Any]) -> None:
     with whole_file(folder / "benchmark.json") as partial:
-        content = {"published": source, "failed": dict(failed), "rows": list(lines)}
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    header, *rows = _cells(lines)
-    notes = [f"{name} failed: {reason}" for name, reason in failed.items()]
-    if source is not None and "published" in " ".join(header):
-        notes.insert(0, f"Published: {source}; in percent, with the difference of ours.")
-    escaped = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in (header, *rows)]
-    text = [f"| {row} |" for row in escaped]
-    text.insert(1, "|---|" + "---:|" * (len(header) - 1))
-    with whole_file(folder / "benchmark.md") as partial:
-        partial.write_text("\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n", encoding="utf-8")
-    table = Table(header[0], *(Column(name, justify="right") for name in header[1:]))
-    for row in rows:
+
+
+def _markdown(cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table and the notes below it."""
+    text = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
+    text.insert(1, "|---|" + "---:|" * (len(cells[0]) - 1))
+    return "\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def _print(cells: Sequence[Sequence[str]], notes: Sequence[str], folder: Path) -> None:
+    table = Table(cells[0][0], *(Column(name, justify="right") for name in cells[0][1:]))
+    for row in cells[1:]:
         table.add_row(*row)
     console = plain_console()
     for printed in (table, *notes, f"Written to {folder}: benchmark.csv, benchmark.json, benchmark.md"):
         console.print(printed)
 
 
-def _cells(lines: Sequence[Line]) -> list[list[str]]:
+def _figure_keys(lines: Sequence[Line]) -> list[str]:
+    """The figures of the lines, in their order."""
+    ending = "_published"
+    return list(dict.fromkeys(key.removesuffix(ending) for line in lines for key in line if key.endswith(ending)))
+
+
+def _compared(lines: Sequence[Line]) -> list[str]:
+    """Those of which some line has a published one."""
+    return [key for key in _figure_keys(lines) if any(line.get(f"{key}_published") is not None for line in lines)]
+
+
+def _cells(lines: Sequence[Line], what: str = "category") -> list[list[str]]:
     """Header and rows as text, in percent; columns that hold nothing are left out."""
     with_shots = any(line["shots"] is not None for line in lines)
-    compared = [key for key in FIGURES if any(line[f"{key}_published"] is not None for line in lines)]
-    rows = [["category", *["shots"] * with_shots]]
-    for key, name in FIGURES.items():
-        rows[0] += [name, *[f"published {name}"] * (key in compared)]
+    compared = _compared(lines)
+    rows = [[what, *["shots"] * with_shots]]
+    for key in _figure_keys(lines):
+        rows[0] += [figure_name(key), *[f"published {figure_name(key)}"] * (key in compared)]
     for line in lines:
         missing = f" ({line['missing']} missing)" if line["missing"] else ""
         row = [line["category"] + missing, *[str(line["shots"] or "all")] * with_shots]
-        for key in FIGURES:
-            value, error, other = line[key], line[f"{key}_se"], line[f"{key}_published"]
+        for key in _figure_keys(lines):
+            value, error, other = (line.get(name) for name in (key, f"{key}_se", f"{key}_published"))
             row.append(_text(value, 100, ".2f") + ("" if error is None else f" ± {100 * error:.2f}"))
             if key in compared:
-                both = value is not None and other is not None
-                row.append(_text(other, 100, ".1f") + (f" ({100 * (value - other):+.1f})" if both else ""))
+                difference = "" if value is None or other is None else f" ({100 * (value - other):+.1f})"
+                row.append(_text(other, 100, ".1f") + difference)
         rows.append(row)
     return rows
+
+
+def figure_name(key: str) -> str:
+    """Name of a figure of ``metrics.json`` in tables.
+
+    Example:
+        >>> figure_name("image_auroc"), figure_name("pro_0.05"), figure_name("image_average_precision")
+        ('image AUROC', 'PRO at 0.05', 'image average precision')
+    """
+    stem, _, limit = key.rpartition("_")
+    if limit.startswith("0."):
+        return f"{figure_name(stem)} at {limit}"
+    return {**FIGURES, "spro": "sPRO", "seg_f1": "SegF1"}.get(key, key.replace("_", " "))
 
 
 def _text(value: float | None, factor: float, digits: str) -> str:

@@ -7,6 +7,7 @@ reports are written after test and predict. `commands.py` answers what needs no 
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
@@ -26,6 +27,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 
+import pl_patchcore.data
 from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
 from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings
 from pl_patchcore.commands import COMMANDS, answered, fail, shorten
@@ -113,8 +115,9 @@ class Trainer(L.Trainer):
         seeds: list[int] | None = None,
         processes: int = 1,
         restart: bool = False,
+        datasets: list[str] | None = None,
     ) -> None:
-        """Fit and test on every category of a data set, and set up a table beside published figures.
+        """Fit and test on every category of a data set, or of several, and set up a table beside published figures.
 
         A benchmark that was stopped goes on where it was when it is started again.
 
@@ -127,6 +130,8 @@ class Trainer(L.Trainer):
             seeds: Seeds of the shots and the model, one row each; the table then has means and standard errors.
             processes: Rows run at once, each on the next GPU or on its share of the cores.
             restart: Run finished rows again.
+            datasets: Several data sets: configuration files, such as ``data/mvtec``, each as if it alone were given;
+                the table then has their averages. On the command line only.
 
         Raises:
             UserError: If there is no such category, or the folder holds a benchmark with other settings.
@@ -135,11 +140,14 @@ class Trainer(L.Trainer):
 
         if processes < 1:
             raise UserError(f"processes must be at least 1, got {processes}.")
+        if datasets is not None:
+            raise UserError("datasets: give it on the command line, as --datasets '[data/mvtec,data/visa]'.")
         datamodule.download_data()
         jobs = benchmark.plan(self.settings, datamodule, Path(folder), categories, shots, seeds)
-        beside = published.published_for(type(datamodule).__name__, self.settings["model"])
+        data = type(datamodule).__name__
+        beside, others = published.published_for(data, self.settings["model"]), published.others_had(data)
         failed = benchmark.run_jobs(jobs, processes, restart)
-        benchmark.write_table(Path(folder), benchmark.table_lines(jobs, beside), failed, beside)
+        benchmark.write_table(Path(folder), benchmark.table_lines(jobs, beside), failed, beside, others)
         if failed:
             raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
 
@@ -372,8 +380,60 @@ class PatchCoreCLI(LightningCLI):
     def before_benchmark(self) -> None:
         """Hand the settings on: each row of a benchmark is a ``run`` with them."""
         text = self.command_parser.dump(self.chosen, skip_none=False, skip_validation=True)
-        own = ("folder", "categories", "shots", "seeds", "processes", "restart", "config")
+        own = ("folder", "categories", "shots", "seeds", "processes", "restart", "datasets", "config")
         self.trainer.settings = {name: value for name, value in yaml.safe_load(text).items() if name not in own}
+
+
+def _benchmark_sets(words: Sequence[str], verbose: bool) -> None:
+    """Run ``benchmark --datasets``: a benchmark for each, and one page of them all."""
+    from pl_patchcore.benchmark import write_overview  # not needed for anything else
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--datasets", nargs="?")
+    parser.add_argument("--folder", default="benchmark")
+    try:
+        known, rest = parser.parse_known_args(words)
+        names = yaml.safe_load(known.datasets or "")
+    except (argparse.ArgumentError, yaml.YAMLError) as error:
+        raise UserError(f"benchmark: {' '.join(str(error).split())}") from error
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"datasets must be a list of configuration files, got {known.datasets}; [data/mvtec,data/visa]."
+        )
+    sets = {Path(name).with_suffix("").name: name for name in names}
+    if len(sets) < len(names):
+        raise UserError(f"datasets: two files have one name, {', '.join(names)}; each names a folder of its own.")
+    failed = {folder: _unreadable(name) for folder, name in sets.items()}  # told before others take hours
+    for folder, reason in failed.items():
+        if reason:
+            log.warning("%s is left out: %s", folder, reason)
+    for folder, name in sets.items():
+        if not failed[folder]:
+            log.info("Data set %s", folder)
+            try:
+                PatchCoreCLI([*rest, f"--config={name}", f"--folder={Path(known.folder, folder)}"], verbose)
+            except UserError as error:
+                failed[folder] = str(error)
+                log.warning("%s: %s", folder, error)
+    write_overview(Path(known.folder), failed)
+    if wrong := [folder for folder, reason in failed.items() if reason]:
+        raise UserError(f"{len(wrong)} of {len(sets)} data sets have errors: {', '.join(wrong)}; start again to retry.")
+
+
+def _unreadable(name: str) -> str:
+    """Why the data set of a configuration file cannot be read; empty if it can, or has to be fetched first."""
+    data = read_config(config_file(name)).get("data")
+    if not isinstance(data, dict) or "class_path" not in data:
+        raise UserError(f"datasets: {name} names no data set; it needs data with class_path.")
+    kind = getattr(pl_patchcore.data, str(data["class_path"]), None)
+    try:
+        made = kind(**(data.get("init_args") or {})) if kind is not None else None
+        if made is not None and not made.download and not made.categories():
+            _ = made.listed
+    except (UserError, TypeError) as error:
+        return str(error)
+    return ""
 
 
 def _set_up_console(verbose: bool) -> None:
@@ -399,8 +459,13 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     verbose = "-v" in words
     _set_up_console(verbose)
+    words = [word for word in words if word != "-v"]
     try:
-        PatchCoreCLI([word for word in words if word != "-v"], verbose)
+        options = {word.partition("=")[0] for word in words}
+        if words[0] == "benchmark" and "--datasets" in options and not options & {"-h", "--help", "--print_config"}:
+            _benchmark_sets(words, verbose)
+        else:
+            PatchCoreCLI(words, verbose)
     except UserError as error:
         # a loader process's error carries the traceback it had there; the last line is the message
         lines = [line for line in str(error).splitlines() if line.strip()]

@@ -1,5 +1,7 @@
 """Data sets in their true layout, with tiny made-up images."""
 
+import csv
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,26 +31,170 @@ def mtd(root: Path, nominal: int = 10, per_defect: int = 2) -> Path:
     return root
 
 
-DEFECT = 6  # side of the square that is a defect in `mvtec`
+DEFECT = 6  # side of the square that is a defect in the sets of categories
+
+
+def picture(rng: np.random.Generator, number: int | None = None, size: tuple[int, int] = (40, 50)) -> tuple:
+    """Noise (H, W, 3), and a mask (H, W) of one square, whose corner moves with the ``number``; None: no square."""
+    pixels, mask = rng.normal(120, 10, (*size, 3)), np.zeros(size, np.uint8)
+    if number is not None:
+        mask[3 * number : 3 * number + DEFECT, 3 * number : 3 * number + DEFECT] = 255
+        pixels[mask > 0] = 250
+    return pixels.clip(0, 255).astype(np.uint8), mask
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def mvtec(root: Path, categories: list[str], defects: tuple[str, ...] = ("broken", "dirt")) -> Path:
-    """MVTec AD: 40x50 RGB images, masks of one square whose corner moves with the image's number."""
+    """MVTec AD, and MPDD: 40x50 RGB images, masks of one square whose corner moves with the image's number."""
     rng = np.random.default_rng(0)
     for category in categories:
         for place, number in (("train/good", 4), ("test/good", 2), *((f"test/{defect}", 2) for defect in defects)):
-            folder = root / category / place
-            folder.mkdir(parents=True)
             for i in range(number):
-                pixels = rng.normal(120, 10, (40, 50, 3))
-                mask = np.zeros((40, 50), np.uint8)
-                if "good" not in place:
-                    mask[3 * i : 3 * i + DEFECT, 3 * i : 3 * i + DEFECT] = 255
-                    pixels[mask > 0] = 250
-                    truth = root / category / "ground_truth" / folder.name
-                    truth.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(mask).save(truth / f"{i:03d}_mask.png")
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+                pixels, mask = picture(rng, None if "good" in place else i)
+                save(pixels, root / category / place / f"{i:03d}.png")
+                if mask.any():
+                    save(mask, root / category / "ground_truth" / Path(place).name / f"{i:03d}_mask.png")
+    return root
+
+
+def btad(root: Path, categories: tuple[str, ...] = ("01", "02")) -> Path:
+    """BTAD: bitmaps in product 01 and 03, whose masks are .png in 01; one empty mask in 02."""
+    rng = np.random.default_rng(0)
+    for category in categories:
+        kind, mask_kind = {"01": ("bmp", "png"), "02": ("png", "png"), "03": ("bmp", "bmp")}[category]
+        for place, number in (("train/ok", 4), ("test/ok", 2), ("test/ko", 3)):
+            for i in range(number):
+                pixels, mask = picture(rng, i if "ko" in place else None)
+                save(pixels, root / category / place / f"{i:04d}.{kind}")
+                if "ko" in place:
+                    empty = category == "02" and i == 2
+                    save(mask * (not empty), root / category / "ground_truth" / "ko" / f"{i:04d}.{mask_kind}")
+    return root
+
+
+def mvtec_ad_2(root: Path, categories: tuple[str, ...] = ("can", "vial"), private: int = 2) -> Path:
+    """MVTec AD 2: grey images of ``vial``, several lights in the public test, the same names in good and bad."""
+    rng = np.random.default_rng(0)
+    lights = ("regular", "overexposed", "shift_1")
+    for category in categories:
+        names = {
+            "train/good": [f"{i:03d}_regular" for i in range(4)],
+            "validation/good": [f"{i:03d}_regular" for i in range(3)],
+            "test_public/good": [f"000_{light}" for light in lights[:2]],
+            "test_public/bad": [f"000_{light}" for light in lights],
+            "test_private": [f"{i:03d}_regular" for i in range(private)],
+            "test_private_mixed": [f"{i:03d}_mixed" for i in range(private)],
+        }
+        for place, stems in names.items():
+            for i, stem in enumerate(stems):
+                pixels, mask = picture(rng, i if place == "test_public/bad" or (i % 2 and "private" in place) else None)
+                save(pixels[:, :, 0] if category == "vial" else pixels, root / category / place / f"{stem}.png")
+                if place == "test_public/bad":
+                    save(mask, root / category / "test_public" / "ground_truth" / "bad" / f"{stem}_mask.png")
+    return root
+
+
+LOCO_CONFIG = [  # relative and absolute saturation, as there are
+    {"defect_name": "missing", "pixel_value": 255, "saturation_threshold": 0.5, "relative_saturation": True},
+    {"defect_name": "additional", "pixel_value": 254, "saturation_threshold": 20, "relative_saturation": False},
+    {"defect_name": "broken", "pixel_value": 253, "saturation_threshold": 1.0, "relative_saturation": True},
+]
+
+
+def loco(root: Path, categories: tuple[str, ...] = ("breakfast_box", "pushpins")) -> Path:
+    """MVTec LOCO AD: a folder of masks for each image, of one level each; the first logical image has two defects."""
+    rng = np.random.default_rng(0)
+    for category in categories:
+        for place, number in (("train/good", 4), ("validation/good", 3), ("test/good", 2)):
+            for i in range(number):
+                save(picture(rng)[0], root / category / place / f"{i:03d}.png")
+        for defect, levels in (("logical_anomalies", (255, 254)), ("structural_anomalies", (253,))):
+            for i in range(2):
+                pixels, mask = picture(rng, i)
+                save(pixels, root / category / "test" / defect / f"{i:03d}.png")
+                for number, level in enumerate(levels[: 1 if i else None]):
+                    here = np.roll(mask, 10 * number, axis=1) // 255 * level
+                    save(here.astype(np.uint8), root / category / "ground_truth" / defect / f"{i:03d}/{number:03d}.png")
+        (root / category / "defects_config.json").write_text(json.dumps(LOCO_CONFIG))
+    return root
+
+
+def visa(root: Path, categories: tuple[str, ...] = ("candle", "pcb1")) -> Path:
+    """VisA: JPEG images, masks whose levels are class numbers, three lists; some anomalous images train in two."""
+    rng = np.random.default_rng(0)
+    rows: dict[str, list[list[str]]] = {"1cls": [], "2cls_highshot": [], "2cls_fewshot": []}
+    for category in categories:
+        for i in range(6):
+            image = f"{category}/Data/Images/Normal/{i:04d}.JPG"
+            save(picture(rng)[0], root / image)
+            rows["1cls"].append([category, "train" if i < 4 else "test", "normal", image, ""])
+            rows["2cls_highshot"].append([category, "train" if i < 3 else "test", "normal", image, ""])
+            rows["2cls_fewshot"].append([category, "train" if i < 2 else "test", "normal", image, ""])
+        for i in range(3):
+            image, mask = f"{category}/Data/Images/Anomaly/{i:03d}.JPG", f"{category}/Data/Masks/Anomaly/{i:03d}.png"
+            pixels, levels = picture(rng, i)
+            save(pixels, root / image)
+            save(levels // 255 * (i + 1), root / mask)
+            rows["1cls"].append([category, "test", "anomaly", image, mask])
+            for split in ("2cls_highshot", "2cls_fewshot"):
+                rows[split].append([category, "train" if i == 0 else "test", "anomaly", image, mask])
+    (root / "split_csv").mkdir()
+    for split, lines in rows.items():
+        with (root / "split_csv" / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([["object", "split", "label", "image", "mask"], *lines])
+    return root
+
+
+def kolektor_sdd2(root: Path) -> Path:
+    """KolektorSDD2: a mask beside each image, empty for nominal ones; one image is there twice, as in the real set."""
+    rng = np.random.default_rng(0)
+    for split, first, nominal, defects in (("train", 10000, 5, 2), ("test", 20000, 3, 2)):
+        for i in range(nominal + defects):
+            pixels, mask = picture(rng, i - nominal if i >= nominal else None)
+            for copy in ("", *[" (copy)"] * (split == "train" and i == 0)):
+                save(pixels, root / split / f"{first + i}{copy}.png")
+                save(mask, root / split / f"{first + i}{copy}_GT.png")
+    return root
+
+
+def real_iad(root: Path, categories: tuple[str, ...] = ("audiojack", "pcb")) -> Path:
+    """Real-IAD: images and masks by sample and view; one of a defective sample is nominal in its view."""
+    rng = np.random.default_rng(0)
+    for category in categories:
+        lists: dict[str, list] = {"train": [], "test": []}
+
+        def add(
+            split: str, place: str, stem: str, kind: str, number: int | None, category=category, lists=lists
+        ) -> None:
+            pixels, levels = picture(rng, number)
+            folder, mask = root / "realiad_1024" / category, None
+            save(pixels, folder / place / f"{stem}.jpg")
+            if number is not None:
+                mask = f"{place}/{stem}_mask.png"
+                save(levels, folder / mask)
+            entry = {
+                "category": category,
+                "anomaly_class": kind,
+                "image_path": f"{place}/{stem}.jpg",
+                "mask_path": mask,
+            }
+            lists[split].append(entry)
+
+        for i in range(6):
+            place, stem = f"OK/S{i:04d}", f"{category}_{i:04d}_OK_C1_20231018090000"
+            add("train" if i < 4 else "test", place, stem, "OK", None)
+        for i, kind in enumerate(("AK", "HS")):
+            place, stem = f"NG/{kind}/S{i:04d}", f"{category}_{i:04d}_NG_{kind}"
+            add("test", place, f"{stem}_C1_20231018090000", kind, i)
+            add("test", place, f"{stem}_C2_20231018090000", "OK", None)
+        meta = {"prefix": f"{category}/", "normal_class": "OK", "pre_transform": None}
+        path = root / "realiad_jsons" / f"{category}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"meta": meta, **lists}))
     return root
 
 

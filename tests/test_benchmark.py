@@ -9,17 +9,21 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import fakes
 import pytest
 import yaml
 
-from pl_patchcore import MTDDataModule, MVTecDataModule, UserError
-from pl_patchcore.benchmark import Job, _start, plan, run_jobs, table_lines, write_table
+import pl_patchcore
+from pl_patchcore import AnomalyDataModule, MTDDataModule, MVTecAD2DataModule, MVTecDataModule, UserError
+from pl_patchcore.benchmark import Job, _start, plan, run_jobs, table_lines, write_overview, write_table
 from pl_patchcore.cli import main
 from pl_patchcore.configs import recipe
-from pl_patchcore.published import PUBLISHED, published_for
+from pl_patchcore.published import PUBLISHED, others_had, published_for
 
+WRN50 = {"image_auroc": 99.2, "pixel_auroc": 98.1, "pro": 94.4}
 MODEL = {"backbone": "resnet18", "weights": None, "layers": ["layer1"], "resize": 32, "crop": None, "coreset_size": 20}
 
 
@@ -49,7 +53,7 @@ def test_mean_and_standard_error(tmp_path):
 
 
 def test_published_figures_stand_beside_ours(tmp_path):
-    run = next(run for run in PUBLISHED if run.average == (99.2, 98.1, 94.4))
+    run = next(run for run in PUBLISHED if run.average == WRN50)
     jobs = [finished(tmp_path, name, (0.99, 0.98, 0.9)) for name in run.categories]
     lines = table_lines(jobs, run)
     assert lines[0]["category"] == "bottle"
@@ -65,11 +69,74 @@ def test_published_figures_stand_beside_ours(tmp_path):
 
 
 def test_published_averages_are_those_of_the_categories():
+    assert len(PUBLISHED) >= 7
     for run in PUBLISHED:
+        assert issubclass(getattr(pl_patchcore, run.data), AnomalyDataModule)
+        assert run.source
+        assert run.average
+        for figures in (run.average, *run.categories.values()):
+            assert all(0 < value <= 100 for value in figures.values())
         if run.categories:
             assert len(run.categories) == 15
-            for place, average in enumerate(run.average):
-                assert sum(row[place] for row in run.categories.values()) / 15 == pytest.approx(average, abs=0.11)
+            for key, average in run.average.items():
+                assert sum(row[key] for row in run.categories.values()) / 15 == pytest.approx(average, abs=0.11)
+
+
+def test_headline_figures_are_the_columns(tmp_path):
+    jobs = [finished(tmp_path, name, (0.9, 0.8, 0.7)) for name in ("can", "vial")]
+    for job in jobs:
+        (job.folder / "metrics.json").write_text(json.dumps({"pro_0.05": 0.25, "image_auroc": None, "pro": 0.5}))
+    jobs = [replace(job, headline=MVTecAD2DataModule.headline) for job in jobs]
+    write_table(tmp_path, table_lines(jobs), {}, None, others_had("MVTecAD2DataModule"))
+    header, _, can, _, average, *notes = (tmp_path / "benchmark.md").read_text().splitlines()
+    assert header == "| category | PRO at 0.05 | PRO | SegF1 | image AUROC |"
+    assert can == "| can | 25.00 | 50.00 | – | – |"
+    assert average == "| average | 25.00 | 50.00 | – | – |"
+    assert notes[1] == (
+        "Published elsewhere: PatchCore on the private test (Heckler-Kram et al. 2025, arXiv:2503.21622, table VII): "
+        "PRO at 0.05 28.8, SegF1 3.7."
+    )
+
+
+def test_one_page_of_several_data_sets(tmp_path):
+    mvtec = [finished(tmp_path / "mvtec", name, (0.9, 0.8, 0.7), shots) for name in ("a", "b") for shots in (None, 1)]
+    write_table(tmp_path / "mvtec", table_lines(mvtec), {"b": "gone"}, None)
+    other = [replace(finished(tmp_path / "mtd", "mtd", (1.0, 0.5, 0.5)), headline=("image_auroc", "seg_f1"))]
+    write_table(tmp_path / "mtd", table_lines(other), {}, PUBLISHED[-1])
+    write_overview(tmp_path, {"mvtec": "1 of 4 rows failed", "mtd": "", "visa": "no such folder"})
+    assert (tmp_path / "benchmark.md").read_text().splitlines() == [
+        "| data set | shots | image AUROC | pixel AUROC | PRO | SegF1 |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| mvtec | all | 90.00 | 80.00 | 70.00 | – |",
+        "| mvtec | 1 | 90.00 | 80.00 | 70.00 | – |",
+        "| mtd | all | 100.00 | – | – | – |",
+        "",
+        "visa failed: no such folder",
+        "",
+        "## mvtec",
+        "",
+        "| category | shots | image AUROC | pixel AUROC | PRO |",
+        "|---|---:|---:|---:|---:|",
+        "| a | all | 90.00 | 80.00 | 70.00 |",
+        "| b | all | 90.00 | 80.00 | 70.00 |",
+        "| average | all | 90.00 | 80.00 | 70.00 |",
+        "| a | 1 | 90.00 | 80.00 | 70.00 |",
+        "| b | 1 | 90.00 | 80.00 | 70.00 |",
+        "| average | 1 | 90.00 | 80.00 | 70.00 |",
+        "",
+        "b failed: gone",
+        "",
+        "## mtd",
+        "",
+        "| category | image AUROC | SegF1 |",
+        "|---|---:|---:|",
+        "| mtd | 100.00 | – |",
+    ]
+    with (tmp_path / "benchmark.csv").open() as file:
+        assert [row["dataset"] for row in csv.DictReader(file)] == ["mvtec"] * 6 + ["mtd"]
+    content = json.loads((tmp_path / "benchmark.json").read_text())["datasets"]
+    assert content["visa"]["failed"] == {"visa": "no such folder"}
+    assert content["mvtec"]["failed"] == {"b": "gone"}
 
 
 def test_published_is_found_by_the_settings():
@@ -79,13 +146,15 @@ def test_published_is_found_by_the_settings():
         "patches": {"stride": 1, "layer_dim": None, "feature_dim": None},
         "ensemble": {"members": None, "combine": "nominal"},
     }  # fmt: skip
-    assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.25}).source == "the paper, 25 %"
+    assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.25}).run == "the paper, 25 %"
     assert published_for("MVTecDataModule", paper | {"coreset_ratio": 0.1, "coreset_method": "random"}) is None
     official = paper | recipe("official")
-    assert published_for("MVTecDataModule", official).average == (99.2, 98.1, 94.4)
+    assert published_for("MVTecDataModule", official).average == WRN50
     assert published_for("MVTecDataModule", official | {"crop": 320}) is None
     assert published_for("MTDDataModule", official | {"backbone": "resnet18"}) is None
-    assert published_for("MVTecDataModule", paper | recipe("official_ensemble_320_1")).average == (99.6, 98.2, 94.9)
+    ensemble = published_for("MVTecDataModule", paper | recipe("official_ensemble_320_1"))
+    assert ensemble.average == {"image_auroc": 99.6, "pixel_auroc": 98.2, "pro": 94.9}
+    assert published_for("VisADataModule", paper) is None  # what others had is no run of ours
 
 
 def test_changed_settings_are_noticed(tmp_path):
@@ -203,3 +272,79 @@ def test_goes_on_when_killed_and_when_a_row_fails(command, tmp_path, capsys, cap
     mean = sum(float(row["image_auroc"]) for row in rows[:2]) / 2
     assert float(rows[3]["image_auroc"]) == pytest.approx(mean)
     assert "was run with model.coreset_size 20, which is 30 now" in error("--model.coreset_size", "30")
+
+
+class InThisProcess:
+    """A stand-in for the process of a row, which would import torch for each."""
+
+    def __init__(self, words, **_):
+        self.returncode = 0
+        try:
+            main(words[words.index("run") :])
+        except SystemExit as stop:
+            self.returncode = stop.code
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_one_command_over_fakes_of_all_sets(tmp_path, monkeypatch, capsys):
+    """Two categories of each set that has some. One set is not there, and one row fails: the others lose nothing."""
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    monkeypatch.setattr(subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr("pl_patchcore.benchmark._POLL_SECONDS", 0)
+    monkeypatch.chdir(tmp_path)
+    make = {
+        "visa": fakes.visa, "btad": fakes.btad, "mpdd": lambda root: fakes.mvtec(root, ["connector", "tubes"]),
+        "mvtec_ad_2": fakes.mvtec_ad_2, "mvtec_loco": fakes.loco, "kolektor_sdd2": fakes.kolektor_sdd2,
+        "real_iad": fakes.real_iad, "mtd": fakes.mtd,
+    }  # fmt: skip
+    for name, fake in make.items():
+        fake(tmp_path / "data" / name)
+    (tmp_path / "data/mpdd/tubes/train/good/001.png").write_bytes(b"no image")
+    settings = {"model": MODEL, "trainer": {"accelerator": "cpu"}, "report": {"pictures": 0, "page": False}}
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    names = ",".join(f"data/{name}" for name in (*make, "mstc"))
+    command = ["benchmark", f"--datasets=[{names}]", "--folder", "out", "--config=config.yaml", "--data.num_workers=0"]
+    with pytest.raises(SystemExit):
+        main(command)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith("2 of 9 data sets have errors: mpdd, mstc; start again to retry.")
+    content = json.loads(Path("out/benchmark.json").read_text())["datasets"]
+    assert "no video SS_NNN" in content["mstc"]["failed"]["mstc"]
+    assert list(content["mpdd"]["failed"]) == ["tubes"]
+    for name, one in content.items():
+        if name != "mstc":
+            rows = {row["category"]: row for row in one["rows"]}
+            assert len(rows) == (1 if name in ("kolektor_sdd2", "mtd") else 3)
+            assert [category for category, row in rows.items() if row["missing"]] == (
+                ["tubes", "average"] if name == "mpdd" else []
+            )
+            assert list(rows.values())[-1]["image_auroc"] > 0.9
+            assert (Path("out") / name / "benchmark.md").is_file()
+    shown = Path("out/benchmark.md").read_text()
+    assert "| data set | image AUROC | pixel AUROC | PRO |" in shown
+    assert [line.removeprefix("## ") for line in shown.splitlines() if line.startswith("## ")] == list(make)
+    assert len(list(Path("out").glob("*/*/metrics.json"))) == 13
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[data/mvtec,data/nothing]", "data/nothing: no such configuration file"),
+        ("[data/mvtec,recipes/paper]", "recipes/paper names no data set"),
+        ("[data/mvtec,own/mvtec.yaml]", "two files have one name"),
+        ("[]", "must be a list of configuration files, got []"),
+        ("3", "must be a list of configuration files, got 3"),
+        ("[", "benchmark: while parsing a flow"),
+    ],
+)
+def test_wrong_data_sets_are_one_line(value, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", "--datasets", value])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import logging
 import shutil
+from dataclasses import replace
 
 import fakes
 import numpy as np
@@ -44,9 +45,7 @@ def test_masks_are_paired_by_name_not_by_order(root):
 def test_counts_are_reported(root, caplog):
     with caplog.at_level(logging.WARNING):
         _ = MVTecDataModule(root, "bottle").records
-    assert (
-        "4 training, 2 nominal and 4 anomalous test images, where the published set has 209, 20 and 63" in caplog.text
-    )
+    assert "4 training, 2 nominal test, 4 anomalous test images, where the published set has 209, 20, 63" in caplog.text
     caplog.clear()
     (root / "bottle").rename(root / "phone")
     with caplog.at_level(logging.WARNING):
@@ -146,7 +145,7 @@ def test_download(root, tmp_path, caplog):
 def test_a_download_that_is_not_mvtec_is_refused_by_its_checksum(root, tmp_path, monkeypatch):
     shutil.make_archive(str(tmp_path / "mvtec_anomaly_detection"), "xztar", root)
     archive = tmp_path / "mvtec_anomaly_detection.tar.xz"
-    monkeypatch.setattr("pl_patchcore.data.mvtec.URL", archive.as_uri())
+    monkeypatch.setattr(MVTecDataModule, "layout", replace(MVTecDataModule.layout, url=archive.as_uri()))
     with pytest.raises(UserError, match="cf4313b13603bec6"):
-        MVTecDataModule(tmp_path / "data" / "x", "bottle", download=True, url=archive.as_uri()).prepare_data()
+        MVTecDataModule(tmp_path / "data" / "x", "bottle", download=True).prepare_data()
     assert not (tmp_path / "data" / "x").exists()

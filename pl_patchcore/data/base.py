@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 NOMINAL = "nominal"
 MOST_IN_BATCH = 65_536
+PARTS = ("training", "nominal test", "anomalous test", "validation")
 Sample = dict[str, Any]
 
 
@@ -50,7 +51,8 @@ class Record:
         category: Product or scene.
         mask_path: Ground-truth mask, or a folder of several that are united; None means all nominal for a nominal
             image, unknown for an anomalous one.
-        mask_above: Levels above this are anomalous, in a mask of 8 bits and in one of more; `settle_masks` sets it.
+        mask_above: Levels above this are anomalous, in a mask of 8 bits and in one of more; `settle_masks` sets it
+            unless the data set does.
         group: Name of the group of images that it belongs to, such as a clip; calibration leaves a group out as a
             whole. Empty: it is a group of its own.
     """
@@ -119,6 +121,25 @@ class Record:
         return UserError(
             f"{shown(str(self.mask_path))}: mask of {found[0]}x{found[1]} pixels for an image of {size[0]}x{size[1]} "
             f"({shown(self.path)}); a mask must have its image's size."
+        )
+
+
+def tell_counts(
+    place: Path, found: Sequence[int], published: Sequence[int] | None, parts: Sequence[str] = PARTS
+) -> None:
+    """Warn where a copy of a data set holds other numbers of images than the published one.
+
+    Args:
+        place: Folder or list that the images are from.
+        found: Numbers of images, one for each of the ``parts`` or the first of them.
+        published: The same of the published set; None where they are not known.
+        parts: What the numbers are of.
+    """
+    if published is not None and tuple(found) != tuple(published):
+        told = ", ".join(f"{number} {part}" for number, part in zip(found, parts, strict=False))
+        log.warning(
+            "%s: %s images, where the published set has %s; its figures cannot be compared with published ones.",
+            *(place, told, ", ".join(map(str, published))),
         )
 
 
@@ -209,6 +230,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     category_argument: ClassVar[str | None] = None  # the constructor argument that selects one of `categories`
     category_all: ClassVar[str | None] = None  # its value that takes all of them together, if there is one
+    headline: ClassVar[tuple[str, ...]] = ("image_auroc", "pixel_auroc", "pro")  # figures that the set is compared by
     download: bool = False  # whether `download_data` may fetch the data set
 
     def __init__(

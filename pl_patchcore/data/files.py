@@ -1,12 +1,14 @@
-"""Folders -> lists of image files, and the mask of each image by its name. Next: the data modules."""
+"""Folders -> lists of image files, and the mask of each image by its name; lists in files. Next: the data modules."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import unicodedata
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import check_file
@@ -74,6 +76,41 @@ def _cannot_list(error: OSError) -> None:
 
 def _short(name: str) -> str:
     return name if len(name) < 400 else f"{name[:200]} ... {name[-100:]}"
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """Read a list that belongs to a data set; a `UserError` with the ``remedy`` if it is missing or is no text."""
+    try:
+        check_file(path)
+        return path.read_text(encoding="utf-8-sig")
+    except UserError:
+        raise UserError(f"{path}: no such file, or none that can be read; {remedy}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is no UTF-8 text ({error}); {remedy}.") from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read what a JSON file holds, plain values; a `UserError` with the ``remedy`` if it is none."""
+    try:
+        return json.loads(read_text(path, remedy))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no JSON file ({error}); {remedy}.") from error
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """Path of a file in ``folder`` that a list names; a `UserError` that begins with ``where`` if it leads out."""
+    path = PureWindowsPath(name)  # takes / and \ as separators, and knows drives
+    if not name or "\0" in name or path.anchor or ".." in path.parts:
+        raise UserError(f"{where}: names the file {name!r}, which is not in {folder}; unpack the data set again.")
+    return folder.joinpath(*path.parts)
+
+
+def require_files(paths: Iterable[Path], listed_in: Path, remedy: str) -> None:
+    """Refuse a copy that lacks files which its list names; the error says how many, and names the first."""
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(
+            f"{missing[0]}: no such file, though {listed_in} lists it ({len(missing)} files are missing); {remedy}."
+        )
 
 
 def pair_masks(

@@ -28,12 +28,13 @@ def settle_masks(records: Sequence[Record], threads: int, transform: Preprocessi
 
     Above mid-grey is anomalous, of 8 bits or of 16; masks of more than 8 bits whose levels end at 255 are taken as
     masks of 8. Where no mask of the data set is as bright as mid-grey, its levels are class numbers, each above 0
-    anomalous, if there are few different ones.
+    anomalous, if there are few different ones. Records that say by ``mask_above`` what they mean are left.
 
     Raises:
         UserError: If the levels have no certain meaning.
     """
-    masked = [record for record in records if record.label == 1 and record.mask_path and record.mask_is_image]
+    unsaid = [record for record in records if record.mask_is_image and record.mask_above == MID_GREY]
+    masked = [record for record in unsaid if record.label == 1 and record.mask_path]
     files = [(record, path) for record in masked for path in record.masks()]
     if not files:
         return list(records)
