@@ -21,6 +21,7 @@ from pl_patchcore.anomaly_map import peaks
 from pl_patchcore.calibration import draw_held_out, draw_one_of_each, is_held_out
 from pl_patchcore.coreset.collection import Collection, ExpectedImages, StoredImage
 from pl_patchcore.counted import Counted, Geometry, in_parts
+from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.data.batch import same_size_parts
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
@@ -529,6 +530,7 @@ def start_fitting(
         images = None
         if processes.count > 1:
             log.warning("a stream must give every process as many batches: where one has fewer, the others wait.")
+    pixels = loader.dataset.mean_pixels() if isinstance(getattr(loader, "dataset", None), ImageDataset) else None
     return Fitting(
         module.model,
         store=module.store,
@@ -542,4 +544,5 @@ def start_fitting(
         neighbours=neighbours,
         update=update,
         fixed_size=module.transform.size is not None,
+        pixels=pixels,
     )

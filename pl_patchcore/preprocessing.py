@@ -312,6 +312,12 @@ class Geometry(NamedTuple):
     edges: list[tuple[int, int]]  # rows and columns beyond it, at the start and at the end
     box: tuple[float, float, float, float]  # top, left, bottom, right of the input in pixels of the original
 
+    @property
+    def pixels(self) -> int:
+        """Pixels of the input."""
+        height, width = (part.stop - part.start + sum(edge) for part, edge in zip(self[1:3], self.edges, strict=True))
+        return int(height * width)
+
 
 def _cut_out(image: Image.Image, rows: slice, columns: slice, edges: list[tuple[int, int]]) -> np.ndarray:
     """Part of an image as uint8 ``(3, H, W)``, with edges repeated; takes next to no other memory."""

@@ -4,13 +4,15 @@ import math
 import warnings
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from pl_patchcore import PatchFeatures, UserError
+from pl_patchcore import FolderDataModule, PatchCore, PatchFeatures, UserError
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, measure_layers
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
@@ -150,3 +152,20 @@ def test_levels_are_normalised_as_the_images_are():
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
         PatchFeatures(layered(), ["1", "3"], None, tiles=TileOptions(*options))
+
+
+def test_images_of_different_sizes_are_planned_by_their_pixels(tmp_path, caplog):
+    """The space for patch features is reserved by the headers, not by the first image."""
+    for number, side in enumerate((32, 64, 96, 128)):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (side, 2 * side, 3), np.uint8)).save(
+            tmp_path / f"{number}.png"
+        )
+    model = PatchCore(layered(), ["1", "3"], resize=None, crop=None, tile=112, coreset_size=5)
+    data = FolderDataModule(str(tmp_path), test_share=0.0, batch_size=3, num_workers=0)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with caplog.at_level("INFO"):
+        L.Trainer(accelerator="cpu", enable_checkpointing=False, **quiet).fit(model, data)
+    patches = sum(side // 2 * side for side in (32, 64, 96, 128))
+    assert f"collecting {patches:,} patch features" in caplog.text
+    assert f"memory bank: 5 of {patches} patch features" in caplog.text
+    assert "tiles of 112x112" in caplog.text

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 Patch = float | tuple[float, float]
-LOOKED_AT = 16  # images, and masks, evenly spread
+LOOKED_AT = 16  # images, and masks
 SQUASHED = 1.2  # ratio of the sides' scales from which on defects look different lying and standing
 VARIED = 1.05  # ratio between aspect ratios of images that one resize does not fit
 GRID = 16  # pixels: stride of the coarser of the layers that are usual
@@ -48,7 +48,7 @@ def tell_geometry(
         transform: Preprocessing of the model.
         patch: Pixels of the input from patch to patch, one number, or down and across; None: not known.
     """
-    headers = (record.check(transform) for record in _spread(records))
+    headers = (record.check(transform) for record in spread(records))
     sizes = [header.size for header in headers if header is not None]
     if not sizes:
         return
@@ -58,7 +58,8 @@ def tell_geometry(
         _tell_patch(sizes, tests or (), transform, patch)
 
 
-def _spread(records: Sequence[Record]) -> list[Record]:
+def spread(records: Sequence[Record]) -> list[Record]:
+    """A few of the records, evenly spread."""
     places = np.linspace(0, len(records) - 1, min(LOOKED_AT, len(records))).round().astype(int)
     return [records[i] for i in places]
 
@@ -126,7 +127,7 @@ def _smallest_defect(masked: Sequence[Record], transform: Preprocessing, patch: 
     The largest of an image is what it can be found by; the longer side counts, as that of a scratch.
     """
     found = []
-    for record in tqdm(_spread(masked), "Looking at masks", delay=2, leave=False, unit=" masks"):
+    for record in tqdm(spread(masked), "Looking at masks", delay=2, leave=False, unit=" masks"):
         header = record.check(transform)
         mask = np.zeros((1, 1), np.uint8) if header is None else record.truth(header.size, transform)
         boxes = ndimage.find_objects(label_regions(mask == 1)[0]) if (mask == 1).any() else []

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
-from pl_patchcore.data.advice import tell_geometry
+from pl_patchcore.data.advice import spread, tell_geometry
 from pl_patchcore.data.batch import collate
 from pl_patchcore.data.files import is_folder, list_images
 from pl_patchcore.data.masks import MID_GREY, settle_masks
@@ -197,6 +197,12 @@ class ImageDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def mean_pixels(self) -> float | None:
+        """Pixels of an input on average, by the headers of a few images; None where all have one size."""
+        headers = [] if self.transform.size else [each.check(self.transform) for each in spread(self.records)]
+        pixels = [self.transform.geometry(*header.size).pixels for header in headers if header is not None]
+        return float(np.mean(pixels)) if pixels else None
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
