@@ -94,11 +94,21 @@ class AnomalyScorer(nn.Module):
         """
         parts: list[_Part] = []
         inside: Tensor | None = None
-        for band in bands:
-            if counted is not None and inside is None:
-                inside = counted.patches(band.rows, band.features.shape[2])
-            part = None if inside is None else inside[:, band.top : band.top + band.features.shape[1]]
-            parts.append(self._of_band(band.features, bank, part))
+        for features, top, whole in bands:
+            b, h, w, d = features.shape
+            flat, chosen = features.reshape(-1, d), None
+            if counted is not None:
+                inside = counted.patches(whole, w) if inside is None else inside
+                chosen = inside[:, top : top + h].flatten().nonzero()[:, 0]
+            nearest, found = bank(flat if chosen is None else flat[chosen], self.num_neighbors)
+            distances = (nearest.square() if self.distance == "squared" else nearest).mean(1)
+            rows = found[:, 0]
+            if chosen is not None:  # one that does not count has the distance -inf
+                distances = distances.new_full((b * h * w,), -torch.inf).index_put((chosen,), distances)
+                rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
+            star, patch = distances.view(b, h * w).max(1)  # equation 6
+            position = torch.arange(b, device=features.device) * h * w + patch
+            parts.append(_Part(distances.view(b, h, w), star, flat[position], rows[position]))
         distances = torch.cat([part.distances for part in parts], 1)  # (B, h, w)
         if self.image_score == "top_mean":
             scores = top_mean(distances, self.top_share)
@@ -112,22 +122,6 @@ class AnomalyScorer(nn.Module):
         if counted is None or inside is None:
             return scores, anomaly_map(distances, size, self.sigma)
         return scores, anomaly_map(continued(distances, inside), size, self.sigma, counted.at(*size))
-
-    def _of_band(self, features: Tensor, bank: MemoryBank | ForeignRows, inside: Tensor | None) -> _Part:
-        """Distances of patches ``(B, h', w, D)``, of those that count, and the largest of each image."""
-        b, h, w, d = features.shape
-        flat = features.reshape(-1, d)
-        chosen = None if inside is None else inside.flatten().nonzero()[:, 0]
-        nearest, found = bank(flat if chosen is None else flat[chosen], self.num_neighbors)
-        distances = (nearest.square() if self.distance == "squared" else nearest).mean(1)
-        rows = found[:, 0]
-        if chosen is not None:  # one that does not count has the distance -inf
-            distances = distances.new_full((b * h * w,), -torch.inf).index_put((chosen,), distances)
-            rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
-        distances = distances.view(b, h * w)
-        star, patch = distances.max(1)  # equation 6
-        position = torch.arange(b, device=features.device) * h * w + patch
-        return _Part(distances.view(b, h, w), star, flat[position], rows[position])
 
 
 class _Part(NamedTuple):
@@ -225,15 +219,13 @@ def smoothed(maps: Tensor, sigma: float) -> Tensor:
     # places along each axis, continued by ``radius`` on both sides, the edge repeated, however short it is
     turns = [torch.arange(-radius, n + radius, device=maps.device).remainder(2 * n) for n in (height, width)]
     y, x = (torch.minimum(place, 2 * n - 1 - place) for place, n in zip(turns, (height, width), strict=True))
-
-    def of_rows(band: Tensor) -> Tensor:
-        part = gaussian_blur2d(maps[:, None, band[:, None], x], 2 * (2 * radius + 1,), 2 * (sigma,), "constant")
-        return part[:, 0, radius:-radius, radius:-radius]  # type: ignore[no-any-return]
-
-    if torch.compiler.is_compiling() or height * width <= BAND_PIXELS:  # a recorded graph has no loop over sizes
-        return of_rows(y)
-    rows = max(1, BAND_PIXELS // width)
-    return torch.cat([of_rows(y[top : top + rows + 2 * radius]) for top in range(0, height, rows)], 1)
+    whole = torch.compiler.is_compiling() or height * width <= BAND_PIXELS  # a recorded graph has no loop over sizes
+    rows = height if whole else max(1, BAND_PIXELS // width)
+    bands = [y] if whole else [y[top : top + rows + 2 * radius] for top in range(0, height, rows)]
+    kernel = 2 * (2 * radius + 1,), 2 * (sigma,), "constant"
+    inner = slice(radius, -radius or None)
+    found = [gaussian_blur2d(maps[:, None, band[:, None], x], *kernel)[:, 0, inner, inner] for band in bands]
+    return found[0] if whole else torch.cat(found, 1)
 
 
 def to_original(anomaly_map: Tensor, original_size: tuple[int, int], crop_box: tuple[float, ...]) -> Tensor:

@@ -116,14 +116,10 @@ class Counted:
         return inside
 
 
-def in_parts(images: Tensor, counted: Counted | None, at_once: int | None) -> Iterator[tuple[Tensor, Counted | None]]:
-    """Images ``(B, 3, H, W)`` in parts of so many (None: all of them), with what counts of each."""
-    if at_once is None:
-        yield images, counted
-        return
-    for first in range(0, len(images), at_once):
-        part = slice(first, first + at_once)
-        yield images[part], None if counted is None else counted[part]
+def in_parts(images: Tensor, counted: Counted | None) -> Iterator[tuple[Tensor, Counted | None]]:
+    """Images ``(B, 3, H, W)`` one by one, ``(1, 3, H, W)``, with what counts of each."""
+    for i in range(len(images)):
+        yield images[i : i + 1], None if counted is None else counted[i : i + 1]
 
 
 def _packed(region: Any) -> bytes:

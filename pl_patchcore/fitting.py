@@ -198,9 +198,10 @@ class Fitting:
     ) -> tuple[tuple[int, int], Counted | None]:
         """Put the patch features that count into a member's collection; patches down and across, and what counts."""
         member, done, grid, found = self.members[place], 0, (0, 0), list[Geometry]()
-        for part, of_part in in_parts(images, counted, member.patch_features.images_at_once):
+        whole = member.patch_features.tiling is None
+        for part, of_part in [(images, counted)] if whole else in_parts(images, counted):
             inside: Tensor | None = None
-            bands, of_part = member.bands(part, of_part)
+            bands, of_part = member.in_front(part, of_part)
             found += [] if of_part is None else of_part.images
             for band in bands:
                 grid, last = (band.rows, band.features.shape[2]), band.top + band.features.shape[1]
@@ -490,7 +491,7 @@ def score_without_rows(
     for member in model.members:
         bank = member.memory_bank
         rows = ForeignRows(bank, group, bank.exact())
-        bands, inside = member.bands(images, counted)
+        bands, inside = member.in_front(images, counted)
         parts.append(member.scorer(bands, rows, images.shape[2:], inside))
     return model.combined(parts) if isinstance(model, EnsembleModel) else parts[0]
 

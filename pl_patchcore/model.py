@@ -107,21 +107,22 @@ class PatchCoreModel(nn.Module):
             if not images.shape[0]:
                 none = images.new_zeros(0, *size, dtype=torch.float32)
                 return none.flatten(1).sum(1), none
-        found: list[tuple[Tensor, Tensor]] = []
-        for part, of_part in in_parts(images, counted, self.patch_features.images_at_once):
-            bands, of_part = self.bands(part, of_part)
-            found.append(self.scorer(bands, self.memory_bank, size, of_part))
-        if len(found) == 1:
-            return found[0]
-        scores, maps = zip(*found, strict=True)
-        return torch.cat(scores), torch.cat(maps)
+        if self.patch_features.tiling is not None and len(images) > 1:  # one at a time: each may be many tiles
+            found = [self(*part) for part in in_parts(images, counted)]
+            scores, maps = zip(*found, strict=True)
+            return torch.cat(scores), torch.cat(maps)
+        bands: Iterable[Band] = self.patch_features.bands(images)
+        if self.foreground != "none":
+            bands, counted = self.in_front(images, counted)
+        return self.scorer(bands, self.memory_bank, size, counted)  # type: ignore[no-any-return]
 
-    def bands(self, images: Tensor, counted: Counted | None) -> tuple[Iterable[Band], Counted | None]:
-        """Patch features of images ``(B, 3, H, W)``, and which places of them count, of an object in front, too."""
+    def in_front(self, images: Tensor, counted: Counted | None) -> tuple[Iterable[Band], Counted | None]:
+        """Patch features of images ``(B, 3, H, W)``, and which places of them count: of an object in front only."""
         bands: Iterable[Band] = self.patch_features.bands(images)
         if self.foreground == "none":
             return bands, counted
-        if self.patch_features.takes_whole(images):
+        tiling = self.patch_features.tiling
+        if tiling is None or tiling.holds(*images.shape[2:]):
             bands = list(bands)
             features = bands[0].features
         else:  # the features of a large image are never all there: the object is found in a small one

@@ -42,8 +42,8 @@ class PatchOptions(_Group):
 
     Args:
         stride: Step between patches, in cells of the layer's grid.
-        layer_dim: Null: features are averaged over the neighbourhood and layers concatenated. A number: adaptive
-            pooling of each layer to so many numbers, as in the authors' code; goes with ``feature_dim``.
+        layer_dim: Null: features are averaged over the neighbourhood. A number: adaptive pooling of each layer to so
+            many numbers, as in the authors' code; goes with ``feature_dim``.
         feature_dim: Adaptive pooling of all layers together to so many numbers.
     """
 
@@ -72,7 +72,7 @@ class ImageOptions(_Group):
         interpolation: Filter of the resize, ``bilinear`` or ``bicubic``, antialiased.
         mean: Mean of the normalisation, RGB in [0, 1].
         std: Standard deviation of the normalisation, RGB in [0, 1].
-        bits: Bits of grey images that have more than 8 a pixel, such as 12 of a camera whose files have 16; null: 16.
+        bits: Bits of grey images of more than 8 a pixel, such as a camera's 12 in files of 16; null: 16.
         max_pixels: Largest image that is opened, in pixels; null: Pillow's limit of 178,956,970.
     """
 
@@ -101,9 +101,9 @@ class StoreOptions(_Group):
         folder: Folder of the file; null: the system's folder for temporary files.
         dtype: ``float32``, or ``float16`` or ``bfloat16`` to halve the space: the memory bank's features are rounded
             so (the same ones are selected).
-        selection_memory: GiB that greedy selection may take. Where that is too little to hold all projected features,
-            it selects within chunks, then among the selected ones: at most 4 times as far from the patch features as
-            the best coreset, where exact selection is at most 2 times as far. Null: select exactly.
+        selection_memory: GiB that greedy selection may take. Where that is too little, it selects within chunks, then
+            among the selected ones: at most 4 times as far from the patch features as the best coreset, in place of 2.
+            Null: select exactly.
 
     Raises:
         UserError: For a value that is out of range.

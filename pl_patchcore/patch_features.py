@@ -8,7 +8,7 @@ matter: here pooling is first, which takes a tenth of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, weights_sha256
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, measure_layers
+from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
 
 
 class Band(NamedTuple):
@@ -27,11 +27,6 @@ class Band(NamedTuple):
     features: Tensor  # (B, h', w, D), float32
     top: int  # the first row's number
     rows: int  # of the whole grid, h
-
-    @classmethod
-    def whole(cls, features: Tensor) -> Band:
-        """All patch features of images, ``(B, h, w, D)``."""
-        return cls(features, 0, features.shape[1])
 
 
 class PatchFeatures(nn.Module):
@@ -107,13 +102,15 @@ class PatchFeatures(nn.Module):
             grids = [LayerGrid(stride, 0, torch.inf) for stride in self.strides]
         else:
             with torch.inference_mode():
-                grids = measure_layers(lambda x: self._grids(self.network(x), x.shape[2:]), self.strides, self.like)
+                grids = measure_layers(self._layers, self.strides, self.like)
         return Tiling(options, grids, self.patch_size, self.patch_stride, padded=padded)
 
-    @property
-    def images_at_once(self) -> int | None:
-        """Images that `bands` should be given at once: one that may take many tiles; None: any number."""
-        return None if self.tiling is None else 1
+    def _layers(self, images: Tensor) -> list[Tensor]:
+        """Layers ``(B, C, h, w)`` of images."""
+        outputs, size = self.network(images), images.shape[2:]
+        return [
+            as_grid(outputs[name], layout, size, name) for name, layout in zip(self.layers, self.layouts, strict=True)
+        ]
 
     @property
     def pixels_per_patch(self) -> int:
@@ -138,37 +135,25 @@ class PatchFeatures(nn.Module):
 
     def bands(self, images: Tensor) -> Iterator[Band]:
         """The same in bands of patches, from the top; one band, where the images are no larger than a tile."""
-        if self.tiling is None or self.takes_whole(images):
-            yield Band.whole(self._joined(self._pooled(images)))
+        tiling, (height, width) = self.tiling, images.shape[-2:]
+        if tiling is None or tiling.holds(height, width):
+            (features,) = self._features(images)
+            yield Band(features, 0, features.shape[1])
             return
-        height, width = images.shape[-2:]
-        spans = self.tiling.along(0, height), self.tiling.along(1, width)
-        grids = [(self.tiling.grid(i, height), self.tiling.grid(i, width)) for i in range(len(self.layers))]
+        spans = tiling.along(0, height), tiling.along(1, width)
+        grids = [(tiling.grid(i, height), tiling.grid(i, width)) for i in range(len(self.layers))]
         for row in spans[0]:
             tiles: list[Tensor] = []
-            for columns in self.tiling.batches(spans[1]):
-                stacked = self._pooled(torch.cat([self.tiling.cut(images, row, column) for column in columns]))
-                for number, column in enumerate(columns):
-                    here = slice(number * len(images), (number + 1) * len(images))
-                    tiles.append(self._joined(self.tiling.parts([part[here] for part in stacked], row, column, grids)))
+            for columns in tiling.batches(spans[1]):
+                cut = torch.cat([tiling.cut(images, row, column) for column in columns])
+                tiles += self._features(cut, [Window(row, column, grids) for column in columns])
             yield Band(torch.cat(tiles, 2), row.first, grids[0][0])
 
-    def takes_whole(self, images: Tensor) -> bool:
-        """Whether the network is given images ``(B, 3, H, W)`` whole: they are no larger than a tile."""
-        return self.tiling is None or self.tiling.holds(*images.shape[-2:])
-
-    def small(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)`` made as small as a tile, normalised."""
-        assert self.tiling is not None
-        size, (height, width) = self.tiling.size, images.shape[-2:]
-        if not self.tiling.padded:
-            scale = min(size[0] / height, size[1] / width)
-            size = max(1, int(scale * height)), max(1, int(scale * width))
-        return self._normalised(F.interpolate(images.float(), size, mode="area").to(images.dtype))
-
-    def _pooled(self, images: Tensor) -> list[Tensor]:
-        """Neighbourhoods of each layer's cells, float32 ``(B, C, h, w)``."""
-        images, size = self._normalised(images), tuple(images.shape[-2:])
+    def _features(self, images: Tensor, windows: Sequence[Window | None] = (None,)) -> list[Tensor]:
+        """Patch features of images, or of what is taken from tiles: of as many at each window, float32."""
+        if not images.is_floating_point():
+            images = self._normalised(images)
+        size = (images.shape[2], images.shape[3])
         try:
             outputs = self.network(images.to(self.like.dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -180,8 +165,11 @@ class PatchFeatures(nn.Module):
                 "tile to that size."
             ) from error
         p, s = self.patch_size, self.patch_stride
-        parts: list[Tensor] = []
-        for layer in self._grids(outputs, size):
+        pooled: list[Tensor] = []
+        for name, layout in zip(self.layers, self.layouts, strict=True):
+            layer = outputs[name]
+            if layout[0] != "bchw" or not isinstance(layer, Tensor):
+                layer = as_grid(layer, layout, size, name)
             layer = layer.float()  # (B, C, h, w)
             if self.layer_dim is None:
                 layer = F.avg_pool2d(layer, p, s, p // 2)
@@ -189,39 +177,40 @@ class PatchFeatures(nn.Module):
                 grid = [(side - 1) // s + 1 for side in layer.shape[-2:]]
                 patches = F.unfold(layer, p, padding=p // 2, stride=s).transpose(1, 2)  # (B, h w, C p p)
                 layer = F.adaptive_avg_pool1d(patches, self.layer_dim).transpose(1, 2).unflatten(2, grid)
-            parts.append(layer)
-        return parts
+            pooled.append(layer)
+        found = []
+        for number, window in enumerate(windows):
+            parts = pooled
+            if window is not None and self.tiling is not None:
+                parts = self.tiling.parts([part.tensor_split(len(windows))[number] for part in pooled], window)
+            first = parts[0].shape[-2:]
+            for i, part in enumerate(parts):
+                if part.shape[-2:] != first:
+                    parts[i] = F.interpolate(part, size=first, mode="bilinear", align_corners=False)
+            features = torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
+            if self.feature_dim is not None:
+                flat = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim)
+                features = flat.unflatten(1, features.shape[1:3])
+            found.append(features)
+        return found
+
+    def small(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` made as small as a tile, normalised."""
+        assert self.tiling is not None
+        size, (height, width) = self.tiling.size, images.shape[-2:]
+        if not self.tiling.padded:
+            scale = min(size[0] / height, size[1] / width)
+            size = max(1, int(scale * height)), max(1, int(scale * width))
+        small = F.interpolate(images.float(), size, mode="area")
+        return small if images.is_floating_point() else self._normalised(small.to(images.dtype))
 
     def _normalised(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.uint8:
-            mean, std = (images.new_tensor(each, dtype=torch.float32)[:, None, None] for each in (self.mean, self.std))
-            return images.to(torch.float32).div_(255).sub_(mean).div_(std)
-        if not images.is_floating_point():
+        if images.dtype != torch.uint8:
             raise UserError(
                 f"images are {images.dtype}; make them by model.transform, or float32: scaled to [0, 1] and normalised."
             )
-        return images
-
-    def _grids(self, outputs: Mapping[str, Any], size: Sequence[int]) -> list[Tensor]:
-        """Layers as ``(B, C, h, w)``."""
-        pairs = ((name, outputs[name], layout) for name, layout in zip(self.layers, self.layouts, strict=True))
-        return [
-            layer if layout[0] == "bchw" and isinstance(layer, Tensor) else as_grid(layer, layout, size, name)
-            for name, layer, layout in pairs
-        ]
-
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Layers ``(B, C, h, w)`` brought to the first one's grid and joined: ``(B, h, w, D)``."""
-        grid = parts[0].shape[-2:]
-        brought = [
-            part if part.shape[-2:] == grid else F.interpolate(part, size=grid, mode="bilinear", align_corners=False)
-            for part in parts
-        ]
-        features = torch.cat(brought, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
-        if self.feature_dim is not None:
-            pooled = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim)
-            features = pooled.unflatten(1, features.shape[1:3])
-        return features
+        mean, std = (images.new_tensor(each, dtype=torch.float32)[:, None, None] for each in (self.mean, self.std))
+        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def train(self, mode: bool = True) -> PatchFeatures:
         """Stay in eval mode."""

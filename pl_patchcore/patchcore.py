@@ -99,13 +99,12 @@ class PatchCore(L.LightningModule):
         resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
         crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
         resize_mode: ``squash``, or keep the aspect ratio: by ``shorter_side``, or by ``longer_side``, padded.
-        coreset_method: ``greedy``: exact farthest-first selection. ``approximate``: with the authors' start of 10
-            random rows. ``random``: a uniform draw. ``none``: every patch feature is kept.
+        coreset_method: ``greedy``: exact farthest-first selection; ``approximate``: from the authors' 10 random rows;
+            ``random``: a uniform draw; ``none``: all are kept.
         coreset_ratio: Share of the patch features kept, in (0, 1].
-        coreset_size: Number of patch features kept, in place of ``coreset_ratio``. Lowered when a greedy bank is loaded
-            from a checkpoint, it cuts the bank down: the first ones selected are the coreset of that size.
-        projection_dim: Dimension of the random projection the selection works in; features of no more dimensions
-            are not projected.
+        coreset_size: Number of patch features kept, in place of ``coreset_ratio``; lowered at loading, it cuts a greedy
+            memory bank down.
+        projection_dim: Dimension of the random projection that the selection works in.
         num_neighbors: Nearest neighbours whose distances are averaged.
         distance: ``euclidean``, or ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
@@ -116,26 +115,23 @@ class PatchCore(L.LightningModule):
         tile_overlap: Pixels that tiles share; null: enough for features of the whole image, at most half a tile.
         tile_batch: Tiles that the backbone is given at once.
         foreground: What counts: ``none``, all; an object found by its features, ``auto``, or its ``brightness``.
-        search: Exact: ``auto``, by what suits the machine and the bank; ``torch``, by a float32 product; ``int8``, by a
-            filter of small integers. Approximate: a factory string of faiss, such as ``HNSW32``; built and its recall
-            measured at the end of fit.
-        bank_dtype: Type the memory bank is kept and saved in: ``float32``, ``float16`` or ``bfloat16``.
-        calibration: Nominal images that set the thresholds for anomaly scores and maps. ``leave_one_out``: training
-            images, each scored without its own rows of the memory bank. ``split``: those that ``calibration_share``
-            keeps out of it. ``images``: those of the data module's ``calibration``. ``none``: no thresholds. Null:
-            ``split`` where ``calibration_share`` is not 0, else ``none``.
-        calibration_share: Share of the training images, in [0, 1), kept out of the memory bank; goes with ``split``.
+        search: Exact: ``auto``, what suits machine and bank; ``torch``, by a float32 product; ``int8``, by a filter of
+            small integers. Approximate: a factory string of faiss, such as ``HNSW32``.
+        bank_dtype: Type that the memory bank is kept and saved in.
+        calibration: Nominal images that set the thresholds. ``leave_one_out``: training images, each scored without its
+            own rows of the memory bank; ``split``: those that ``calibration_share`` keeps out of it; ``images``: those
+            of the data module's ``calibration``; ``none``. Null: ``split`` where ``calibration_share`` is not 0.
+        calibration_share: Share of the training images, in [0, 1), kept out of the memory bank for ``split``.
         calibration_images: Most images that ``leave_one_out`` scores, drawn by ``seed``.
         drop_suspicious: Leave out training images whose score stands out, at most a tenth.
-        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds; can be changed
-            without fitting again.
-        image_threshold: Threshold for anomaly scores set by hand, in place of the calibrated one; null for that.
+        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds.
+        image_threshold: Threshold for anomaly scores set by hand; null: the calibrated one.
         pixel_threshold: The same for anomaly maps.
-        metrics_mode: ``exact`` metrics keep every pixel of the test set (4 bytes each), ``streaming`` ones a histogram
-            of bounded memory, whose error is bounded and reported; ``auto`` is exact up to 67 million pixels.
+        metrics_mode: ``exact`` metrics keep every pixel (4 bytes each), ``streaming`` ones a histogram of bounded error
+            and memory; ``auto`` is exact up to 67 million pixels.
         metrics_size: Pixel figures of the ``input``'s pixels, or of the ``original`` images' and masks'.
         save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
-        seed: Seed of all random choices: projection, selection, calibration split, random weights.
+        seed: Seed of all random choices.
         roi: What counts, in original pixels: boxes ``[left, top, right, bottom]``, polygons ``[[x, y], ...]``, the path
             of a mask image, or of a folder of masks.
         ignore: What does not count, likewise.

@@ -45,6 +45,14 @@ class Span(NamedTuple):
     last: int  # the one behind them
 
 
+class Window(NamedTuple):
+    """A tile of an image."""
+
+    row: Span
+    column: Span
+    grids: list[tuple[int, int]]  # neighbourhoods of the whole image, down and across, of each layer
+
+
 def measure_layers(run: Callable[[Tensor], Sequence[Tensor]], strides: Sequence[int], like: Tensor) -> list[LayerGrid]:
     """Find the grid of each layer, and on how many pixels beside a cell its value depends.
 
@@ -230,21 +238,17 @@ class Tiling:
         y, x = (torch.arange(side, device=images.device) for side in (row.end - row.start, column.end - column.start))
         return tile[:, :, y.clamp(max=tile.shape[2] - 1)[:, None], x.clamp(max=tile.shape[3] - 1)]
 
-    def parts(
-        self, layers: Sequence[Tensor], row: Span, column: Span, grids: Sequence[tuple[int, int]]
-    ) -> list[Tensor]:
+    def parts(self, layers: Sequence[Tensor], window: Window) -> list[Tensor]:
         """What is taken from a tile: each layer on the patches that lie most central in it.
 
         Args:
             layers: Neighbourhoods of the tile, ``(B, C, h, w)``.
-            row: The tile, down.
-            column: The tile, across.
-            grids: Neighbourhoods of the whole image, down and across, of each layer.
+            window: The tile.
 
         Returns:
-            ``(B, C, row.last - row.first, column.last - column.first)`` of each layer.
+            ``(B, C, h', w')`` of each layer.
         """
-        found = []
+        found, (row, column, grids) = [], window
         for layer, grid, own in zip(layers, grids, self.layers, strict=True):
             part = layer.permute(0, 2, 3, 1)  # as it lies in memory
             for axis, span in ((0, row), (1, column)):

@@ -9,6 +9,10 @@ from pl_patchcore.anomaly_map import AnomalyScorer, anomaly_map, filled, reweigh
 from pl_patchcore.patch_features import Band
 
 
+def whole(patches):
+    return [Band(patches, 0, patches.shape[1])]
+
+
 def made(rows=200, b=3, h=7, w=9, d=12, seed=0):
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(rows, d, generator=g)
@@ -35,7 +39,7 @@ def test_matches_reference(options, rows):
     names = {"neighbours": "num_neighbors", "b": "reweighting_neighbors", "sigma": "sigma"}
     given = {names[k]: v for k, v in options.items() if k in names}
     scorer = AnomalyScorer(**given, distance="squared" if options.get("squared") else "euclidean")
-    scores, maps = scorer([Band.whole(patches)], bank, (56, 70))
+    scores, maps = scorer(whole(patches), bank, (56, 70))
     for i in range(len(patches)):
         score, heat = reference.score_and_map(patches[i].numpy(), bank.features.numpy(), (56, 70), **options)
         assert scores[i].item() == pytest.approx(score, rel=1e-5)
@@ -59,7 +63,7 @@ def test_equation_7_with_duplicates_of_the_nearest():
 
 def test_large_distances_do_not_overflow():
     bank, patches = made()
-    scores, _ = AnomalyScorer()([Band.whole(patches * 1e4)], bank, (28, 36))
+    scores, _ = AnomalyScorer()(whole(patches * 1e4), bank, (28, 36))
     assert torch.isfinite(scores).all()
     assert (scores > 1000).all()
 
@@ -67,9 +71,9 @@ def test_large_distances_do_not_overflow():
 def test_score_does_not_depend_on_the_batch():
     bank, patches = made(b=6)
     scorer = AnomalyScorer()
-    scores, maps = scorer([Band.whole(patches)], bank, (28, 36))
+    scores, maps = scorer(whole(patches), bank, (28, 36))
     for i in range(6):
-        score, heat = scorer([Band.whole(patches[i : i + 1])], bank, (28, 36))
+        score, heat = scorer(whole(patches[i : i + 1]), bank, (28, 36))
         assert score[0] == scores[i]
         torch.testing.assert_close(heat[0], maps[i], rtol=1e-6, atol=0)
 
@@ -77,8 +81,8 @@ def test_score_does_not_depend_on_the_batch():
 def test_maps_are_never_reweighted():
     bank, patches = made()
     assert torch.equal(
-        AnomalyScorer(reweighting_neighbors=1)([Band.whole(patches)], bank, (28, 36))[1],
-        AnomalyScorer(reweighting_neighbors=9)([Band.whole(patches)], bank, (28, 36))[1],
+        AnomalyScorer(reweighting_neighbors=1)(whole(patches), bank, (28, 36))[1],
+        AnomalyScorer(reweighting_neighbors=9)(whole(patches), bank, (28, 36))[1],
     )
 
 

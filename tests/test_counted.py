@@ -78,10 +78,10 @@ def test_what_does_not_count_changes_nothing(tiles):
     patches = model.patch_features(images)
     outside = ~inside.at(25, 30)
     scorer = AnomalyScorer()
-    expected = scorer([Band.whole(patches)], model.memory_bank, (50, 60), inside)
+    expected = scorer([Band(patches, 0, 25)], model.memory_bank, (50, 60), inside)
     for value in (0.0, 1e4):
         other = torch.where(outside[..., None], value, patches)
-        found = scorer([Band.whole(other)], model.memory_bank, (50, 60), inside)
+        found = scorer([Band(other, 0, 25)], model.memory_bank, (50, 60), inside)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1].isnan(), ~inside.at(50, 60))
         assert torch.equal(found[1].nan_to_num(), expected[1].nan_to_num())

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from pl_patchcore import FolderDataModule, MTDDataModule, Preprocessing, SyntheticDataModule, UserError
 from pl_patchcore.data.advice import tell_geometry
-from pl_patchcore.data.base import Record, loader_error
-from pl_patchcore.data.batch import as_batch, collate
+from pl_patchcore.data.base import Record, collate, loader_error
+from pl_patchcore.data.batch import as_batch
 from pl_patchcore.lightning_parts import ReleaseOnException
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +21,10 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from tqdm import tqdm
 
 from pl_patchcore.data.advice import spread, tell_geometry
-from pl_patchcore.data.batch import collate
 from pl_patchcore.data.files import is_folder, list_images
 from pl_patchcore.data.masks import MID_GREY, settle_masks
 from pl_patchcore.errors import UserError
@@ -80,7 +79,8 @@ class Record:
         """
         transform = transform or Preprocessing()
         image = read_image(self.path, bits=transform.bits, max_pixels=transform.max_pixels)
-        return image, self.truth((image.height, image.width), transform)
+        size = (image.height, image.width)
+        return image, self.truth(size, transform) if self.label else np.zeros(size, np.uint8)
 
     def truth(self, size: tuple[int, int], transform: Preprocessing) -> np.ndarray:
         """Read the ground truth of an image of some size: see `read`."""
@@ -215,6 +215,21 @@ class ImageDataset(Dataset[Sample]):
                 mask[sample["region"].numpy() == 0] = UNKNOWN
             sample["mask"] = torch.tensor(mask)
         return sample | numbers | names
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples as a batch, as torch does it; entries whose shapes differ between the samples stay lists of tensors.
+
+    Nothing is padded to a neighbour's size.
+
+    Example:
+        >>> batch = collate([{"image": torch.zeros(3, 4, 4), "label": 0}, {"image": torch.zeros(3, 4, 6), "label": 1}])
+        >>> [image.shape[2] for image in batch["image"]], batch["label"]
+        ([4, 6], tensor([0, 1]))
+    """
+    entries = {name: [sample[name] for sample in samples] for name in samples[0]}
+    alike = {name: len({np.shape(value) for value in values}) == 1 for name, values in entries.items()}
+    return {name: default_collate(values) if alike[name] else values for name, values in entries.items()}
 
 
 class AnomalyDataModule(L.LightningDataModule):

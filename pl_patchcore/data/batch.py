@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler, default_collate
+from torch.utils.data import DistributedSampler
 
 from pl_patchcore.errors import UserError
 
@@ -146,18 +146,3 @@ def _of_each(value: Any, batch: Mapping[str, Any]) -> bool:
     """Whether an entry of a batch has a value for each image."""
     sized = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
     return sized and len(value) == len(batch["image"])
-
-
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples as a batch, as torch does it; entries whose shapes differ between the samples stay lists of tensors.
-
-    Nothing is padded to a neighbour's size.
-
-    Example:
-        >>> batch = collate([{"image": torch.zeros(3, 4, 4), "label": 0}, {"image": torch.zeros(3, 4, 6), "label": 1}])
-        >>> [image.shape[2] for image in batch["image"]], batch["label"]
-        ([4, 6], tensor([0, 1]))
-    """
-    entries = {name: [sample[name] for sample in samples] for name in samples[0]}
-    alike = {name: len({np.shape(value) for value in values}) == 1 for name, values in entries.items()}
-    return {name: default_collate(values) if alike[name] else values for name, values in entries.items()}

@@ -43,11 +43,11 @@ SHARE, SIDE, NEW = 0.2, 96, 300  # of the n, held out by the split; pixels; new 
 class Known(nn.Module):
     """In place of `PatchFeatures`: takes patch features ``(B, D, h, w)``, computed before, as images."""
 
-    images_at_once = None
+    tiling = None
 
     def bands(self, images: Tensor) -> list[Band]:
         """All of them."""
-        return [Band.whole(images.permute(0, 2, 3, 1))]
+        return [Band(images.permute(0, 2, 3, 1), 0, images.shape[2])]
 
 
 def features_of_all(weights: str | None) -> Tensor:
