@@ -4,6 +4,7 @@ For any anomaly scores ``(B,)``, maps ``(B, H, W)`` and masks, whatever made the
 Classes are `torchmetrics.Metric`: ``update`` per batch, ``compute`` at the end, right on several processes.
 """
 
+from pl_patchcore.metrics.aupimo import AUPIMO
 from pl_patchcore.metrics.evaluation import AnomalyEvaluation
 from pl_patchcore.metrics.named import TestFigures
 from pl_patchcore.metrics.regions import pixel_areas
@@ -11,6 +12,7 @@ from pl_patchcore.metrics.single import PRO, AveragePrecision, BestF1, ImageAURO
 from pl_patchcore.metrics.state import Mode
 
 __all__ = [
+    "AUPIMO",
     "PRO",
     "AnomalyEvaluation",
     "AveragePrecision",
