@@ -33,7 +33,7 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.metrics.curve import ROUNDING, UNDEFINED, Column, Figure
 from pl_patchcore.metrics.evaluation import Row, rows
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, RawMetric, check_mode
-from pl_patchcore.metrics.streaming import Cell, nonzero
+from pl_patchcore.metrics.streaming import Cell, nonzero, select
 from pl_patchcore.numerics import one_thread
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,8 @@ class AUPIMO(RawMetric):
     lowest: list[Tensor]
     nominal: list[Tensor]
     nominal_images: list[Tensor]
+    floors: list[Tensor]
+    floor_categories: list[Tensor]
     anomalous: list[Tensor]
 
     def __init__(
@@ -176,6 +178,8 @@ class AUPIMO(RawMetric):
         self.add_list("lowest")  # smallest score of each image's pixels
         self.add_list("nominal")  # largest scores of nominal images,
         self.add_list("nominal_images", torch.int64, 2)  # and number of pixels and category of each one's image
+        self.add_list("floors")  # smallest of these, of categories that have as many as may stay;
+        self.add_list("floor_categories", torch.int64)
         self.add_list("anomalous")  # scores of anomalous images, ascending, one image after the other
 
     @one_thread()
@@ -202,20 +206,30 @@ class AUPIMO(RawMetric):
         maps = self.check_scores("maps", maps, "B H W")
         masks = self.check_truth("masks", masks, MASKS, maps)
         labels = (masks == 1).flatten(1).any(dim=1) if labels is None else labels
-        cells = self.check_cells(
-            self.check_truth("labels", labels, LABELS, maps.new_empty(len(maps))), groups, categories
+        labels = self.check_truth("labels", labels, LABELS, maps.new_empty(len(maps)))
+        cells, thins = self.check_cells(labels, groups, categories), self._thins()
+        floors = dict(
+            zip(dim_zero_cat(self.floor_categories).tolist(), dim_zero_cat(self.floors).tolist(), strict=True)
         )
         for cell, scores, mask in zip(cells, maps, masks, strict=True):
-            own = scores[mask == cell[0]]  # the nominal pixels of a nominal image, the anomalous ones of the others
-            pixels = cell.new_tensor([len(own)])
-            self.lowest.append(own.min()[None] if len(own) else own.new_zeros(1))
-            self.images.append(torch.cat([cell, pixels, pixels * cell[0]])[None])
+            own = select(
+                scores, mask == cell[0]
+            )  # the nominal pixels of a nominal image, the anomalous ones of the others
+            pixels, kept = len(own), 0
+            self.lowest.append(own.min()[None] if pixels else own.new_zeros(1))
             if cell[0] == 0:
+                own = select(own, own >= floors.get(int(cell[2]), -math.inf))
                 self.nominal.append(own)
-                self.nominal_images.append(torch.cat([pixels, cell[2:]]).expand(len(own), 2))
+                self.nominal_images.append(cell.new_tensor([pixels, cell[2]]).expand(len(own), 2))
             else:
-                self.anomalous.append(own.sort().values)
+                own = own.sort().values
+                self.anomalous.append(thin(own) if thins else own)
+                kept = len(self.anomalous[-1])
+            self.images.append(torch.cat([cell, cell.new_tensor([pixels, kept])])[None])
+        self.images, self.lowest = [dim_zero_cat(self.images)], [dim_zero_cat(self.lowest)]
         self._bound_memory()
+        if not thins and self._thins():
+            self._thin()
 
     @one_thread()
     def compute(self) -> Row:
@@ -227,10 +241,14 @@ class AUPIMO(RawMetric):
             one process after the other), NaN for all other images; ``by_group`` and ``by_category`` as
             `AnomalyEvaluation`. NaN where the nominal images have fewer than 1 / lower bound pixels.
         """
-        self._bound_memory()
         images = dim_zero_cat(self.images).cpu()
-        cells, pixels, kept = [tuple(cell) for cell in images[:, :3].tolist()], images[:, 3].tolist(), images[:, 4]
-        overlaps = [part.numpy() for part in dim_zero_cat(self.anomalous).cpu().split(kept.tolist())]
+        cells, pixels, kept = (
+            [tuple(cell) for cell in images[:, :3].tolist()],
+            images[:, 3].tolist(),
+            images[:, 4].tolist(),
+        )
+        overlaps = dim_zero_cat(self.anomalous).cpu().split(kept)
+        overlaps = [thin(part) for part in overlaps] if (thins := self._thins()) else overlaps
         rates = cache(self._rates)
 
         def areas(chosen: Callable[[Cell], bool]) -> Column:
@@ -240,37 +258,42 @@ class AUPIMO(RawMetric):
             found: Column = np.full((2, len(cells)), np.nan)
             for i in members:
                 if shared is not None and cells[i][0] == 1:
-                    found[:, i] = overlap_area(overlaps[i], pixels[i], shared, self.bounds)
+                    found[:, i] = overlap_area(overlaps[i].numpy(), pixels[i], shared, self.bounds)
             return found
 
         def row(chosen: Callable[[Cell], bool]) -> Row:
             found = areas(chosen)
             defined = found[:, ~np.isnan(found[0])]
             value, bound = defined.mean(axis=1).tolist() if defined.size else UNDEFINED
-            return {"aupimo": self.figure(value)} | ({"aupimo_bound": self.figure(bound)} if self._streams() else {})
+            return {"aupimo": self.figure(value)} | ({"aupimo_bound": self.figure(bound)} if thins else {})
 
         return rows(images[:, :3], row) | {"per_image": self.figure(areas(lambda _: True)[0].tolist())}
 
-    def _streams(self) -> bool:
+    def _thins(self) -> bool:
+        """Whether some scores of anomalous images are left out."""
         images = dim_zero_cat(self.images)
-        return self.mode == "streaming" or (
-            self.mode == "auto" and int((images[:, 0] * images[:, 3]).sum()) > self.pixel_limit
-        )
+        pixels = int((images[:, 0] * images[:, 3]).sum())
+        return self.mode == "streaming" or (self.mode == "auto" and pixels > self.pixel_limit)
+
+    def _thin(self) -> None:
+        """Leave out scores of all images so far."""
+        kept = self.images[0][:, 4]
+        parts = [thin(part) for part in dim_zero_cat(self.anomalous).split(kept.tolist())]
+        kept.copy_(torch.tensor([len(part) for part in parts]))
+        self.anomalous = [torch.cat(parts)]
 
     def _bound_memory(self) -> None:
-        """Join the states; leave out small nominal scores, and in streaming mode some of the anomalous ones."""
-        self.images, self.lowest = [dim_zero_cat(self.images)], [dim_zero_cat(self.lowest)]
+        """Leave out the smaller nominal scores, whenever there are as many new ones as may stay of a category."""
         categories = self.images[0][:, 2].unique().tolist()
-        if sum(map(len, self.nominal)) > (len(categories) + 1) * CAPACITY:  # at most once in so many
+        if sum(map(len, self.nominal)) > (len(categories) + 1) * CAPACITY:
             scores, images = dim_zero_cat(self.nominal), dim_zero_cat(self.nominal_images)
             parts = [nonzero(images[:, 1] == category) for category in categories]
-            largest = torch.cat([part[_largest(scores[part])] for part in parts])
-            self.nominal, self.nominal_images = [scores[largest]], [images[largest]]
-        if self._streams():
-            kept = self.images[0][:, 4]
-            parts = [thin(part) for part in dim_zero_cat(self.anomalous).split(kept.tolist())]
-            self.images[0][:, 4] = kept.new_tensor([len(part) for part in parts])
-            self.anomalous = [torch.cat(parts)]
+            parts = [part[_largest(scores[part])] for part in parts]
+            self.nominal = [torch.cat([scores[part] for part in parts])]
+            self.nominal_images = [torch.cat([images[part] for part in parts])]
+            full = [(c, scores[part].min()) for c, part in zip(categories, parts, strict=True) if len(part) == CAPACITY]
+            self.floor_categories = [images.new_tensor([category for category, _ in full])]
+            self.floors = [scores.new_tensor([floor for _, floor in full])]
 
     def _rates(self, categories: frozenset[int]) -> SharedRates | None:
         """False-positive rates shared by images of these categories."""

@@ -181,13 +181,3 @@ def best_f1(curve: Curve) -> tuple[Figure, float]:
         false = np.where(curve.mixed, curve.above, curve.at_least)
         bound = float((2 * covered / (covered[-1] + covered + false)).max()) - value + ROUNDING
     return Figure(value, bound), float(curve.scores[at])
-
-
-def f1_at(hits: int, alarms: int, anomalous: int) -> float:
-    """F1 of ``hits`` of so many ``anomalous`` ones and of false ``alarms``; NaN where nothing is anomalous.
-
-    Example:
-        >>> f1_at(hits=3, alarms=1, anomalous=4)
-        0.75
-    """
-    return 2 * hits / (anomalous + hits + alarms) if anomalous else math.nan

@@ -10,34 +10,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve, f1_at, sort_scores
+from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve, sort_scores
 from pl_patchcore.metrics.regions import pixel_areas
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric
 from pl_patchcore.metrics.streaming import Cell, select
+from pl_patchcore.metrics.thresholded import exceeds, f1_at
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
 Row = dict[str, Any]
 SMALL_LIMITS = (0.05, 0.01)  # of PRO, beside the main one
-
-
-def exceeds(scores: Tensor, threshold: float | None) -> Tensor:
-    """Whether float32 ``scores`` exceed a float64 ``threshold``, compared as real numbers; None: none does.
-
-    Example:
-        >>> exceeds(torch.tensor([0.1, 0.2]), 0.1).tolist()  # the float32 next to 0.1 is 0.100000001
-        [True, True]
-    """
-    lower = np.float32(math.inf if threshold is None else threshold)
-    if threshold is not None and float(lower) > threshold:
-        lower = np.nextafter(lower, np.float32(-np.inf))
-    return scores > float(lower)  # no float32 lies between the two
 
 
 def rows(images: Tensor, row: Callable[[Callable[[Cell], bool]], Row]) -> Row:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
+from pl_patchcore.metrics.aupimo import AUPIMO
 from pl_patchcore.metrics.evaluation import AnomalyEvaluation, Row
+from pl_patchcore.metrics.spro import SPRO
 from pl_patchcore.metrics.state import Mode
 from pl_patchcore.preprocessing import UNKNOWN
 
@@ -45,14 +47,16 @@ class TestFigures:
     ) -> None:
         made = AnomalyEvaluation(mode=mode, image_threshold=image_threshold, pixel_threshold=pixel_threshold)
         self.evaluation = made.to(device)
+        self.aupimo, self.spro = AUPIMO(mode=mode).to(device), SPRO(mode=mode).to(device)
         self.defects: dict[int, str] = {}
         self.categories: dict[int, str] = {}
 
     def add(self, batch: dict[str, Any], scores: Tensor, maps: Tensor) -> None:
         """Add the images of a batch, with their scores ``(B,)`` and maps ``(B, H, W)``.
 
-        It holds ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``; a
-        `UserError` if there is no label, or one of `AnomalyEvaluation.update`.
+        It holds ``label``, and where known ``mask`` (else all pixels are unknown), ``defect``, ``category``, and
+        ``defect_regions``, the defects of each image as `SPRO.update` takes them, of the size of the maps; a
+        `UserError` if there is no label, or one of the metrics' updates.
         """
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
@@ -68,14 +72,21 @@ class TestFigures:
             categories = _numbers(batch["category"])
             self.categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
         self.evaluation.update(scores, maps, labels, masks, groups, categories)
+        self.aupimo.update(maps, masks, labels, groups, categories)
+        if "defect_regions" in batch:
+            self.spro.update(maps, batch["defect_regions"], labels, groups, categories)
 
     def compute(self, processes: Processes) -> tuple[Rows, Rows]:
         """Figures of all processes, which must all call this: rows of plain numbers, as `AnomalyEvaluation.compute`.
 
+        With ``aupimo``, and where batches hold ``defect_regions`` with `SPRO`'s.
         By ``all`` and each defect type, and by each category (none where batches do not name them).
         """
-        self.evaluation.distributed_available_fn = lambda: processes.count > 1
-        overall = self.evaluation.compute()
+        overall: Row = {}
+        used = any(processes.objects(self.spro.update_called))
+        for metric in (self.evaluation, self.aupimo, self.spro) if used else (self.evaluation, self.aupimo):
+            metric.distributed_available_fn = lambda: processes.count > 1
+            overall = _joined(overall, metric.compute())
         for others in processes.objects((self.defects, self.categories)):
             self.defects, self.categories = self.defects | others[0], self.categories | others[1]
         by_defect = {_own_name(self.defects[number]): _plain(row) for number, row in overall["by_group"].items()}
@@ -95,6 +106,12 @@ def _own_name(name: str) -> str:
     return f"{name} (by name)" if name == "all" else name
 
 
+def _joined(row: Row, more: Row) -> Row:
+    """Row of the figures of both, and of those of groups and categories."""
+    nested = {key: _joined(row[key], value) for key, value in more.items() if isinstance(value, dict) and key in row}
+    return row | more | nested
+
+
 def _plain(row: Row) -> Row:
-    found = {key: value for key, value in row.items() if not isinstance(value, dict)}
+    found = {key: value for key, value in row.items() if not isinstance(value, dict) and key != "per_image"}
     return {key: value.item() if isinstance(value, Tensor) else value for key, value in found.items()}
