@@ -89,7 +89,7 @@ def shared_rates(
     if reached < bounds[1]:
         text = "AUPIMO keeps the %d largest nominal scores, which end at a rate of %.2g, below %g: it is not computed."
         log.warning(text, len(scores), reached, bounds[1])
-    if reached < bounds[1] or rates[-1] > bounds[0]:
+    if reached < bounds[1] or rates[-1] > bounds[0] * (1 + ROUNDING):
         return None
     last, first = (int(np.abs(rates - bound).argmin()) for bound in bounds)
     return (
@@ -113,7 +113,7 @@ def overlap_area(scores: Column, pixels: int, rates: SharedRates, bounds: tuple[
     return Figure(min(max(area, 0.0), 1.0), off)
 
 
-def thin(scores: Tensor, shares: int = SHARES) -> Tensor:
+def thin(scores: Tensor, shares: int) -> Tensor:
     """At most ``shares`` of ascending scores ``(n,)``: the middle one of each of so many equal shares.
 
     The share of them from any threshold on is that of all to within ``1 / (2 shares)``.
@@ -223,7 +223,7 @@ class AUPIMO(RawMetric):
                 self.nominal_images.append(cell.new_tensor([pixels, cell[2]]).expand(len(own), 2))
             else:
                 own = own.sort().values
-                self.anomalous.append(thin(own) if thins else own)
+                self.anomalous.append(thin(own, SHARES) if thins else own)
                 kept = len(self.anomalous[-1])
             self.images.append(torch.cat([cell, cell.new_tensor([pixels, kept])])[None])
         self.images, self.lowest = [dim_zero_cat(self.images)], [dim_zero_cat(self.lowest)]
@@ -248,7 +248,7 @@ class AUPIMO(RawMetric):
             images[:, 4].tolist(),
         )
         overlaps = dim_zero_cat(self.anomalous).cpu().split(kept)
-        overlaps = [thin(part) for part in overlaps] if (thins := self._thins()) else overlaps
+        overlaps = [thin(part, SHARES) for part in overlaps] if (thins := self._thins()) else overlaps
         rates = cache(self._rates)
 
         def areas(chosen: Callable[[Cell], bool]) -> Column:
@@ -278,7 +278,7 @@ class AUPIMO(RawMetric):
     def _thin(self) -> None:
         """Leave out scores of all images so far."""
         kept = self.images[0][:, 4]
-        parts = [thin(part) for part in dim_zero_cat(self.anomalous).split(kept.tolist())]
+        parts = [thin(part, SHARES) for part in dim_zero_cat(self.anomalous).split(kept.tolist())]
         kept.copy_(torch.tensor([len(part) for part in parts]))
         self.anomalous = [torch.cat(parts)]
 
