@@ -95,7 +95,7 @@ def test_sizes_differ_and_some_pixels_do_not_count() -> None:
 
 
 def test_without_a_figure_is_nan() -> None:
-    _, maps, labels, masks, _ = images()
+    _, maps, labels, _, _ = images()
     for mode in ("exact", "streaming"):
         for keep in (labels == 0, labels < 0):
             metric = SPRO(mode=mode)
@@ -141,7 +141,7 @@ def test_bad_input(defects: Any, message: str) -> None:
         SPRO().update(maps[:1], defects)
     with pytest.raises(UserError, match="maps must be finite"):
         SPRO().update(maps[:1] * torch.inf, [[]])
-    with pytest.raises(UserError, match="in an image of label 1; .* and label 0"):
+    with pytest.raises(UserError, match=r"in an image of label 1; .* and label 0"):
         SPRO().update(maps[:1], [[(FLAG, 3)]], labels=torch.tensor([0]))
     with pytest.raises(UserError, match="fpr_limit must be in"):
         SPRO((0.0,))
