@@ -430,4 +430,9 @@ def test_bad_limit(make: Any, limit: float) -> None:
 def test_gpu_equals_cpu() -> None:
     result = feed(AnomalyEvaluation().cuda(), *(column.cuda() for column in images("tied")))
     assert result["pro"].is_cuda
-    assert_same(result, figures(images("tied"))["evaluation"])
+    expected = figures(images("tied"))
+    assert_same(result, expected["evaluation"])
+    _, maps, labels, masks, groups = (column.cuda() for column in images("tied"))
+    assert_same(means(feed(per_image().cuda(), maps, masks, labels, groups)), expected["aupimo"])
+    assert_same(feed(SPRO().cuda(), maps, defects_of(masks.cpu()), labels, groups), expected["spro"])
+    assert_same(feed(SegF1(0.5).cuda(), maps, masks), expected["seg_f1"])
