@@ -3,11 +3,13 @@
 # make check        lint, types and the fast tests: what to run after each change
 # make test-extras  tests with other people's packages (timm, transformers, ONNX, MLflow), in an environment of their own,
 #                   and of report.html in a browser, which root gets by apt-get; they skip where there is none
+# make test-oldest  the fast tests with the oldest versions that pyproject.toml allows, in an environment of their own
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := .venv-extras/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test check test-extras chromium lint format bench clean
+.PHONY: demo test check test-extras test-oldest chromium lint format bench clean
 
 .venv/.runtime: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -23,6 +25,12 @@ EXTRAS := .venv-extras/bin
 	$(EXTRAS)/pip install --quiet --editable ".[test,extras]"
 	@touch $@
 
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	$(OLDEST)/pip install --quiet uv
+	$(OLDEST)/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable ".[test]"
+	@touch $@
+
 demo: .venv/.runtime
 	$(BIN)/pl-patchcore run --config demo
 
@@ -34,6 +42,10 @@ check: lint
 
 test-extras: .venv-extras/.installed chromium
 	$(EXTRAS)/pytest tests/extras
+
+# newer packages below the old ones have deprecated what these use
+test-oldest: .venv-oldest/.installed
+	$(OLDEST)/pytest -n auto -m "not slow" -W ignore::DeprecationWarning
 
 chromium:
 	@command -v chromium || command -v chromium-browser || test "$$(id -u)" != 0 || { \
@@ -53,4 +65,4 @@ bench: .venv/.dev
 	for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
 clean:
-	rm -rf .venv .venv-extras demo
+	rm -rf .venv .venv-extras .venv-oldest demo

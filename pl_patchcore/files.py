@@ -97,7 +97,8 @@ def hold(folder: Path) -> FileLock:
         UserError: If another run writes into it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".in_use", blocking=False, is_singleton=True)  # may be taken again by this process
+    # may be taken again by this process, which a lock knows by its path
+    lock = FileLock(folder.resolve() / ".in_use", blocking=False, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:

@@ -30,6 +30,18 @@ def regions(mask: np.ndarray) -> list[list[tuple[int, int]]]:
     return found
 
 
+def area_up_to(fpr: list[float], overlap: list[float], fpr_limit: float) -> float:
+    """Area under the curve by the trapezoidal rule, its end point interpolated, divided by the limit."""
+    area = 0.0
+    for left, right, low, high in zip(fpr, fpr[1:], overlap, overlap[1:], strict=False):
+        if right <= fpr_limit:
+            area += (right - left) * (low + high) / 2
+        elif left < fpr_limit:  # the end point lies on this segment
+            end = low + (high - low) * (fpr_limit - left) / (right - left)
+            area += (fpr_limit - left) * (low + end) / 2
+    return area / fpr_limit
+
+
 def pro(maps: list[np.ndarray], masks: list[np.ndarray], fpr_limit: float = 0.3) -> float:
     """Mean overlap of the regions against the false-positive rate, swept over every distinct threshold."""
     nominal = np.concatenate([scores[mask == 0] for scores, mask in zip(maps, masks, strict=True)])
@@ -41,14 +53,47 @@ def pro(maps: list[np.ndarray], masks: list[np.ndarray], fpr_limit: float = 0.3)
     thresholds = np.unique(np.concatenate([nominal, *found]))[::-1]
     fpr = [0.0] + [float((nominal >= threshold).mean()) for threshold in thresholds]
     overlap = [0.0] + [float(np.mean([(s >= threshold).mean() for s in found])) for threshold in thresholds]
-    area = 0.0
-    for left, right, low, high in zip(fpr, fpr[1:], overlap, overlap[1:], strict=False):
-        if right <= fpr_limit:
-            area += (right - left) * (low + high) / 2
-        elif left < fpr_limit:  # the end point lies on this segment
-            end = low + (high - low) * (fpr_limit - left) / (right - left)
-            area += (fpr_limit - left) * (low + end) / 2
-    return area / fpr_limit
+    return area_up_to(fpr, overlap, fpr_limit)
+
+
+def aupimo(
+    maps: list[np.ndarray], masks: list[np.ndarray], labels: list[int], bounds: tuple[float, float], steps: int
+) -> list[float]:
+    """AUPIMO of each image, as its authors compute it, NaN of nominal ones; one threshold at a time."""
+    nominal = [scores[mask == 0] for scores, mask, label in zip(maps, masks, labels, strict=True) if not label]
+    ends = min(own.min() for own in nominal), max(own.max() for own in nominal)
+    thresholds = np.linspace(*(float(end) for end in ends), steps).astype(np.float32)
+    rates = np.array([np.mean([(own >= threshold).mean() for own in nominal]) for threshold in thresholds])
+    first, last = (int(np.argmin(abs(rates - bound))) for bound in reversed(bounds))
+    reached = rates[-1] <= bounds[0] * (1 + 1e-12) and first < last  # else the authors' code ends in an error
+    found = []
+    for scores, mask, label in zip(maps, masks, labels, strict=True):
+        own, area = scores[mask == 1], 0.0
+        for k in range(first, last) if label and len(own) else ():
+            height = (float((own >= thresholds[k]).mean()) + float((own >= thresholds[k + 1]).mean())) / 2
+            area += height * (np.log10(rates[k]) - np.log10(rates[k + 1]))
+        found.append(min(1.0, area / np.log10(bounds[1] / bounds[0])) if reached and label and len(own) else np.nan)
+    return found
+
+
+def spro(maps: list[np.ndarray], defects: list[list[tuple[np.ndarray, int]]], fpr_limit: float) -> float:
+    """Mean saturated overlap of the defects against the false-positive rate, swept over every distinct threshold."""
+    free = [
+        scores[~np.any([mask for mask, _ in own], axis=0)] if own else scores.ravel()
+        for scores, own in zip(maps, defects, strict=True)
+    ]
+    nominal = np.concatenate(free)
+    thresholds = np.unique(np.concatenate([scores.ravel() for scores in maps]))[::-1]
+    fpr, overlap = [0.0], [0.0]
+    for threshold in thresholds:
+        fpr.append(float((nominal >= threshold).mean()))
+        each = [
+            min(1.0, (scores[mask] >= threshold).sum() / min(saturation, mask.sum()))
+            for scores, own in zip(maps, defects, strict=True)
+            for mask, saturation in own
+        ]
+        overlap.append(float(np.mean(each)))
+    return area_up_to(fpr, overlap, fpr_limit)
 
 
 def average_precision(nominal: np.ndarray, anomalous: np.ndarray) -> float:

@@ -595,6 +595,12 @@ def test_what_needs_no_torch_imports_none(tmp_path):
         assert done.stdout.startswith(expected)
 
 
+@pytest.mark.slow
+def test_what_few_need_is_imported_where_it_is_used():
+    code = "import sys, pl_patchcore.cli; assert not {'av', 'faiss', 'skimage'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 HOLDING = """
 import sys, filelock
 lock = filelock.FileLock(sys.argv[1] + "/.in_use").acquire()

@@ -12,19 +12,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from matplotlib import pyplot
-from shares import figures_by_name
-from sklearn.metrics import average_precision_score, roc_auc_score
+from shares import defects_of, figures_by_name, per_image
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch import Tensor
 
 from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.metrics import (
     PRO,
+    SPRO,
     AnomalyEvaluation,
     AveragePrecision,
     BestF1,
+    ClassF1,
     ImageAUROC,
     PixelAUROC,
+    SegF1,
     TestFigures,
     pixel_areas,
     regions,
@@ -69,13 +72,21 @@ def feed(metric: Any, *columns: Tensor, batch: int = 5) -> Any:
     return metric.compute()
 
 
+def means(row: dict[str, Any]) -> dict[str, Any]:
+    """Figures of AUPIMO that do not depend on the order of images."""
+    return {name: value for name, value in row.items() if name != "per_image"}
+
+
 def figures(columns: tuple[Tensor, ...], batch: int = 5, limit: float = 0.3) -> dict[str, Any]:
     """What every metric says about the images."""
-    scores, maps, labels, masks, _ = columns
+    scores, maps, labels, masks, groups = columns
     return {
         "image_auroc": feed(ImageAUROC(), scores, labels, batch=batch),
         "pixel_auroc": feed(PixelAUROC(), maps, masks, batch=batch),
         "pro": feed(PRO(limit), maps, masks, batch=batch),
+        "aupimo": means(feed(per_image(), maps, masks, labels, groups, batch=batch)),
+        "seg_f1": feed(SegF1(0.5), maps, masks, batch=batch),
+        "spro": feed(SPRO(), maps, defects_of(masks), labels, groups, batch=batch),
         "evaluation": feed(AnomalyEvaluation(limit), *columns, batch=batch),
     }
 
@@ -269,6 +280,9 @@ def test_false_alarms_per_group_and_category(mode: Any) -> None:
         assert row["image_false_alarm_rate"] == (good > 1).double().mean()
         assert row["image_detection_rate"] == (scores[keep & (labels == 1)] > 1).double().mean()
         assert (row["nominal"], row["anomalous"]) == (len(good), int((labels[keep] == 1).sum()))
+        known = masks[keep] != 255
+        assert row["class_f1"].item() == pytest.approx(f1_score(labels[keep], scores[keep] > 1), abs=1e-12)
+        assert row["seg_f1"].item() == pytest.approx(f1_score(masks[keep][known], maps[keep][known] > 0), abs=1e-12)
         if kind == "by_category":
             single = AnomalyEvaluation(mode=mode)
             single.update(*(column[keep] for column in (scores, maps, labels, masks, groups)))
@@ -280,7 +294,26 @@ def test_false_alarms_per_group_and_category(mode: Any) -> None:
         scores[labels == 1], maps[labels == 1], labels[labels == 1], masks[labels == 1] * 0 + 255, groups[labels == 1]
     )
     assert nothing.compute()["image_false_alarm_rate"].isnan()
+    assert nothing.compute()["seg_f1"].isnan()  # every pixel is unknown
     assert nothing.compute()["pixel_false_alarm_rate"].isnan()
+
+
+@pytest.mark.parametrize("shape", ["tied", "hundreds"])
+def test_f1_at_a_threshold(shape: str) -> None:
+    scores, maps, labels, masks, _ = columns = images(shape)
+    above, known = float(maps.median()), masks != 255
+    pixels, whole = feed(SegF1(above), maps, masks), feed(ClassF1(float(scores.median())), scores, labels)
+    assert pixels.item() == pytest.approx(f1_score(masks[known], maps[known] > above), abs=1e-12)
+    assert whole.item() == pytest.approx(f1_score(labels, scores > scores.median()), abs=1e-12)
+    row = feed(AnomalyEvaluation(image_threshold=float(scores.median()), pixel_threshold=above), *columns)
+    assert_same([row["seg_f1"], row["class_f1"]], [pixels, whole])
+    assert feed(SegF1(1e6), maps, masks) == 0  # none is found
+    assert feed(SegF1(above), maps[labels == 0], masks[labels == 0]).isnan()
+    empty = ClassF1(0.0)
+    empty.update(scores[:0], labels[:0])
+    assert empty.compute().isnan()
+    with pytest.raises(UserError, match="threshold must be a finite number, got nan"):
+        SegF1(math.nan)
 
 
 def test_figures_by_name() -> None:
@@ -293,6 +326,7 @@ def test_figures_by_name() -> None:
     rows = {"all": expected, "hole": expected["by_group"][5], "scratch": expected["by_group"][-2]}
     for name, row in (rows | {"grid": expected["by_category"][8], "screw": expected["by_category"][3]}).items():
         found = (by_defect | by_category)[name]
+        assert math.isnan(found.pop("aupimo"))  # fewer than 100,000 nominal pixels
         assert found == {key: row[key] for key in row if not key.startswith("by_")}
         assert "image_false_alarm_rate" in found
         assert {type(value) for value in found.values()} == {float, int}
@@ -493,4 +527,9 @@ def test_bad_limit(make: Any, limit: float) -> None:
 def test_gpu_equals_cpu() -> None:
     result = feed(AnomalyEvaluation().cuda(), *(column.cuda() for column in images("tied")))
     assert result["pro"].is_cuda
-    assert_same(result, figures(images("tied"))["evaluation"])
+    expected = figures(images("tied"))
+    assert_same(result, expected["evaluation"])
+    _, maps, labels, masks, groups = (column.cuda() for column in images("tied"))
+    assert_same(means(feed(per_image().cuda(), maps, masks, labels, groups)), expected["aupimo"])
+    assert_same(feed(SPRO().cuda(), maps, defects_of(masks.cpu()), labels, groups), expected["spro"])
+    assert_same(feed(SegF1(0.5).cuda(), maps, masks), expected["seg_f1"])

@@ -35,7 +35,7 @@ def fitted(tiny, trainer):
 
 
 @pytest.mark.slow
-def test_report(fitted, trainer, tmp_path, capsys):
+def test_report(fitted, trainer, tmp_path, capsys, monkeypatch):
     model, data = fitted
     (tmp_path / "pictures").mkdir()
     mine = ("mine.png", "missed_by_hand.png")
@@ -44,6 +44,7 @@ def test_report(fitted, trainer, tmp_path, capsys):
     for name in ("missed_7.png", "false_alarm_1.png"):  # of an earlier run
         (tmp_path / "pictures" / name).touch()
     trainer(callbacks=[TestReport(pictures=2)]).test(model, data, verbose=False)
+    monkeypatch.setattr(type(data), "headline", ("pro_0.05", "image_auroc"), raising=False)
     trainer(callbacks=[TestReport(pictures=1)]).test(model, data, verbose=False)
     for name in mine:
         assert (tmp_path / "pictures" / name).read_bytes() == b"the user's own"
@@ -56,9 +57,12 @@ def test_report(fitted, trainer, tmp_path, capsys):
         cells += [str(row["nominal"]), str(row["anomalous"])]
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
         assert [defect, *cells] in [line[:-1] for line in rows]
+    assert f"pro_0.05 {model.figures['all']['pro_0.05']:.4f}" in printed.splitlines()  # by the data set's own wish
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert {key: metrics[key] for key in model.figures["all"]} == model.figures["all"]
-    assert {"all": model.figures["all"], **metrics["defects"]} == model.figures
+    assert metrics["headline"] == ["pro_0.05", "image_auroc"]
+    rows = {name: row | {"aupimo": None} for name, row in model.figures.items()}  # NaN: too few nominal pixels
+    assert {key: metrics[key] for key in rows["all"]} == rows["all"]
+    assert {"all": rows["all"], **metrics["defects"]} == rows
     assert (metrics["nominal"], metrics["anomalous"]) == (3, 8)
     assert metrics["memory_bank"] == [50, 8]
     assert 0 < metrics["seconds_per_image"] < 10
@@ -89,6 +93,7 @@ def test_foreign_data_without_masks(fitted, trainer, tmp_path, capsys):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["pixel_auroc"] is None
     assert metrics["pro"] is None
+    assert metrics["headline"] == ["image_auroc", "pixel_auroc", "pro"]  # where the data set names none
     assert math.isnan(model.figures["all"]["pro"])
     assert "pixel AUROC nan" in capsys.readouterr().out
     assert (tmp_path / "pictures" / "most_anomalous_1.png").is_file()

@@ -319,6 +319,7 @@ def test_several_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 assert_same(result, expected)
     single = {name: value for name, value in figures(images("tied")).items() if name != "evaluation"}
     for rank, cut in itertools.product((0, 1), (9, 12)):
+        assert found[rank]["single", cut]["aupimo"].pop("per_image").isnan().tolist()[:4] == [True, False, True, False]
         assert_same(found[rank]["single", cut], single)
     assert {str(results["named"]) for results in found} == {str(figures_by_name(columns, Processes()))}
 

@@ -95,6 +95,10 @@ class Record:
             mask[:] = UNKNOWN
         return mask
 
+    def defect_regions(self) -> list[tuple[np.ndarray, int]] | None:
+        """The defects of the image, as `SPRO` takes them; None where the data set does not tell them apart."""
+        return None
+
     def image(self) -> Image.Image:
         """Read the image, RGB."""
         return self.read()[0]
@@ -209,11 +213,13 @@ class ImageDataset(Dataset[Sample]):
         names = {"category": record.category, "defect": record.defect, "path": str(record.path)}
         numbers = {"label": record.label, "index": index, "group": self.groups[index]}
         image, mask = record.read(self.transform)
-        sample = self.transform.apply(image, mask, record.path)
+        sample: Sample = self.transform.apply(image, mask, record.path)
         if self.original_masks:
             if "region" in sample:
                 mask[sample["region"].numpy() == 0] = UNKNOWN
             sample["mask"] = torch.tensor(mask)
+        if (defects := record.defect_regions()) is not None:
+            sample["defect_regions"] = defects
         return sample | numbers | names
 
 
@@ -227,9 +233,11 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         >>> [image.shape[2] for image in batch["image"]], batch["label"]
         ([4, 6], tensor([0, 1]))
     """
-    entries = {name: [sample[name] for sample in samples] for name in samples[0]}
-    alike = {name: len({np.shape(value) for value in values}) == 1 for name, values in entries.items()}
-    return {name: default_collate(values) if alike[name] else values for name, values in entries.items()}
+    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for name, values in batch.items():
+        if not isinstance(values[0], list) and len({np.shape(value) for value in values}) == 1:
+            batch[name] = default_collate(values)
+    return batch
 
 
 class AnomalyDataModule(L.LightningDataModule):

@@ -84,7 +84,7 @@ class LOCORecord(Record):
 class MVTecLOCODataModule(MVTecDataModule):
     """One category of MVTec LOCO AD; arguments as of `MVTecDataModule`."""
 
-    headline: ClassVar[tuple[str, ...]] = ("image_auroc", "spro_0.05")
+    headline: ClassVar[tuple[str, ...]] = ("image_auroc", "mean_spro_0.05")
     layout: ClassVar[Layout] = Layout(
         name="MVTec LOCO AD",
         root="data/mvtec_loco",

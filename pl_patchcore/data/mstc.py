@@ -22,10 +22,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import av
 import numpy as np
-from av.error import FFmpegError
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
@@ -166,6 +163,9 @@ class MSTCDataModule(AnomalyDataModule):
 
         Where broken files are skipped it is 1 at least: that frame cannot be read, and is left out with the reason.
         """
+        import av  # no other data set needs it
+        from av.error import FFmpegError
+
         announced, frames, problem = 0, 0, "holds no frame"
         if not video.is_dir():
             check_file(video)  # a pipe would never end
@@ -209,6 +209,8 @@ _reading = threading.local()  # what each thread reads: (path and process, reade
 
 def _decode(path: Path, number: int) -> Image.Image:
     """Frame ``number`` of a video, RGB."""
+    from av.error import FFmpegError
+
     video: Any = getattr(_reading, "video", (None, None, 0))
     opened, reader, last = video
     _reading.video = (None, None, 0)  # not to be used again if this fails
@@ -232,6 +234,9 @@ def _decode(path: Path, number: int) -> Image.Image:
 
 def _read_frames(path: Path, number: int) -> Generator[Image.Image, int, None]:
     """Frame ``number`` of a video, RGB, then those whose numbers are sent, never a smaller one."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
     to_rgb = VideoReformatter()  # one for all frames: to make it takes longer than to use it
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-import skimage.data
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -198,6 +197,8 @@ def _damage(image: Array, draw: Callable[[Array, Rng], tuple[Array, Array]], rng
 
 @cache
 def _photograph(texture: str) -> Array:
+    import skimage.data  # no other data set needs it
+
     grey: Array = np.asarray(getattr(skimage.data, texture)(), np.float64) / 255
     return grey
 

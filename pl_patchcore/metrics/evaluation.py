@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
@@ -20,6 +19,7 @@ from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, 
 from pl_patchcore.metrics.regions import pixel_areas
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric
 from pl_patchcore.metrics.streaming import Cell, select
+from pl_patchcore.metrics.thresholded import exceeds, f1_at
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
@@ -27,17 +27,28 @@ Row = dict[str, Any]
 SMALL_LIMITS = (0.05, 0.01)  # of PRO, beside the main one
 
 
-def exceeds(scores: Tensor, threshold: float | None) -> Tensor:
-    """Whether float32 ``scores`` exceed a float64 ``threshold``, compared as real numbers; None: none does.
+def rows(images: Tensor, row: Callable[[Callable[[Cell], bool]], Row]) -> Row:
+    """The ``row`` of all images, ``by_group`` those of each group, and ``by_category`` those of each category.
 
-    Example:
-        >>> exceeds(torch.tensor([0.1, 0.2]), 0.1).tolist()  # the float32 next to 0.1 is 0.100000001
-        [True, True]
+    Args:
+        images: Label, group (0 for nominal images) and category of each image, ``(N, 3)``, int64.
+        row: Figures of the images, and of their pixels, whose cell (label, group, category) a condition holds for:
+            of a group all nominal images and its own, of a category all its images.
     """
-    lower = np.float32(math.inf if threshold is None else threshold)
-    if threshold is not None and float(lower) > threshold:
-        lower = np.nextafter(lower, np.float32(-np.inf))
-    return scores > float(lower)  # no float32 lies between the two
+    label, group, category = images.unbind(1)
+    overall, categories = row(lambda _: True), category.unique().tolist()
+
+    def of_group(name: int) -> Row:
+        return row(lambda cell: cell[0] == 0 or cell[1] == name)
+
+    def of_category(name: int) -> Row:
+        return row(lambda cell: cell[2] == name)
+
+    return {
+        **overall,
+        "by_group": {name: of_group(name) for name in group[label == 1].unique().tolist()},
+        "by_category": {name: of_category(name) if len(categories) > 1 else overall for name in categories},
+    }
 
 
 class AnomalyEvaluation(PixelMetric):
@@ -51,8 +62,8 @@ class AnomalyEvaluation(PixelMetric):
     Args:
         fpr_limit: False-positive rate at which the integral of ``pro`` ends, in (0, 1].
         mode: As ``pixel_limit``, see `PixelMetric`. In streaming mode, pixel figures come with their bounds.
-        image_threshold: A nominal image is a false alarm when its score > threshold; None counts none.
-        pixel_threshold: The same for nominal pixels.
+        image_threshold: An image is called anomalous when its score > threshold; None calls none.
+        pixel_threshold: The same for pixels.
 
     Example:
         >>> metric = AnomalyEvaluation()
@@ -82,7 +93,7 @@ class AnomalyEvaluation(PixelMetric):
         super().__init__(mode, pixel_limit, fpr_limit)
         self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         self.add_list("image_scores")
-        self.add_list("images", torch.int64, 7)  # a row of `columns` in `update` for each image
+        self.add_list("images", torch.int64, 9)  # cell and `columns` in `update` of each image
 
     @one_thread()
     def update(
@@ -112,28 +123,22 @@ class AnomalyEvaluation(PixelMetric):
             raise UserError(f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both.")
         labels = self.check_truth("labels", labels, LABELS, scores).long()
         masks = self.check_truth("masks", masks, MASKS, maps)
-        categories = torch.zeros_like(labels) if categories is None else categories
-        for name, numbers, what in (("groups", groups, "defect types"), ("categories", categories, "categories")):
-            if numbers.shape != labels.shape or numbers.is_floating_point():
-                raise UserError(
-                    f"{name} must be integers of shape {tuple(labels.shape)}, got {numbers.dtype} of shape "
-                    f"{tuple(numbers.shape)}; number the {what}."
-                )
+        cells = self.check_cells(labels, groups, categories)
         nominal, anomalous = masks == 0, masks == 1
         sizes = [chosen.flatten(1).sum(dim=1) for chosen in (nominal, anomalous)]
         if stray := int(sizes[1][labels == 0].sum()):
             raise UserError(
                 f"masks of nominal images must hold no 1, got {stray} such pixels; label the image 1 or clear its mask."
             )
-        groups, categories = groups.to(labels) * labels, categories.to(labels)  # nominal images are of group 0
         lost = (labels == 1) & (sizes[1] == 0) & (masks != UNKNOWN).flatten(1).any(dim=1)
-        segments = torch.stack([labels + lost, groups, categories, *sizes], dim=1)  # 2: anomalous, but lost
+        segments = torch.cat([cells, torch.stack(sizes, dim=1)], dim=1)
+        segments[:, 0] += lost  # 2: anomalous, but lost
         self.keep(segments, select(maps, nominal), select(maps, anomalous), pixel_areas(masks))
-        pixel_alarms = (exceeds(maps, self.pixel_threshold) & nominal).flatten(1).sum(dim=1)
-        alarm = exceeds(scores, self.image_threshold)
-        columns = (labels, groups, categories, lost.long(), sizes[0], pixel_alarms, alarm.long())
+        above, alarm = exceeds(maps, self.pixel_threshold), exceeds(scores, self.image_threshold)
+        pixel_alarms, pixel_hits = ((above & chosen).flatten(1).sum(dim=1) for chosen in (nominal, anomalous))
+        columns = torch.stack([lost, *sizes, pixel_alarms, pixel_hits, alarm], dim=1)
         # one tensor each: hundreds of small ones that stay, between large ones that go, leave the heap full of holes
-        self.images = [torch.cat([*self.images, torch.stack(columns, dim=1)])]
+        self.images = [torch.cat([*self.images, torch.cat([cells, columns], dim=1)])]
         self.image_scores = [torch.cat([*self.image_scores, scores])]
 
     @one_thread()
@@ -151,6 +156,7 @@ class AnomalyEvaluation(PixelMetric):
             - ``image_detection_rate``, share of the anomalous images above the threshold, if there is one;
             - ``image_false_alarm_rate`` and ``pixel_false_alarm_rate``, shares of the nominal images and nominal
               pixels above the thresholds, for those thresholds that are set;
+            - ``class_f1`` and ``seg_f1``, F1 of images and of the pixels of all images at these thresholds;
             - ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a known mask that
               holds no anomalous pixel any more: resize and crop took the defect away);
 
@@ -158,30 +164,19 @@ class AnomalyEvaluation(PixelMetric):
             category, to a dict of the same keys but these two.
         """
         scores, images = dim_zero_cat(self.image_scores).cpu(), dim_zero_cat(self.images).cpu()
-        label, group, category = images.unbind(1)[:3]
         curve = self.curves()
 
-        def row(members: Tensor, cells: Callable[[Cell], bool]) -> Row:
-            pixels = self._pixel_row(curve(cells), curve(lambda cell: cell[0] == 1 and cells(cell)))
+        def row(chosen: Callable[[Cell], bool]) -> Row:
+            members = torch.tensor([chosen(tuple(cell)) for cell in images[:, :3].tolist()], dtype=torch.bool)
+            pixels = self._pixel_row(curve(chosen), curve(lambda cell: cell[0] == 1 and chosen(cell)))
             return self._image_row(scores[members], images[members]) | pixels
 
-        def of_group(name: int) -> Row:
-            return row((label == 0) | (group == name), lambda cell: cell[0] == 0 or cell[1] == name)
-
-        def of_category(name: int) -> Row:
-            return row(category == name, lambda cell: cell[2] == name)
-
-        overall = row(label >= 0, lambda _: True)
-        categories = category.unique().tolist()
-        return {
-            **overall,
-            "by_group": {name: of_group(name) for name in group[label == 1].unique().tolist()},
-            "by_category": {name: of_category(name) if len(categories) > 1 else overall for name in categories},
-        }
+        return rows(images[:, :3], row)
 
     def _image_row(self, scores: Tensor, images: Tensor) -> Row:
-        label, _, _, lost, nominal_pixels, pixel_alarms, alarm = images.unbind(1)
-        nominal, pixels = label == 0, int(nominal_pixels.sum())
+        nominal = images[:, 0] == 0
+        lost, pixels, anomalous_pixels, pixel_alarms, pixel_hits = images[:, 3:8].sum(dim=0).tolist()
+        alarm = images[:, 8] == 1
         curve = exact_curve([sort_scores([scores[nominal]])], scores[~nominal])
         f1, threshold = best_f1(curve)
         figures = {
@@ -190,12 +185,14 @@ class AnomalyEvaluation(PixelMetric):
             "oracle_image_f1": f1.value,
             "oracle_image_f1_threshold": threshold,
         }
+        counts = {"nominal": int(nominal.sum()), "anomalous": int((~nominal).sum()), "lost": lost}
         if self.image_threshold is not None:
             figures["image_detection_rate"] = float(alarm[~nominal].double().mean())
             figures["image_false_alarm_rate"] = float(alarm[nominal].double().mean())
+            figures["class_f1"] = f1_at(int(alarm[~nominal].sum()), int(alarm[nominal].sum()), counts["anomalous"])
         if self.pixel_threshold is not None:
-            figures["pixel_false_alarm_rate"] = int(pixel_alarms.sum()) / pixels if pixels else math.nan
-        counts = {"nominal": int(nominal.sum()), "anomalous": int((~nominal).sum()), "lost": int(lost.sum())}
+            figures["pixel_false_alarm_rate"] = pixel_alarms / pixels if pixels else math.nan
+            figures["seg_f1"] = f1_at(pixel_hits, pixel_alarms, anomalous_pixels)
         return {name: self.figure(value) for name, value in figures.items()} | counts
 
     def _pixel_row(self, curve: Curve, anomalous_images: Curve) -> Row:

@@ -12,7 +12,9 @@ from torch import Tensor
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
+from pl_patchcore.metrics.aupimo import AUPIMO
 from pl_patchcore.metrics.evaluation import AnomalyEvaluation, Row
+from pl_patchcore.metrics.spro import SPRO
 from pl_patchcore.metrics.state import Mode
 from pl_patchcore.preprocessing import UNKNOWN
 
@@ -49,6 +51,7 @@ class TestFigures:
     ) -> None:
         made = AnomalyEvaluation(mode=mode, image_threshold=image_threshold, pixel_threshold=pixel_threshold)
         self.evaluation, self.size = made.to(device), size
+        self.aupimo, self.spro = AUPIMO(mode=mode).to(device), SPRO(mode=mode).to(device)
         self.defects: dict[int, str] = {}
         self.categories: dict[int, str] = {}
 
@@ -57,11 +60,12 @@ class TestFigures:
 
         It holds ``label``, and where known ``mask`` (else all pixels are unknown), ``defect`` and ``category``; for the
         size ``original`` also ``original_size`` and ``crop_box``, and masks of that size. Pixels that do not count are
-        unknown: their map is NaN, or ``region`` leaves them out.
+        unknown: their map is NaN, or ``region`` leaves them out. ``defect_regions`` are the defects of each image as
+        `SPRO.update` takes them, of the original's size.
 
         Raises:
-            UserError: If there is no label, or the size of the original is not known or not the mask's; as
-                `AnomalyEvaluation.update`.
+            UserError: If there is no label, or the size of the original is not known or not the mask's; as the metrics'
+                updates.
         """
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
@@ -74,12 +78,19 @@ class TestFigures:
         if "category" in batch:
             categories = _numbers(batch["category"])
             self.categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
+        if "defect_regions" in batch:
+            known = "crop_box" in batch and "original_size" in batch
+            on_defects = [_on_original(batch, i, heat) for i, heat in enumerate(maps)] if known else maps
+            self.spro.update(on_defects, batch["defect_regions"], labels, groups, categories)
         if self.size == "input" and isinstance(maps, Tensor) and not isinstance(masks, list):
             self._update(scores, maps, labels, masks, groups, categories)
             return
         for i in range(len(scores)):  # sizes differ
             one, truth = slice(i, i + 1), None if masks is None else masks[i][None]
-            heat = _on_original(batch, i, maps[i]) if self.size == "original" else maps[i]
+            heat = maps[i]
+            if self.size == "original":
+                _check_original(batch, i)
+                heat = _on_original(batch, i, heat)
             category = None if categories is None else categories[one]
             self._update(scores[one], heat[None], labels[one], truth, groups[one], category)
 
@@ -97,14 +108,19 @@ class TestFigures:
         if (absent := maps.isnan()).any():
             maps, masks = maps.masked_fill(absent, 0), torch.where(absent, UNKNOWN, masks.to(maps.device))
         self.evaluation.update(scores, maps, labels, masks, groups, categories)
+        self.aupimo.update(maps, masks, labels, groups, categories)
 
     def compute(self, processes: Processes) -> tuple[Rows, Rows]:
         """Figures of all processes, which must all call this: rows of plain numbers, as `AnomalyEvaluation.compute`.
 
+        With ``aupimo``, and where batches hold ``defect_regions`` with `SPRO`'s.
         By ``all`` and each defect type, and by each category (none where batches do not name them).
         """
-        self.evaluation.distributed_available_fn = lambda: processes.count > 1
-        overall = self.evaluation.compute()
+        overall: Row = {}
+        used = any(processes.objects(self.spro.update_called))
+        for metric in (self.evaluation, self.aupimo, self.spro) if used else (self.evaluation, self.aupimo):
+            metric.distributed_available_fn = lambda: processes.count > 1
+            overall = _joined(overall, metric.compute())
         for others in processes.objects((self.defects, self.categories)):
             self.defects, self.categories = self.defects | others[0], self.categories | others[1]
         by_defect = {_own_name(self.defects[number]): _plain(row) for number, row in overall["by_group"].items()}
@@ -114,8 +130,8 @@ class TestFigures:
         return {"all": _plain(overall)} | dict(sorted(by_defect.items())), dict(sorted(by_category.items()))
 
 
-def _on_original(batch: dict[str, Any], i: int, heat: Tensor) -> Tensor:
-    """Map of image ``i`` on the pixels of the original, NaN where these do not count."""
+def _check_original(batch: dict[str, Any], i: int) -> None:
+    """Refuse an image whose geometry is not known, or whose mask is not of the original's size."""
     if "original_size" not in batch or "crop_box" not in batch:
         raise UserError(
             "metrics_size is original, but batches hold no 'original_size' and 'crop_box'; use one of our data "
@@ -127,6 +143,11 @@ def _on_original(batch: dict[str, Any], i: int, heat: Tensor) -> Tensor:
             f"metrics_size is original, but a mask has {'x'.join(map(str, batch['mask'][i].shape))} pixels where the "
             f"original has {height}x{width}; give masks as they are in the files, or set metrics_size to input."
         )
+
+
+def _on_original(batch: dict[str, Any], i: int, heat: Tensor) -> Tensor:
+    """Map of image ``i`` on the pixels of the original, NaN where these do not count."""
+    height, width = batch["original_size"][i].tolist()
     found = to_original(heat, (height, width), tuple(batch["crop_box"][i].tolist()))
     return found if "region" not in batch else found.where(batch["region"][i].to(found.device) > 0, torch.nan)
 
@@ -141,6 +162,12 @@ def _own_name(name: str) -> str:
     return f"{name} (by name)" if name == "all" else name
 
 
+def _joined(row: Row, more: Row) -> Row:
+    """Row of the figures of both, and of those of groups and categories."""
+    nested = {key: _joined(row[key], value) for key, value in more.items() if isinstance(value, dict) and key in row}
+    return row | more | nested
+
+
 def _plain(row: Row) -> Row:
-    found = {key: value for key, value in row.items() if not isinstance(value, dict)}
+    found = {key: value for key, value in row.items() if not isinstance(value, dict) and key != "per_image"}
     return {key: value.item() if isinstance(value, Tensor) else value for key, value in found.items()}

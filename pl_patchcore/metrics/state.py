@@ -35,18 +35,25 @@ PIXELS = ("segments", "nominal", "anomalous", "areas")  # states that hold pixel
 BINS = tuple(f"bin_{name}" for name in Histogram._fields)  # states of a histogram; the fields are public
 
 
-class PixelMetric(Metric):
-    """Base of the metrics: checks scores, and keeps them exactly or in bins of bounded memory.
+def check_mode(mode: str, pixel_limit: int) -> None:
+    """A `UserError` for a mode or a limit that there is not."""
+    if mode not in ("auto", "exact", "streaming"):
+        raise UserError(f"mode must be auto, exact or streaming, got {mode!r}.")
+    if pixel_limit < 0:
+        raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
 
-    Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images. States are lists of
-    tensors, of one empty one at the start: processes that saw no image hand in the same kinds of tensors as all.
 
-    Args:
-        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
-            ``error_bound`` says how far the true value may be. ``auto`` is exact up to ``pixel_limit`` pixels, and
-            streaming beyond.
-        pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
-        fpr_limit: Share of nominal ones at which the area under the curve ends, in (0, 1].
+def check_fpr_limit(fpr_limit: float) -> None:
+    """A `UserError` for a false-positive rate at which no integral can end."""
+    if not 0 < fpr_limit <= 1:
+        raise UserError(f"fpr_limit must be in (0, 1], got {fpr_limit}; published PRO figures use 0.3.")
+
+
+class RawMetric(Metric):
+    """Base of the metrics: checks raw scores and ground truth, keeps them in lists.
+
+    States are lists of tensors, of one empty one at the start: processes that saw no image hand in the same kinds of
+    tensors as all.
     """
 
     is_differentiable = False
@@ -54,28 +61,11 @@ class PixelMetric(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-    segments: list[Tensor]
-    columns = 1
-    weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
     error_bound: float | None = None  # of the last computed figure; 0 if exact, None before the first
 
-    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT, fpr_limit: float = 1.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        if mode not in ("auto", "exact", "streaming"):
-            raise UserError(f"mode must be auto, exact or streaming, got {mode!r}.")
-        if pixel_limit < 0:
-            raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
-        if not 0 < fpr_limit <= 1:
-            raise UserError(f"fpr_limit must be in (0, 1], got {fpr_limit}; published PRO figures use 0.3.")
-        self.mode, self.pixel_limit, self.fpr_limit = mode, pixel_limit, fpr_limit
         self._empty: dict[str, Tensor] = {}
-        # as they came: all pixels, or in streaming mode those that wait for the histogram
-        self.add_list("segments", torch.int64, self.columns + 2)  # cell, numbers of nominal and anomalous pixels
-        self.add_list("nominal")
-        self.add_list("anomalous")
-        self.add_list("areas", torch.int32)  # of each anomalous pixel's region
-        for name, column in zip(BINS, zeros(torch.empty(0, self.columns + 1, dtype=torch.int64)), strict=True):
-            self.add_list(name, column.dtype, *column.shape[1:], reduction=None)
 
     def add_list(self, name: str, dtype: torch.dtype = torch.float32, *columns: int, reduction: Any = "cat") -> None:
         """Declare a list state of vectors, or of matrices with ``columns``."""
@@ -89,18 +79,10 @@ class PixelMetric(Metric):
             setattr(self, name, [self._empty[name].to(self.device)])
 
     def reset(self) -> None:
-        """Forget all pixels."""
+        """Forget all updates."""
         super().reset()
         self.error_bound = None
         self.clear(*self._empty)
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes (see `torchmetrics.Metric.sync`), of each one histogram."""
-        if self._binned():
-            self._fold()
-        else:
-            self.clear(*BINS)
-        super().sync(*args, **kwargs)
 
     def check_scores(self, name: str, scores: Tensor, dims: str | None = None) -> Tensor:
         """Raw scores of shape ``dims`` (None: any), finite in float32, on the metric's device; else a `UserError`."""
@@ -128,6 +110,76 @@ class PixelMetric(Metric):
             meaning = ", ".join(f"{value} ({word})" for value, word in allowed.items())
             raise UserError(f"{name} must hold {meaning}, got {truth[wrong][0].item()}; convert them first.")
         return truth.to(self.device)
+
+    def check_cells(self, labels: Tensor, groups: Tensor | None, categories: Tensor | None) -> Tensor:
+        """Label, group (0 for nominal images) and category of images, ``(B, 3)``, int64; None: all of number 0.
+
+        Raises:
+            UserError: If groups or categories are not one integer for each of the ``labels`` ``(B,)``.
+        """
+        cells = [labels.long()]
+        for name, numbers, what in (("groups", groups, "defect types"), ("categories", categories, "categories")):
+            numbers = torch.zeros_like(cells[0]) if numbers is None else numbers
+            if numbers.shape != labels.shape or numbers.is_floating_point():
+                raise UserError(
+                    f"{name} must be integers of shape {tuple(labels.shape)}, got {numbers.dtype} of shape "
+                    f"{tuple(numbers.shape)}; number the {what}."
+                )
+            cells.append(numbers.to(cells[0]))
+        cells[1] = cells[1] * cells[0]
+        return torch.stack(cells, dim=1)
+
+    def report(self, figure: Figure) -> Tensor:
+        """Value of a figure; remembers its bound."""
+        self.error_bound = figure.bound
+        return self.figure(figure.value)
+
+    def figure(self, value: float | list[float]) -> Tensor:
+        """A figure as 0-d tensor, or several ``(n,)``, on the metric's device: float64, float32 where there is none."""
+        return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot ``val`` (None: what ``compute`` returns) in the axes ``ax`` (see `torchmetrics.Metric.plot`)."""
+        return self._plot(val, ax)  # torchmetrics' documented way
+
+
+class PixelMetric(RawMetric):
+    """Base of the metrics of a curve: keeps scores exactly or in bins of bounded memory.
+
+    Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images.
+
+    Args:
+        mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
+            ``error_bound`` says how far the true value may be. ``auto`` is exact up to ``pixel_limit`` pixels, and
+            streaming beyond.
+        pixel_limit: Largest number of pixels, over all processes, that ``auto`` keeps exactly.
+        fpr_limit: Share of nominal ones at which the area under the curve ends, in (0, 1].
+    """
+
+    segments: list[Tensor]
+    columns = 1
+    weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
+
+    def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT, fpr_limit: float = 1.0) -> None:
+        super().__init__()
+        check_mode(mode, pixel_limit)
+        check_fpr_limit(fpr_limit)
+        self.mode, self.pixel_limit, self.fpr_limit = mode, pixel_limit, fpr_limit
+        # as they came: all pixels, or in streaming mode those that wait for the histogram
+        self.add_list("segments", torch.int64, self.columns + 2)  # cell, numbers of nominal and anomalous pixels
+        self.add_list("nominal")
+        self.add_list("anomalous")
+        self.add_list("areas", torch.int32)  # of each anomalous pixel's region
+        for name, column in zip(BINS, zeros(torch.empty(0, self.columns + 1, dtype=torch.int64)), strict=True):
+            self.add_list(name, column.dtype, *column.shape[1:], reduction=None)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes (see `torchmetrics.Metric.sync`), of each one histogram."""
+        if self._binned():
+            self._fold()
+        else:
+            self.clear(*BINS)
+        super().sync(*args, **kwargs)
 
     def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
         """Keep the pixels of a batch: the scores of nominal and of anomalous ones, run after run, float32.
@@ -164,19 +216,6 @@ class PixelMetric(Metric):
     def compute(self) -> Tensor:
         """Figure of all updates, 0-d float64."""
         return self.report(self.of_curve(self.curves()(lambda _: True)))
-
-    def report(self, figure: Figure) -> Tensor:
-        """Value of a figure; remembers its bound."""
-        self.error_bound = figure.bound
-        return self.figure(figure.value)
-
-    def figure(self, value: float) -> Tensor:
-        """A figure as 0-d tensor on the metric's device: float64, float32 where there is none."""
-        return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot ``val`` (None: what ``compute`` returns) in the axes ``ax`` (see `torchmetrics.Metric.plot`)."""
-        return self._plot(val, ax)  # torchmetrics' documented way
 
     def _binned(self) -> bool:
         return self.mode == "streaming" or any(map(len, getattr(self, BINS[0])))

@@ -102,7 +102,8 @@ class TestReport(Callback):
             self.gallery.merge(gallery)
             self.shown.merge(page)
         seconds = self.seconds / max(1, self.images)
-        _write_json(folder / "metrics.json", pl_module, seconds)
+        headline = tuple(getattr(getattr(trainer, "datamodule", None), "headline", FIGURES))
+        _write_json(folder / "metrics.json", pl_module, seconds, headline)
         written = self.gallery.write(folder / "pictures", pl_module.image_threshold, pl_module.pixel_threshold)
         figures, categories = pl_module.figures, pl_module.figures_by_category
         console = plain_console()
@@ -122,8 +123,8 @@ class TestReport(Callback):
         for key, name in ALARMS.items():
             if not math.isnan(rate := figures["all"].get(key, math.nan)):
                 console.print(f"{name} {rate:.4g}", highlight=False)
-        for key, name in FIGURES.items():
-            console.print(f"{name} {figures['all'][key]:.4f}", highlight=False)
+        for key in dict.fromkeys((*FIGURES, *headline)):
+            console.print(f"{FIGURES.get(key, key)} {figures['all'].get(key, math.nan):.4f}", highlight=False)
         if self.page:
             title, values = f"Test report: {folder}", _for_reading(figures["all"], seconds)
             thresholds = pl_module.image_threshold, pl_module.pixel_threshold
@@ -178,12 +179,13 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _write_json(path: Path, pl_module: Any, seconds: float) -> None:
+def _write_json(path: Path, pl_module: Any, seconds: float, headline: tuple[str, ...]) -> None:
     def plain(row: dict[str, Any]) -> dict[str, Any]:
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
     content = {
         **plain(pl_module.figures["all"]),
+        "headline": headline,  # names of the figures that the data set is compared by
         "defects": {name: plain(row) for name, row in pl_module.figures.items() if name != "all"},
         "categories": {name: plain(row) for name, row in pl_module.figures_by_category.items()},
         "seconds_per_image": seconds,

@@ -1,11 +1,13 @@
-"""Approximate nearest neighbours: an index of faiss (``HNSW32``, ``IVF1024,PQ64``) proposes, distances are exact."""
+"""Approximate nearest neighbours: an index of faiss (``HNSW32``, ``IVF1024,PQ64``) proposes, distances are exact.
+
+faiss is imported where an index is made or read: most models have none.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import faiss
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ _ANY_DIMENSION = 161_280  # while none is known: a multiple of most numbers of p
 
 def check_factory(search: str, dimension: int | None = None, rows: int | None = None) -> None:
     """Refuse an index that faiss cannot build of ``(rows, dimension)``, as far as they are known: `UserError`."""
+    import faiss
+
     try:
         made = faiss.index_factory(dimension or _ANY_DIMENSION, search)  # kept: what it is cast to does not own it
     except RuntimeError as error:
@@ -48,6 +52,8 @@ def check_factory(search: str, dimension: int | None = None, rows: int | None = 
 
 def build_index(search: str, features: Tensor) -> Tensor:
     """Train an index on the bank ``(M, D)`` and fill it: uint8, its factory string, a zero, and what faiss writes."""
+    import faiss
+
     rows = features.float().cpu().contiguous().numpy()
     check_factory(search, rows.shape[1], len(rows))
     index = faiss.index_factory(rows.shape[1], search)
@@ -61,6 +67,8 @@ class ApproximateSearch:
     """Search by what `build_index` returned among the bank's rows ``(M, D)``; ``name`` is its factory string."""
 
     def __init__(self, index: Tensor, features: Tensor) -> None:
+        import faiss
+
         end = int(index.argmin())  # the first zero
         self.features, self.name = features, bytes(index[:end].tolist()).decode()
         self.index = faiss.deserialize_index(index[end + 1 :].cpu().numpy())
@@ -69,6 +77,8 @@ class ApproximateSearch:
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Distances float32 ``(Q, k)``, ascending, infinite where rows are missing, and rows int64 ``(Q, k)``."""
+        import faiss
+
         faiss.omp_set_num_threads(torch.get_num_threads())
         count = min(max(_PROPOSED_ROWS, 2 * k), len(self.features))
         found = self.index.search(queries.float().cpu().contiguous().numpy(), count)[1]
