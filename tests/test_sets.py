@@ -8,7 +8,9 @@ from collections import Counter
 import fakes
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from pl_patchcore import (
     BTADDataModule,
@@ -16,12 +18,14 @@ from pl_patchcore import (
     MPDDDataModule,
     MVTecAD2DataModule,
     MVTecLOCODataModule,
+    PatchCore,
     RealIADDataModule,
     UserError,
     VisADataModule,
 )
 from pl_patchcore.data import kolektor, mvtec_ad_2, visa
 from pl_patchcore.data.loco import Saturation
+from pl_patchcore.metrics import SPRO
 
 # data module, fake, category, numbers of training images, nominal and anomalous test images
 SETS = {
@@ -289,3 +293,24 @@ def test_lists_of_real_iad(tmp_path, caplog):
     assert len(made("real_iad", root, lists="realiad_jsons_sv").listed[0]) == 4
     with pytest.raises(UserError, match=r"realiad_jsons: no such folder, or no list <category>\.json in it; ask for"):
         RealIADDataModule(root).categories()
+
+
+def test_spro_of_a_test_on_loco(tmp_path, trainer):
+    """The figure of a run is that of its maps on the originals' pixels."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU())
+    model = PatchCore(network, ["1"], resize=32, crop=None, sigma=1.0)
+    data = made("loco", fakes.loco(tmp_path / "set"), batch_size=3)
+    runner = trainer(enable_checkpointing=False)
+    runner.fit(model, data)
+    runner.test(model, data, verbose=False)
+    metric = SPRO()
+    for number, record in enumerate(data.records[1]):
+        found = model.inspect(record.path)
+        defects = record.defect_regions()
+        metric.update(
+            [torch.from_numpy(found.anomaly_map)], [defects], torch.tensor([record.label]), torch.tensor([number > 3])
+        )
+    expected = metric.compute()
+    assert model.figures["all"]["spro_0.05"] == pytest.approx(float(expected["spro_0.05"]), abs=1e-6)
+    assert 0 <= model.figures["all"]["mean_spro_0.05"] <= 1

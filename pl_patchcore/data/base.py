@@ -56,6 +56,7 @@ class Record:
             whole. Empty: it is a group of its own.
     """
 
+    tells_defects: ClassVar[bool] = False  # whether `defect_regions` says more than the mask
     mask_is_image: ClassVar[bool] = True  # False: `read` is overridden, and knows what the mask says
 
     path: Path
@@ -95,9 +96,9 @@ class Record:
             mask[:] = UNKNOWN
         return mask
 
-    def defect_regions(self) -> list[tuple[np.ndarray, int]] | None:
-        """The defects of the image, as `SPRO` takes them; None where the data set does not tell them apart."""
-        return None
+    def defect_regions(self) -> list[tuple[np.ndarray, int]]:
+        """The defects of the image, as `SPRO` takes them; none where they are not told apart."""
+        return []
 
     def image(self) -> Image.Image:
         """Read the image, RGB."""
@@ -196,6 +197,7 @@ class ImageDataset(Dataset[Sample]):
 
     def __init__(self, records: Sequence[Record], transform: Preprocessing, *, original_masks: bool = False) -> None:
         self.records, self.transform, self.original_masks = records, transform, original_masks
+        self.tells_defects = any(record.tells_defects for record in records)
         first: dict[str, int] = {}
         self.groups = [first.setdefault(r.group, i) if r.group else i for i, r in enumerate(records)]
 
@@ -218,8 +220,8 @@ class ImageDataset(Dataset[Sample]):
             if "region" in sample:
                 mask[sample["region"].numpy() == 0] = UNKNOWN
             sample["mask"] = torch.tensor(mask)
-        if (defects := record.defect_regions()) is not None:
-            sample["defect_regions"] = defects
+        if self.tells_defects:
+            sample["defect_regions"] = record.defect_regions()
         return sample | numbers | names
 
 

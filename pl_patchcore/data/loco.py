@@ -53,6 +53,8 @@ class LOCORecord(Record):
         saturations: What ``defects_config.json`` says of each level.
     """
 
+    tells_defects: ClassVar[bool] = True
+
     saturations: tuple[Saturation, ...] = ()
 
     def defect_regions(self) -> list[tuple[np.ndarray, int]]:
