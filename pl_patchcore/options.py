@@ -42,8 +42,8 @@ class PatchOptions(_Group):
 
     Args:
         stride: Step between patches, in cells of the layer's grid.
-        layer_dim: Null: features are averaged over the neighbourhood. A number: adaptive pooling of each layer to so
-            many numbers, as in the authors' code; goes with ``feature_dim``.
+        layer_dim: Null: features are averaged over the neighbourhood. A number: each layer is adaptively pooled to so
+            many, as in the authors' code; with ``feature_dim``.
         feature_dim: Adaptive pooling of all layers together to so many numbers.
     """
 
@@ -97,10 +97,9 @@ class StoreOptions(_Group):
 
     Args:
         kind: ``ram``, ``disk`` (a temporary file), or ``auto``: the disk where the fit would take more than half of the
-            main memory available. The memory bank is the same.
+            main memory available.
         folder: Folder of the file; null: the system's folder for temporary files.
-        dtype: ``float32``, or ``float16`` or ``bfloat16`` to halve the space: the memory bank's features are rounded
-            so (the same ones are selected).
+        dtype: ``float16`` and ``bfloat16`` halve the space: the memory bank's features are rounded so.
         selection_memory: GiB that greedy selection may take. Where that is too little, it selects within chunks, then
             among the selected ones: at most 4 times as far from the patch features as the best coreset, in place of 2.
             Null: select exactly.
@@ -150,10 +149,9 @@ class EnsembleOptions(_Group):
     """Several models on the same images, each with a memory bank of its own.
 
     Args:
-        members: Null: one model. A list with the settings of each member that differ from the shared ones, such as
-            ``{backbone: densenet201, layers: [features.denseblock2, features.denseblock3]}``.
-        combine: How the members' scores become one: ``nominal``, in units of what is usual among nominal patches;
-            ``test_range``, as in the authors' code, scaled to [0, 1] over the whole test set.
+        members: Null: one model. A list with the settings of each member that differ from the shared ones.
+        combine: Their scores in units of what is usual among nominal patches, ``nominal``, or, as in the authors' code,
+            scaled to [0, 1] over the whole test set, ``test_range``.
     """
 
     group: ClassVar[str] = "ensemble"

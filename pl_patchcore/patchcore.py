@@ -91,13 +91,13 @@ class PatchCore(L.LightningModule):
     The defaults are the paper's; `from_recipe` gives the authors' code (``official``) and others.
 
     Args:
-        backbone: Name of a torchvision classification model, or a module of your own (a copy is used).
+        backbone: Name of a torchvision classification model, or a module (a copy is used).
         layers: Layers by dotted name, such as ``layer2`` or ``features.6``; the first gives the patch grid.
         weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or null for
-            random weights. A module keeps the weights it has unless a path is given.
+            random ones, or a module's own.
         patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
-        resize: Size of the image before the crop, pixels: a number, ``[height, width]``, or null to leave it.
-        crop: Size of the centre crop, pixels: a number, ``[height, width]``, or null for none.
+        resize: Size before the crop, pixels: a number, ``[height, width]``, or null to leave it.
+        crop: Size of the centre crop, likewise; null: none.
         resize_mode: ``squash``, or keep the aspect ratio: by ``shorter_side``, or by ``longer_side``, padded.
         coreset_method: ``greedy``: exact farthest-first selection; ``approximate``: from the authors' 10 random rows;
             ``random``: a uniform draw; ``none``: all are kept.
@@ -106,35 +106,35 @@ class PatchCore(L.LightningModule):
             memory bank down.
         projection_dim: Dimension of the random projection that the selection works in.
         num_neighbors: Nearest neighbours whose distances are averaged.
-        distance: ``euclidean``, or ``squared`` as in the authors' code.
+        distance: ``squared`` as in the authors' code.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
-        sigma: Standard deviation of the Gaussian that smooths anomaly maps, pixels; 0 for none.
-        image_score: ``max`` as in the paper, or ``top_mean``: mean of the highest ``top_share`` of the patches.
-        top_share: Share of the patches, in (0, 1], at least one.
-        tile: Larger images go through the backbone in tiles of this size, pixels: a number or ``[height, width]``.
-        tile_overlap: Pixels that tiles share; null: enough for features of the whole image, at most half a tile.
-        tile_batch: Tiles that the backbone is given at once.
-        foreground: What counts: ``none``, all; an object found by its features, ``auto``, or its ``brightness``.
+        sigma: Standard deviation of the maps' Gaussian, pixels; 0 for none.
+        image_score: ``max``, or ``top_mean``, the mean of the highest ``top_share`` of the patches.
+        top_share: In (0, 1]; at least one patch.
+        tile: Side of tiles, or ``[height, width]``, pixels, in which the backbone is given larger images.
+        tile_overlap: Pixels that tiles share; null: enough for whole-image features, up to half a tile.
+        tile_batch: Tiles at once.
+        foreground: Object that alone counts: found by features (``auto``), or brightness.
         search: Exact: ``auto``, what suits machine and bank; ``torch``, by a float32 product; ``int8``, by a filter of
             small integers. Approximate: a factory string of faiss, such as ``HNSW32``.
         bank_dtype: Type that the memory bank is kept and saved in.
-        calibration: Nominal images that set the thresholds. ``leave_one_out``: training images, each scored without its
-            own rows of the memory bank; ``split``: those that ``calibration_share`` keeps out of it; ``images``: those
-            of the data module's ``calibration``; ``none``. Null: ``split`` where ``calibration_share`` is not 0.
+        calibration: Nominal images that set thresholds: ``leave_one_out``, training images, each without its own rows of
+            the memory bank; ``split``, those that ``calibration_share`` keeps out of it; ``images``, the data module's;
+            ``none``. Null: ``split`` where ``calibration_share`` is not 0.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank for ``split``.
         calibration_images: Most images that ``leave_one_out`` scores, drawn by ``seed``.
-        drop_suspicious: Leave out training images whose score stands out, at most a tenth.
-        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed the calibrated thresholds.
+        drop_suspicious: Leave out up to a tenth of the images, whose scores stand out.
+        false_alarm_rate: Share of nominal images, in (0, 1), that may exceed thresholds.
         image_threshold: Threshold for anomaly scores set by hand; null: the calibrated one.
         pixel_threshold: The same for anomaly maps.
         metrics_mode: ``exact`` metrics keep every pixel (4 bytes each), ``streaming`` ones a histogram of bounded error
             and memory; ``auto`` is exact up to 67 million pixels.
-        metrics_size: Pixel figures of the ``input``'s pixels, or of the ``original`` images' and masks'.
-        save_backbone: Put the backbone's weights into checkpoints (they are named and hashed otherwise).
+        metrics_size: Pixels that figures are of.
+        save_backbone: Put the backbone's weights into checkpoints.
         seed: Seed of all random choices.
-        roi: What counts, in original pixels: boxes ``[left, top, right, bottom]``, polygons ``[[x, y], ...]``, the path
-            of a mask image, or of a folder of masks.
-        ignore: What does not count, likewise.
+        roi: What counts: boxes ``[left, top, right, bottom]`` or polygons ``[[x, y], ...]``, original pixels; or the path
+            of a mask, or of a folder of masks.
+        ignore: What does not count.
         patches: Stride and pooling of patch features.
         images: Filter of the resize, mean and standard deviation of the normalisation.
         store: Where patch features go until the memory bank is selected.

@@ -403,8 +403,8 @@ def test_batches_of_several_loaders(batch):
         (MASK, r"must be \(B, 3, H, W\), got \(2, 8, 8\)"),
         (IMAGE[:, :1], r"must be \(B, 3, H, W\), got \(2, 1, 8, 8\)"),
         (
-            IMAGE.byte(),
-            r"got torch\.uint8; make them with model\.transform, or as float32 in \[0, 1\], th",
+            IMAGE.int(),
+            r"got torch\.int32; make them with model\.transform, or as float32 in \[0, 1\], th",
         ),
         ({"image": IMAGE.long()}, r"got torch\.int64; make them with model\.transform"),
         ({"image": IMAGE, "label": ["good", "bad"]}, r"labels must be numbers, 0 nominal or 1 anomalous, got 'good'"),

@@ -28,8 +28,12 @@ def features_of(*args, **options):
 class Rows(nn.Module):
     """A network of one layer that takes one size only, and whose cells depend on all of the image."""
 
+    def __init__(self, side=32):
+        super().__init__()
+        self.side = side
+
     def forward(self, images):
-        assert images.shape[2:] == (32, 32)
+        assert images.shape[2:] == (self.side, self.side)
         cells = F.avg_pool2d(images, 8)
         return cells + images.mean((2, 3), keepdim=True)
 
@@ -129,8 +133,11 @@ def test_network_of_one_size_runs_on_large_images_by_tiles():
     small = torch.rand(1, 3, 20, 32)
     by_hand = Rows()(F.pad(small, (0, 0, 0, 12), mode="replicate")).permute(0, 2, 3, 1)[:, :3]
     torch.testing.assert_close(tiled(small), by_hand)
-    with pytest.raises(UserError, match="takes images of 32x32 pixels only: set tile to that size"):
-        PatchFeatures(network, ["1"], None, image_size=(32, 32), tiles=TileOptions(64))
+    with pytest.raises(UserError, match="fails on images of .* 64x64 .*: .* set resize and crop, or tile, to the size"):
+        PatchFeatures(network, ["1"], None, tiles=TileOptions(64))
+    usual = nn.Sequential(Rows(224), nn.Identity())
+    with pytest.raises(UserError, match="takes images of 224x224 pixels only: set tile to that size"):
+        PatchFeatures(usual, ["1"], None, tiles=TileOptions(64))
 
 
 def test_levels_are_normalised_as_the_images_are():

@@ -69,12 +69,12 @@ def test_a_failed_update_leaves_the_model_as_it_was(trainer):
     fit(model, trainer, images(6, 0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    class Uneven:
+    class Broken:
         def __iter__(self):
-            return iter([images(2, 1), torch.rand(2, 3, 48, 48)])
+            return iter([images(2, 1), torch.nan * images(2, 1)])
 
-    with pytest.raises(UserError, match="training images of"):
-        model.update(trainer(), Uneven())
+    with pytest.raises(UserError, match="hold NaN or infinity"):
+        model.update(trainer(), Broken())
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     model.update(trainer(), loader(images(4, 1)))  # and it can go on
