@@ -284,8 +284,8 @@ def _probe(
             "told apart; take another layer."
         )
     raise UserError(
-        f"the backbone fails on images of 128x192, 168x224, {h}x{w} and 224x224 pixels: {failure}; set resize and crop, "
-        "or tile, to the size that it takes."
+        f"the backbone fails on images of 128x192, 168x224, {h}x{w} and 224x224 pixels: {failure}; set resize and "
+        "crop, or tile, to the size that it takes."
     )
 
 

@@ -118,9 +118,9 @@ class PatchCore(L.LightningModule):
         search: Exact: ``auto``, what suits machine and bank; ``torch``, by a float32 product; ``int8``, by a filter of
             small integers. Approximate: a factory string of faiss, such as ``HNSW32``.
         bank_dtype: Type that the memory bank is kept and saved in.
-        calibration: Nominal images that set thresholds: ``leave_one_out``, training images, each without its own rows of
-            the memory bank; ``split``, those that ``calibration_share`` keeps out of it; ``images``, the data module's;
-            ``none``. Null: ``split`` where ``calibration_share`` is not 0.
+        calibration: Nominal images that set thresholds: ``leave_one_out``, training images, each without its own rows
+            of the memory bank; ``split``, those that ``calibration_share`` keeps out of it; ``images``, the data
+            module's; ``none``. Null: ``split`` where ``calibration_share`` is not 0.
         calibration_share: Share of the training images, in [0, 1), kept out of the memory bank for ``split``.
         calibration_images: Most images that ``leave_one_out`` scores, drawn by ``seed``.
         drop_suspicious: Leave out up to a tenth of the images, whose scores stand out.
@@ -132,8 +132,8 @@ class PatchCore(L.LightningModule):
         metrics_size: Pixels that figures are of.
         save_backbone: Put the backbone's weights into checkpoints.
         seed: Seed of all random choices.
-        roi: What counts: boxes ``[left, top, right, bottom]`` or polygons ``[[x, y], ...]``, original pixels; or the path
-            of a mask, or of a folder of masks.
+        roi: What counts: boxes ``[left, top, right, bottom]`` or polygons ``[[x, y], ...]``, original pixels; or the
+            path of a mask, or of a folder of masks.
         ignore: What does not count.
         patches: Stride and pooling of patch features.
         images: Filter of the resize, mean and standard deviation of the normalisation.

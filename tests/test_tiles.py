@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pl_patchcore import FolderDataModule, PatchCore, PatchFeatures, UserError
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, measure_layers
 
-SHARED = Path(__file__).parents[2] / ".." / "shared"
+SHARED = Path(__file__).parents[1] / ".." / "shared"
 WEIGHTS = SHARED / "weights" / "mobilenet_v2.pth"
 
 
@@ -133,7 +133,7 @@ def test_network_of_one_size_runs_on_large_images_by_tiles():
     small = torch.rand(1, 3, 20, 32)
     by_hand = Rows()(F.pad(small, (0, 0, 0, 12), mode="replicate")).permute(0, 2, 3, 1)[:, :3]
     torch.testing.assert_close(tiled(small), by_hand)
-    with pytest.raises(UserError, match="fails on images of .* 64x64 .*: .* set resize and crop, or tile, to the size"):
+    with pytest.raises(UserError, match=r"fails on images of .* 64x64 .*: .* set resize and crop, or tile, to the size"):
         PatchFeatures(network, ["1"], None, tiles=TileOptions(64))
     usual = nn.Sequential(Rows(224), nn.Identity())
     with pytest.raises(UserError, match="takes images of 224x224 pixels only: set tile to that size"):
