@@ -21,6 +21,11 @@ from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
 
 
+# Pixels that the network is given at once on the CPU: two to five times as many make its layers' outputs so large that
+# the C library maps fresh memory for each, which takes longer than the convolutions.
+CPU_PIXELS = 1 << 18
+
+
 class Band(NamedTuple):
     """Patch features of a part of the rows of the patch grid."""
 
@@ -137,14 +142,18 @@ class PatchFeatures(nn.Module):
         """The same in bands of patches, from the top; one band, where the images are no larger than a tile."""
         tiling, (height, width) = self.tiling, images.shape[-2:]
         if tiling is None or tiling.holds(height, width):
-            (features,) = self._features(images)
+            parts = [images]
+            if images.device.type == "cpu" and not torch.compiler.is_compiling():
+                parts = list(images.split(max(1, CPU_PIXELS // (height * width))))
+            found = [features for part in parts for features in self._features(part)]
+            features = found[0] if len(found) == 1 else torch.cat(found)
             yield Band(features, 0, features.shape[1])
             return
         spans = tiling.along(0, height), tiling.along(1, width)
         grids = [(tiling.grid(i, height), tiling.grid(i, width)) for i in range(len(self.layers))]
         for row in spans[0]:
             tiles: list[Tensor] = []
-            for columns in tiling.batches(spans[1]):
+            for columns in tiling.batches(spans[1], images.device):
                 cut = torch.cat([tiling.cut(images, row, column) for column in columns])
                 tiles += self._features(cut, [Window(row, column, grids) for column in columns])
             yield Band(torch.cat(tiles, 2), row.first, grids[0][0])

@@ -113,7 +113,7 @@ class PatchCore(L.LightningModule):
         top_share: In (0, 1]; at least one patch.
         tile: Side of tiles, or ``[height, width]``, pixels, in which the backbone is given larger images.
         tile_overlap: Pixels that tiles share; null: enough for whole-image features, up to half a tile.
-        tile_batch: Tiles at once.
+        tile_batch: Tiles at once; null: by the device.
         foreground: Object that alone counts: found by features (``auto``), or brightness.
         search: Exact: ``auto``, what suits machine and bank; ``torch``, by a float32 product; ``int8``, by a filter of
             small integers. Approximate: a factory string of faiss, such as ``HNSW32``.
@@ -183,7 +183,7 @@ class PatchCore(L.LightningModule):
         top_share: float = 0.01,
         tile: int | tuple[int, int] | None = None,
         tile_overlap: int | None = None,
-        tile_batch: int = 4,
+        tile_batch: int | None = None,
         foreground: ForegroundKind = "none",
         search: str = "auto",
         bank_dtype: BankDtype = "float32",

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 PROBE_LENGTH = 1024  # pixels of the strip that `measure_layers` looks at; half of it is the farthest reach it can tell
 PROBE_WIDTH = 64  # pixels across
 UNCHANGED = 1e-7  # of a layer's standard deviation: a change below that is none
+GPU_TILES = 8  # at once
 MOST_OVERLAP = 0.5  # of a tile's side, that an overlap of none given may take: four times the work
 
 
@@ -103,7 +104,7 @@ class TileOptions:
         tile: Side of a tile, or ``(height, width)``, pixels.
         overlap: Pixels that neighbours share; None: as many as make patch features those of the whole image, but at
             most half of a tile's side.
-        batch: Tiles that the network is given at once.
+        batch: Tiles that the network is given at once; None: one on the CPU, 8 on a GPU.
 
     Raises:
         UserError: If one is not positive.
@@ -111,12 +112,12 @@ class TileOptions:
 
     tile: int | tuple[int, int]
     overlap: int | None = None
-    batch: int = 4
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         if np.shape(self.tile) not in ((), (2,)) or np.min(self.tile) < 1:
             raise UserError(f"tile must be at least 1 pixel, one number or (height, width), got {self.tile}.")
-        if self.batch < 1:
+        if self.batch is not None and self.batch < 1:
             raise UserError(f"tile_batch must be at least 1, got {self.batch}.")
 
     @property
@@ -223,11 +224,12 @@ class Tiling:
         cells = -(-pixels // found.stride) if self.padded else (pixels + found.offset) // found.stride
         return (cells - 1) // self.patch_stride + 1
 
-    def batches(self, spans: Sequence[Span]) -> Iterator[Sequence[Span]]:
+    def batches(self, spans: Sequence[Span], device: torch.device) -> Iterator[Sequence[Span]]:
         """Tiles of a row that the network is given at once: neighbours of one size."""
+        at_once = self.batch or (1 if device.type == "cpu" else GPU_TILES)
         for _, group in itertools.groupby(spans, lambda span: span.end - span.start):
             alike = list(group)
-            yield from (alike[first : first + self.batch] for first in range(0, len(alike), self.batch))
+            yield from (alike[first : first + at_once] for first in range(0, len(alike), at_once))
 
     def cut(self, images: Tensor, row: Span, column: Span) -> Tensor:
         """A tile of images ``(B, 3, H, W)``."""

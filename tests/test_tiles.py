@@ -133,7 +133,7 @@ def test_network_of_one_size_runs_on_large_images_by_tiles():
     small = torch.rand(1, 3, 20, 32)
     by_hand = Rows()(F.pad(small, (0, 0, 0, 12), mode="replicate")).permute(0, 2, 3, 1)[:, :3]
     torch.testing.assert_close(tiled(small), by_hand)
-    with pytest.raises(UserError, match=r"fails on images of .* 64x64 .*: .* set resize and crop, or tile, to the size"):
+    with pytest.raises(UserError, match=r"fails on images of .* 64x64 .*; set resize and crop, or tile, to the"):
         PatchFeatures(network, ["1"], None, tiles=TileOptions(64))
     usual = nn.Sequential(Rows(224), nn.Identity())
     with pytest.raises(UserError, match="takes images of 224x224 pixels only: set tile to that size"):
