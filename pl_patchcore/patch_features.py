@@ -20,7 +20,6 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
 
-
 # Pixels that the network is given at once on the CPU: two to five times as many make its layers' outputs so large that
 # the C library maps fresh memory for each, which takes longer than the convolutions.
 CPU_PIXELS = 1 << 18
