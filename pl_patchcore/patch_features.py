@@ -20,8 +20,8 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
 
-# Pixels that the network is given at once on the CPU (two images of 224 x 224). A batch of 32 makes its layers' outputs so
-# large that the C library maps fresh memory for each, which can take longer than the convolutions.
+# Pixels that the network is given at once on the CPU: two images of 224 x 224. A batch of 32 makes its outputs so large
+# that the C library maps fresh memory for each, which can take longer than the convolutions.
 CPU_PIXELS = 1 << 17
 
 
