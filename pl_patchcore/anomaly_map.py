@@ -206,7 +206,9 @@ def anomaly_map(distances: Tensor, size: tuple[int, int], sigma: float = 4.0, in
 
 def peaks(maps: Tensor) -> Tensor:
     """Highest value of each map ``(B, H, W)`` among the pixels that count: ``(B,)``."""
-    highest: Tensor = maps.nan_to_num(nan=-torch.inf, posinf=torch.inf).flatten(1).amax(1)
+    highest: Tensor = maps.flatten(1).amax(1)
+    if highest.isnan().any():  # else no copy is made of a large map
+        highest = maps.nan_to_num(nan=-torch.inf, posinf=torch.inf).flatten(1).amax(1)
     return highest
 
 

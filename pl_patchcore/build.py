@@ -40,16 +40,20 @@ def build_model(
         UserError: For a value out of range, an unknown name, or weights that cannot be had or do not fit.
     """
     if ensemble.members is None:
-        model = _single(settings, seed, transform, tiles)
-        model.foreground = foreground
-        return model
+        return _single(settings, seed, transform, tiles, foreground)
     if foreground != "none":
         raise UserError("foreground goes with one model, not with ensemble.members; leave one of them out.")
     members = [_single({**settings, **member}, seed, transform, tiles) for member in ensemble.members]
     return EnsembleModel(members, ensemble.combine)
 
 
-def _single(s: Mapping[str, Any], seed: int, transform: Preprocessing, tiles: TileOptions | None) -> PatchCoreModel:
+def _single(
+    s: Mapping[str, Any],
+    seed: int,
+    transform: Preprocessing,
+    tiles: TileOptions | None,
+    foreground: ForegroundKind = "none",
+) -> PatchCoreModel:
     patches = options_of(PatchOptions, s["patches"])
     features = PatchFeatures(
         s["backbone"],
@@ -69,4 +73,4 @@ def _single(s: Mapping[str, Any], seed: int, transform: Preprocessing, tiles: Ti
     of_scorer = ("num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share")
     scorer = AnomalyScorer(**{name: s[name] for name in of_scorer})
     coreset = CoresetOptions(s["coreset_method"], s["coreset_ratio"], s["coreset_size"], s["projection_dim"], seed)
-    return PatchCoreModel(features, bank, scorer, coreset)
+    return PatchCoreModel(features, bank, scorer, coreset, foreground)

@@ -24,7 +24,7 @@ class Geometry(NamedTuple):
 
     size: tuple[int, int]  # height and width of the original image, pixels
     box: tuple[float, ...]  # top, left, bottom, right of the input in the original image, pixels
-    region: bytes | None  # which pixels count, row by row, packed to bits and compressed; None: all
+    region: np.ndarray | bytes | None  # which pixels count, (H, W), or the same packed by `Counted.packed`; None: all
     name: str  # the image's, for messages
     object: np.ndarray | None = None  # which parts of the input show the object, bool (h, w); None: all
 
@@ -44,11 +44,10 @@ class Counted:
 
     def __init__(self, images: Sequence[Geometry], device: torch.device | str = "cpu") -> None:
         self.images, self.device = list(images), device
-        self._regions: dict[int, np.ndarray] = {}
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Counted | None:
-        """Of a batch (of one size) as our data sets make it; None where all of its images counts."""
+        """Of a batch (of one size) as our data sets make it; None where all of each image counts."""
         if "crop_box" not in batch or "original_size" not in batch:
             return None
         sizes = [tuple(size) for size in torch.as_tensor(batch["original_size"]).tolist()]
@@ -61,8 +60,8 @@ class Counted:
         if "region" not in batch and not any(beyond):
             return None
         names = batch.get("path", [f"image {i}" for i in range(len(sizes))])
-        packed = [None if region is None else _packed(region) for region in regions]
-        return cls([Geometry(*each) for each in zip(sizes, boxes, packed, names, strict=True)], device)
+        arrays = [None if region is None else torch.as_tensor(region).cpu().numpy() for region in regions]
+        return cls([Geometry(*each) for each in zip(sizes, boxes, arrays, names, strict=True)], device)
 
     @classmethod
     def of_objects(cls, images: Tensor, counted: Counted | None, found: Tensor) -> Counted:
@@ -79,9 +78,19 @@ class Counted:
     def __getitem__(self, places: slice) -> Counted:
         return Counted(self.images[places], self.device)
 
+    def packed(self) -> Counted:
+        """The same in little memory, to be kept."""
+        images = [
+            each._replace(region=zlib.compress(np.packbits(each.region > 0).tobytes(), 1))
+            if isinstance(each.region, np.ndarray)
+            else each
+            for each in self.images
+        ]
+        return Counted(images, self.device)
+
     def at(self, height: int, width: int) -> Tensor:
         """Which places of a grid laid over each image's input count: bool ``(B, height, width)``."""
-        return torch.from_numpy(np.stack([self._of_image(i, height, width) for i in range(len(self))])).to(self.device)
+        return torch.from_numpy(np.stack([_at(image, height, width) for image in self.images])).to(self.device)
 
     def patches(self, height: int, width: int) -> Tensor:
         """As `at`, of patches.
@@ -98,29 +107,32 @@ class Counted:
                 )
         return inside
 
-    def _of_image(self, i: int, height: int, width: int) -> np.ndarray:
-        (h, w), (top, left, bottom, right), region, _, found = self.images[i]
-        y = np.floor(top + (np.arange(height) + 0.5) * ((bottom - top) / height)).astype(np.int64)
-        x = np.floor(left + (np.arange(width) + 0.5) * ((right - left) / width)).astype(np.int64)
-        inside: np.ndarray = ((y >= 0) & (y < h))[:, None] & ((x >= 0) & (x < w))
-        if found is not None:
-            rows, columns = (
-                (np.arange(n) * m + m // 2) // n for n, m in zip((height, width), found.shape, strict=True)
-            )
-            inside &= found[np.ix_(rows, columns)]
-        if region is not None:
-            if i not in self._regions:
-                bits = np.frombuffer(zlib.decompress(region), np.uint8)
-                self._regions[i] = np.unpackbits(bits, count=h * w).reshape(h, w)
-            inside &= self._regions[i][np.ix_(y.clip(0, h - 1), x.clip(0, w - 1))] > 0
-        return inside
+
+def _at(image: Geometry, height: int, width: int) -> np.ndarray:
+    (h, w), (top, left, bottom, right), region, _, found = image
+    y, x = middles(height, top, bottom), middles(width, left, right)
+    inside: np.ndarray = ((y >= 0) & (y < h))[:, None] & ((x >= 0) & (x < w))
+    if found is not None:
+        inside &= found[np.ix_(middles(height, 0, found.shape[0]), middles(width, 0, found.shape[1]))]
+    if isinstance(region, bytes):
+        region = np.unpackbits(np.frombuffer(zlib.decompress(region), np.uint8), count=h * w).reshape(h, w)
+    if region is not None:
+        inside &= region[np.ix_(y.clip(0, h - 1), x.clip(0, w - 1))] > 0
+    return inside
 
 
-def in_parts(images: Tensor, counted: Counted | None) -> Iterator[tuple[Tensor, Counted | None]]:
+def middles(number: int, low: float, high: float) -> np.ndarray:
+    """Pixels, int64 ``(number,)``, in which the middles of so many places lie that share ``low`` to ``high`` evenly.
+
+    Example:
+        >>> middles(3, -1.0, 5.0)
+        array([0, 2, 4])
+    """
+    found: np.ndarray = np.floor(low + (np.arange(number) + 0.5) * ((high - low) / number)).astype(np.int64)
+    return found
+
+
+def one_by_one(images: Tensor, counted: Counted | None) -> Iterator[tuple[Tensor, Counted | None]]:
     """Images ``(B, 3, H, W)`` one by one, ``(1, 3, H, W)``, with what counts of each."""
     for i in range(len(images)):
         yield images[i : i + 1], None if counted is None else counted[i : i + 1]
-
-
-def _packed(region: Any) -> bytes:
-    return zlib.compress(np.packbits(np.asarray(torch.as_tensor(region).cpu()) > 0).tobytes(), 1)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pl_patchcore.anomaly_map import peaks
 from pl_patchcore.calibration import draw_held_out, draw_one_of_each, is_held_out
 from pl_patchcore.coreset.collection import Collection, ExpectedImages, StoredImage
-from pl_patchcore.counted import Counted, Geometry, in_parts
+from pl_patchcore.counted import Counted, Geometry, one_by_one
 from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.data.batch import same_size_parts
 from pl_patchcore.distributed import Processes, on_first_process
@@ -183,7 +183,7 @@ class Fitting:
             grids.append(grid)
         if self.leave_one_out or self.share:
             for i, number in enumerate(index.tolist()):
-                own = None if counted is None else counted[i : i + 1]
+                own = None if counted is None else counted[i : i + 1].packed()
                 self.layouts[number] = _Layout((images.shape[2], images.shape[3]), grids, own)
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
@@ -199,7 +199,7 @@ class Fitting:
         """Put the patch features that count into a member's collection; patches down and across, and what counts."""
         member, done, grid, found = self.members[place], 0, (0, 0), list[Geometry]()
         whole = member.patch_features.tiling is None
-        for part, of_part in [(images, counted)] if whole else in_parts(images, counted):
+        for part, of_part in [(images, counted)] if whole else one_by_one(images, counted):
             inside: Tensor | None = None
             bands, of_part = member.in_front(part, of_part)
             found += [] if of_part is None else of_part.images

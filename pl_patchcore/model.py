@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.calibration import Calibration
 from pl_patchcore.coreset import CoresetOptions
-from pl_patchcore.counted import Counted, in_parts
+from pl_patchcore.counted import Counted, one_by_one
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.foreground import ForegroundKind, foreground
@@ -108,7 +108,7 @@ class PatchCoreModel(nn.Module):
                 none = images.new_zeros(0, *size, dtype=torch.float32)
                 return none.flatten(1).sum(1), none
         if self.patch_features.tiling is not None and len(images) > 1:  # one at a time: each may be many tiles
-            found = [self(*part) for part in in_parts(images, counted)]
+            found = [self(*part) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
         bands: Iterable[Band] = self.patch_features.bands(images)

@@ -507,7 +507,7 @@ class PatchCore(L.LightningModule):
             self._own_images = OwnImages(running, self.global_rank, self.trainer.world_size)
         own = self._own_images.of(batch)
         if number == 0 and not self.trainer.training and len(own["image"]):
-            tell_tiles(self.model, own["image"][:1][0][None])
+            tell_tiles(self.model, own["image"][0][None])
         return own
 
     # Fitting

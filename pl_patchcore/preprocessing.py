@@ -294,7 +294,7 @@ class Preprocessing:
         if image.dtype == torch.uint8:
             return image.float() / 255
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=image.device)[..., None, None]
-        rgb: Tensor = (image * std + mean).clamp(0, 1)
+        rgb: Tensor = (image.float() * std + mean).clamp(0, 1)
         return rgb
 
     def as_dict(self) -> dict[str, Any]:

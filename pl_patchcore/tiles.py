@@ -8,7 +8,6 @@ it is as if the network had seen the image whole. Next: `patch_features.py`, whi
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-
-log = logging.getLogger(__name__)
 
 PROBE_LENGTH = 1024  # pixels of the strip that `measure_layers` looks at; half of it is the farthest reach it can tell
 PROBE_WIDTH = 64  # pixels across
@@ -200,7 +197,7 @@ class Tiling:
 
     def told(self, height: int, width: int) -> str:
         """What the tiles of an image of so many pixels cost, in a sentence."""
-        row, column = (self._spread(side, pixels) for side, pixels in zip(self.size, (height, width), strict=True))
+        row, column = self.along(0, height), self.along(1, width)
         more = self._more(self.size, (height, width))
         text = f"images of {height}x{width} pixels in {len(row) * len(column)} tiles of {self.size[0]}x{self.size[1]}, "
         text += f"that share {self.overlap[0]} pixels: {more:.0%} of the pixels are computed again"

@@ -110,13 +110,12 @@ def test_each_patch_is_from_the_tile_in_which_it_is_most_central():
         assert spans[-1].last == -(-pixels // 8)
         for patch in range(spans[-1].last):
             middle = 8 * patch + 4
-            edges = [min(middle - span.start, span.end - middle) for span in spans]
-            own = next(i for i, span in enumerate(spans) if span.first <= patch < span.last)
-            inner = [
-                min(middle - span.start if span.start else 999, span.end - middle if span.end < pixels else 999)
-                for span in spans
+            nearest = [  # pixels to the tile's next edge that is none of the image's; below 0 outside of the tile
+                min(middle - s.start if s.start else math.inf, s.end - middle if s.end < pixels else math.inf)
+                for s in spans
             ]
-            assert inner[own] >= max(e if min(e, i) > 0 else 0 for e, i in zip(inner, edges, strict=True)) - 8
+            own = next(distance for s, distance in zip(spans, nearest, strict=True) if s.first <= patch < s.last)
+            assert own >= max(nearest) - 8  # half a patch to each side of the seam
 
 
 def test_network_of_one_size_runs_on_large_images_by_tiles():

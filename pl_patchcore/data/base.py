@@ -414,12 +414,12 @@ class AnomalyDataModule(L.LightningDataModule):
         if stage == "validate" and self.validation == "none":
             raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
         transform = self._transform()
+        module = self.trainer.lightning_module if self.trainer is not None else None
         self.require(stage)
         if stage == "predict":
             self.predict_set = ImageDataset(self.predict_records, transform)
         else:
             train, test = self.records
-            module = self.trainer.lightning_module if self.trainer is not None else None
             as_they_are = getattr(module, "metrics_size", "input") == "original"
             self.train_set = ImageDataset(train, transform)
             self.test_set = ImageDataset(test, transform, original_masks=as_they_are)
@@ -429,7 +429,6 @@ class AnomalyDataModule(L.LightningDataModule):
         if stage in ("fit", "predict"):
             records = self.predict_records if stage == "predict" else self.records[0]
             _tell_crop(records[0], transform)
-            module = self.trainer.lightning_module if self.trainer is not None else None
             tests = None if stage == "predict" else self.records[1]
             tell_geometry(records, tests, transform, getattr(module, "pixels_per_patch", None))
 

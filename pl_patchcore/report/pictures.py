@@ -57,15 +57,10 @@ def _thickness(share: np.ndarray) -> np.ndarray:
     return 0.7 * share**2
 
 
-def rgb_of(transform: Preprocessing, image: Tensor) -> Tensor:
-    """Model input ``(3, H, W)``, normalised or levels uint8, as RGB in [0, 1], float32."""
-    return image.float() / 255 if image.dtype == torch.uint8 else transform.denormalise(image.float())
-
-
 def smaller_rgb(transform: Preprocessing, image: Tensor, factor: int) -> Tensor:
-    """As `rgb_of`, the mean of each block of ``factor`` x ``factor`` pixels; the last blocks may be smaller."""
+    """Model input ``(3, H, W)`` as RGB in [0, 1], the mean of each block of ``factor`` x ``factor`` pixels or less."""
     bands = image.split(factor * max(1, BAND // (factor * image.shape[2])), dim=1)
-    return torch.cat([avg_pool2d(rgb_of(transform, band), factor, ceil_mode=True) for band in bands], dim=1)
+    return torch.cat([avg_pool2d(transform.denormalise(band), factor, ceil_mode=True) for band in bands], dim=1)
 
 
 @dataclass
@@ -85,7 +80,7 @@ class Shown:
         """Take a model input ``(3, H, W)``, its map and mask ``(H, W)``; large ones are brought to `LONGEST_SIDE`."""
         heat = heat.float()
         if (factor := -(-max(heat.shape) // LONGEST_SIDE)) == 1:
-            return cls(score, order, title, rgb_of(transform, image), heat, mask)
+            return cls(score, order, title, transform.denormalise(image), heat, mask)
         small = torch.from_numpy(smaller_map(heat.cpu().numpy(), factor))
         thinned = None if mask is None else mask[::factor, ::factor]
         return cls(score, order, title, smaller_rgb(transform, image, factor), small, thinned)

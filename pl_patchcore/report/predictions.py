@@ -24,7 +24,7 @@ from pl_patchcore.inspection import GREY, Inspection, Settings, geometry, with_s
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
 from pl_patchcore.report.html import LARGE, Page, PageImage
-from pl_patchcore.report.pictures import LONGEST_SIDE, colour_scale, overlay, rgb_of
+from pl_patchcore.report.pictures import LONGEST_SIDE, colour_scale, overlay
 
 VERDICT = ("verdict", "anomalous", "threshold", "normalized", "p_value")  # columns of a model with a threshold
 REGIONS = ("regions", "left", "top", "right", "bottom", "area")  # and of one with a threshold of pixels
@@ -238,7 +238,7 @@ def _read(dataset: ImageDataset, index: int) -> Image.Image:
 def _input(transform: Preprocessing, batch: Any, outputs: dict[str, Any], i: int) -> Image.Image:
     """What the model's input shows of an image of any loader; grey where the crop has left the original out."""
     image, (size, box) = as_batch(batch)["image"][i], _geometry(outputs, i)
-    levels = image if image.dtype == torch.uint8 else rgb_of(transform, image) * 255  # (3, H, W)
+    levels = image if image.dtype == torch.uint8 else transform.denormalise(image) * 255  # (3, H, W)
     full = np.empty((*size, 3), np.uint8)
     for number, channel in enumerate(levels.cpu()):  # one at a time, as an image may be large
         full[..., number] = to_original(channel, size, box).nan_to_num_(GREY[number]).round_().byte().numpy()

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 from rich.table import Column, Table
 from torch import Tensor
 
+from pl_patchcore.counted import middles
 from pl_patchcore.data.batch import as_batch
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import hold, output_folder, plain_console, whole_file
@@ -202,13 +204,10 @@ def _write_json(path: Path, pl_module: Any, seconds: float, headline: tuple[str,
 def _at_input(mask: Tensor, crop_box: Sequence[float], size: Sequence[int]) -> Tensor:
     """Mask ``(H, W)`` of an original at the centres of its input's pixels; unknown beside the original."""
     top, left, bottom, right = crop_box
-    axes = []
-    for pixels, inputs, low, high in zip(mask.shape, size, (top, left), (bottom, right), strict=True):
-        at = low + (torch.arange(inputs, dtype=torch.float64, device=mask.device) + 0.5) * ((high - low) / inputs)
-        axes.append((at.floor().long().clamp(0, pixels - 1), (at >= 0) & (at < pixels)))
-    (rows, down), (columns, across) = axes
-    found = mask[rows][:, columns]
-    return torch.where(down[:, None] & across, found, UNKNOWN)
+    (height, width), y, x = mask.shape, middles(size[0], top, bottom), middles(size[1], left, right)
+    inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))
+    found = mask.cpu().numpy()[np.ix_(y.clip(0, height - 1), x.clip(0, width - 1))]
+    return torch.from_numpy(np.where(inside, found, UNKNOWN).astype(np.uint8))
 
 
 def _for_page(item: Shown, label: int, kind: str, pixel_threshold: float | None) -> PageImage:

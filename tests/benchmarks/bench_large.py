@@ -27,7 +27,7 @@ LAYERS = ["features.6", "features.13"]  # strides of 8 and 16 pixels
 PHOTOGRAPH = (2000, 3000)  # height, width
 SCRATCHES = (20, 40, 78)  # pixels long
 WIDTH = 3  # pixels
-NOMINAL, TRAINING = 12, 9  # photographs; those of them that fit, the others are tested beside the scratched ones
+NOMINAL, TRAINING = 15, 12  # photographs; those of them that fit, the others are tested beside the scratched ones
 SIDES = ((800, 1200), (2400, 4000), (8000, 12000))  # 1, 10, 100 megapixels
 TILE = 512  # pixels
 
