@@ -256,6 +256,7 @@ def test_many_images_come_in_steps_from_files(opened, monkeypatch):
         tab.keyboard.press("ArrowRight")
     tab.evaluate(LOADED)
     tab.keyboard.press("Escape")
+    tab.locator(".tile").nth(122).wait_for()  # the browser tells the page a moment later
     assert len(names(tab)) == 123
     tab.click("#more")
     assert len(names(tab)) == 130
