@@ -187,6 +187,13 @@ def test_slider_recounts(opened):
     assert numbers(tab) == counts(shown, THRESHOLD)
 
 
+def close(tab, by):
+    """Closes the large view with `by()` and waits until the page has been told, which the browser does a moment later."""
+    tab.evaluate("window.told = new Promise((done) => viewer.addEventListener('close', () => done(true), {once: true}))")
+    by()
+    assert tab.evaluate("window.told")
+
+
 def test_large_view_by_mouse_and_keys(opened):
     tab = opened(images())
     order, viewer = names(tab), tab.locator("#viewer")
@@ -200,7 +207,7 @@ def test_large_view_by_mouse_and_keys(opened):
     assert tab.locator("#panel-image path.outline").get_attribute("d") == "M30.0 20.0L50.0 20.0L50.0 40.0L30.0 40.0Z"
     tab.uncheck("#outlines")
     assert tab.locator("#panel-image path").count() == 0
-    tab.click("#close")
+    close(tab, lambda: tab.click("#close"))
     assert not viewer.is_visible()
     tab.keyboard.press("ArrowRight")
     assert tab.evaluate("document.activeElement.title") == order[place + 1]
@@ -210,7 +217,7 @@ def test_large_view_by_mouse_and_keys(opened):
     tab.keyboard.press("ArrowRight")
     tab.keyboard.press("ArrowLeft")
     assert tab.locator("#viewer-name").inner_text() == order[place + 2]
-    tab.keyboard.press("Escape")
+    close(tab, lambda: tab.keyboard.press("Escape"))
     assert not viewer.is_visible()
     assert tab.evaluate("document.activeElement.title") == order[place + 2]
     tab.keyboard.press("ArrowDown")
@@ -255,8 +262,7 @@ def test_many_images_come_in_steps_from_files(opened, monkeypatch):
     for _ in range(3):
         tab.keyboard.press("ArrowRight")
     tab.evaluate(LOADED)
-    tab.keyboard.press("Escape")
-    tab.locator(".tile").nth(122).wait_for()  # the browser tells the page a moment later
+    close(tab, lambda: tab.keyboard.press("Escape"))
     assert len(names(tab)) == 123
     tab.click("#more")
     assert len(names(tab)) == 130
