@@ -188,10 +188,11 @@ def test_slider_recounts(opened):
 
 
 def close(tab, by):
-    """Closes the large view with `by()` and waits until the page has been told, which the browser does a moment later."""
-    tab.evaluate("window.told = new Promise((done) => viewer.addEventListener('close', () => done(true), {once: true}))")
+    """Closes the large view with `by()` and waits until the browser has told the page, a moment later."""
+    heard = "new Promise((done) => viewer.addEventListener('close', () => done(true), {once: true}))"
+    tab.evaluate(f"() => {{ window.told = {heard}; }}")
     by()
-    assert tab.evaluate("window.told")
+    assert tab.evaluate("window.told")  # waits for the promise
 
 
 def test_large_view_by_mouse_and_keys(opened):
