@@ -107,29 +107,11 @@ class AnomalyScorer(nn.Module):
             UserError: If no patch of an image counts.
         """
         parts: list[_Part] = []
-        inside: Tensor | None = None  # patches that are compared, (B, h, w)
-        valid: Tensor | None = None  # those and the ones that count 0
-        for features, top, whole in bands:
-            b, h, w, d = features.shape
-            flat, chosen, places = features.reshape(-1, d), None, None
-            if counted is not None:
-                if inside is None:
-                    inside, valid = self._inside(counted, whole, w)
-                chosen = inside[:, top : top + h].flatten().nonzero()[:, 0]
-            if bank.position_radius is not None:
-                places = Places.of_rows(b, top, h, (whole, w), flat.device)
-                places = places if chosen is None else places._replace(at=places.at[chosen])
-            nearest, found = bank(flat if chosen is None else flat[chosen], self.num_neighbors, places)
-            distances, rows = self.in_units(nearest).mean(1), found[:, 0]
-            if chosen is not None and valid is not None:  # one that does not count has the distance -inf
-                zero = distances.new_zeros(b * h * w)
-                distances = zero.masked_fill(~valid[:, top : top + h].flatten(), -torch.inf).index_put(
-                    (chosen,), distances
-                )
-                rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
-            star, patch = distances.view(b, h * w).max(1)  # equation 6
-            position = torch.arange(b, device=features.device) * h * w + patch
-            parts.append(_Part(distances.view(b, h, w), star, flat[position], rows[position]))
+        inside: _Inside | None = None
+        for band in bands:
+            if counted is not None and inside is None:
+                inside = self._inside(counted, band.rows, band.features.shape[2])
+            parts.append(self._compared(band, bank, inside))
         distances = torch.cat([part.distances for part in parts], 1)  # (B, h, w)
         if self.image_score == "top_mean":
             scores = top_mean(distances if self.top_share_of == "scored" else distances.clamp(min=0), self.top_share)
@@ -140,19 +122,47 @@ class AnomalyScorer(nn.Module):
             patch = patches.gather(0, best[..., None].expand(-1, -1, patches.shape[2]))[0]
             row = torch.stack([part.row for part in parts]).gather(0, best)[0]
             scores = stars.gather(0, best)[0] * reweighting(patch, row, bank, self.reweighting_neighbors)
-        if counted is None or valid is None:
+        if counted is None or inside is None:
             return scores, anomaly_map(distances, size, self.sigma)
         pixels = (counted.whole() if self.top_share_of == "all" else counted).at(*size)
         if self.top_share_of == "all" and pixels.all():
             return scores, anomaly_map(distances, size, self.sigma)
-        return scores, anomaly_map(continued(distances, valid), size, self.sigma, pixels)
+        return scores, anomaly_map(continued(distances, inside.valid), size, self.sigma, pixels)
 
-    def _inside(self, counted: Counted, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """Patches that are compared, and these with those that have the distance 0: bool ``(B, h, w)`` each."""
+    def _inside(self, counted: Counted, h: int, w: int) -> _Inside:
+        """Which patches of a grid count."""
         if self.top_share_of == "scored":
             inside = counted.patches(h, w)
-            return inside, inside
-        return counted.at(h, w), counted.whole().patches(h, w)
+            return _Inside(inside, inside)
+        return _Inside(counted.at(h, w), counted.whole().patches(h, w))
+
+    def _compared(self, band: Band, bank: MemoryBank | ForeignRows, inside: _Inside | None) -> _Part:
+        """Compare a band of patches with the memory bank."""
+        features, top, whole = band
+        b, h, w, d = features.shape
+        flat, chosen, places = features.reshape(-1, d), None, None
+        if inside is not None:
+            chosen = inside.compared[:, top : top + h].flatten().nonzero()[:, 0]
+        if bank.position_radius is not None:
+            places = Places.of_rows(b, top, h, (whole, w), flat.device)
+            places = places if chosen is None else places._replace(at=places.at[chosen])
+        nearest, found = bank(flat if chosen is None else flat[chosen], self.num_neighbors, places)
+        distances, rows = self.in_units(nearest).mean(1), found[:, 0]
+        if chosen is not None and inside is not None:  # one that does not count has the distance -inf
+            valid = inside.valid[:, top : top + h].flatten()
+            others = distances.new_zeros(b * h * w).masked_fill(~valid, -torch.inf)
+            distances = others.index_put((chosen,), distances)
+            rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
+        star, patch = distances.view(b, h * w).max(1)  # equation 6
+        position = torch.arange(b, device=features.device) * h * w + patch
+        return _Part(distances.view(b, h, w), star, flat[position], rows[position])
+
+
+class _Inside(NamedTuple):
+    """Which patches count, bool ``(B, h, w)`` each."""
+
+    compared: Tensor  # with the memory bank
+    valid: Tensor  # these, and those that have the distance 0
 
 
 class _Part(NamedTuple):
