@@ -45,7 +45,7 @@ class PatchOptions(_Group):
         layer_dim: Null: features are averaged over the neighbourhood. A number: each layer is adaptively pooled to so
             many, as in the authors' code; with ``feature_dim``.
         feature_dim: Adaptive pooling of all layers together to so many numbers.
-        combine: ``concatenate`` the layers, or take their ``mean``, of as many channels each.
+        combine: How to join layers; ``mean``: of as many channels each.
     """
 
     group: ClassVar[str] = "patches"
@@ -76,7 +76,7 @@ class ImageOptions(_Group):
         std: Standard deviation of the normalisation, RGB in [0, 1].
         bits: Bits of grey images of more than 8 a pixel, such as a camera's 12 in files of 16; null: 16.
         max_pixels: Largest image that is opened, in pixels; null: Pillow's limit of 178,956,970.
-        crop_multiple: Leave rows at the bottom and columns at the right out, to multiples of so many pixels.
+        crop_multiple: Cut the bottom and the right, to multiples of it.
     """
 
     group: ClassVar[str] = "images"

@@ -106,19 +106,19 @@ class PatchCore(L.LightningModule):
             memory bank down.
         projection_dim: Dimension of the random projection that the selection works in.
         num_neighbors: Nearest neighbours whose distances are averaged.
-        distance: ``squared`` as in the authors' code; ``half_squared``: of unit length, 1 - cosine.
+        distance: ``squared`` as in the authors' code, or half of that.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
         sigma: Standard deviation of the maps' Gaussian, pixels; 0 for none.
         image_score: ``max``, or ``top_mean``, the mean of the highest ``top_share`` of the patches.
         top_share: In (0, 1]; at least one patch.
-        top_share_of: Of patches ``scored``, or ``all``: those outside the object count 0, in maps too.
-        normalize_features: Bring patch features to unit length.
-        position_radius: Compare to patches at most so many cells away, down and across; null: to all.
+        top_share_of: ``all``: patches outside the object count 0, in maps too.
+        normalize_features: To unit length.
+        position_radius: Cells each way in which to search; null: all.
         tile: Side of tiles, or ``[height, width]``, pixels, in which the backbone is given larger images.
         tile_overlap: Pixels that tiles share; null: enough for whole-image features, up to half a tile.
         tile_batch: Tiles at once; null: by the device.
         foreground: Object that alone counts: found by features (``auto``, ``anomalydino``), or brightness.
-        mask_references: Whether the ``foreground`` alone counts in training images, too.
+        mask_references: Also in training images.
         search: Exact: ``auto``, what suits machine and bank; ``torch``, by a float32 product; ``int8``, by a filter of
             small integers. Approximate: a factory string of faiss, such as ``HNSW32``.
         bank_dtype: Type that the memory bank is kept and saved in.
