@@ -9,7 +9,7 @@ through SciPy.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from kornia.filters import gaussian_blur2d
@@ -21,12 +21,14 @@ from pl_patchcore.counted import Counted
 from pl_patchcore.errors import UserError
 from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 from pl_patchcore.patch_features import Band
+from pl_patchcore.search.by_position import Places
 
 LARGEST_SIGMA = 1024  # pixels; the filter has 8 times as many
 BAND_PIXELS = 1 << 22  # of a map, that are made at once: 16 MB
 SLACK = 1e-9  # so that a hundredth of 300 patches is 3
-Distance = Literal["euclidean", "squared"]
+Distance = Literal["euclidean", "squared", "half_squared"]
 ImageScore = Literal["max", "top_mean"]
+TopShareOf = Literal["scored", "all"]
 
 
 class AnomalyScorer(nn.Module):
@@ -34,12 +36,15 @@ class AnomalyScorer(nn.Module):
 
     Args:
         num_neighbors: Neighbours whose distances are averaged for a patch (1 in the paper).
-        distance: ``euclidean``, or ``squared`` as the authors' code has it.
+        distance: ``euclidean``; ``squared`` as the authors' code has it; or ``half_squared``, which is one minus the
+            cosine of patch features of unit length.
         reweighting_neighbors: b of equation 7, of a smaller bank all rows; 1 means no re-weighting.
         sigma: Standard deviation of the maps' Gaussian, pixels; 0 for none.
         image_score: ``max``: the largest patch distance, weighted by equation 7. ``top_mean``: the mean of the highest
             ``top_share`` of the patch distances, at least of one.
         top_share: In (0, 1].
+        top_share_of: ``scored``: of the patches that count; other pixels are NaN in the map. ``all``: of all patches,
+            where those outside an object have the distance 0, in the map too.
     """
 
     def __init__(
@@ -50,12 +55,13 @@ class AnomalyScorer(nn.Module):
         sigma: float = 4.0,
         image_score: ImageScore = "max",
         top_share: float = 0.01,
+        top_share_of: TopShareOf = "scored",
     ) -> None:
         super().__init__()
         if num_neighbors < 1:
             raise UserError(f"num_neighbors must be at least 1, got {num_neighbors}.")
-        if distance not in ("euclidean", "squared"):
-            raise UserError(f"distance must be euclidean or squared, got {distance!r}.")
+        if distance not in get_args(Distance):
+            raise UserError(f"distance must be euclidean, squared or half_squared, got {distance!r}.")
         if reweighting_neighbors < 1:
             raise UserError(
                 f"reweighting_neighbors must be at least 1, got {reweighting_neighbors}; 1 switches equation 7 off."
@@ -66,9 +72,17 @@ class AnomalyScorer(nn.Module):
             raise UserError(f"image_score must be max or top_mean, got {image_score!r}.")
         if not 0 < top_share <= 1:
             raise UserError(f"top_share must be in (0, 1], got {top_share}.")
+        if top_share_of not in get_args(TopShareOf):
+            raise UserError(f"top_share_of must be scored or all, got {top_share_of!r}.")
         self.num_neighbors, self.distance = num_neighbors, distance
         self.reweighting_neighbors, self.sigma = reweighting_neighbors, sigma
-        self.image_score, self.top_share = image_score, top_share
+        self.image_score, self.top_share, self.top_share_of = image_score, top_share, top_share_of
+
+    def in_units(self, nearest: Tensor) -> Tensor:
+        """Euclidean distances as ``distance`` says."""
+        if self.distance == "euclidean":
+            return nearest
+        return nearest.square() if self.distance == "squared" else nearest.square() / 2
 
     def forward(
         self,
@@ -93,25 +107,14 @@ class AnomalyScorer(nn.Module):
             UserError: If no patch of an image counts.
         """
         parts: list[_Part] = []
-        inside: Tensor | None = None
-        for features, top, whole in bands:
-            b, h, w, d = features.shape
-            flat, chosen = features.reshape(-1, d), None
-            if counted is not None:
-                inside = counted.patches(whole, w) if inside is None else inside
-                chosen = inside[:, top : top + h].flatten().nonzero()[:, 0]
-            nearest, found = bank(flat if chosen is None else flat[chosen], self.num_neighbors)
-            distances = (nearest.square() if self.distance == "squared" else nearest).mean(1)
-            rows = found[:, 0]
-            if chosen is not None:  # one that does not count has the distance -inf
-                distances = distances.new_full((b * h * w,), -torch.inf).index_put((chosen,), distances)
-                rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
-            star, patch = distances.view(b, h * w).max(1)  # equation 6
-            position = torch.arange(b, device=features.device) * h * w + patch
-            parts.append(_Part(distances.view(b, h, w), star, flat[position], rows[position]))
+        inside: _Inside | None = None
+        for band in bands:
+            if counted is not None and inside is None:
+                inside = self._inside(counted, band.rows, band.features.shape[2])
+            parts.append(self._compared(band, bank, inside))
         distances = torch.cat([part.distances for part in parts], 1)  # (B, h, w)
         if self.image_score == "top_mean":
-            scores = top_mean(distances, self.top_share)
+            scores = top_mean(distances if self.top_share_of == "scored" else distances.clamp(min=0), self.top_share)
         else:
             stars = torch.stack([part.star for part in parts])  # (bands, B)
             best = stars.max(0).indices[None]
@@ -121,7 +124,45 @@ class AnomalyScorer(nn.Module):
             scores = stars.gather(0, best)[0] * reweighting(patch, row, bank, self.reweighting_neighbors)
         if counted is None or inside is None:
             return scores, anomaly_map(distances, size, self.sigma)
-        return scores, anomaly_map(continued(distances, inside), size, self.sigma, counted.at(*size))
+        pixels = (counted.whole() if self.top_share_of == "all" else counted).at(*size)
+        if self.top_share_of == "all" and pixels.all():
+            return scores, anomaly_map(distances, size, self.sigma)
+        return scores, anomaly_map(continued(distances, inside.valid), size, self.sigma, pixels)
+
+    def _inside(self, counted: Counted, h: int, w: int) -> _Inside:
+        """Which patches of a grid count."""
+        if self.top_share_of == "scored":
+            inside = counted.patches(h, w)
+            return _Inside(inside, inside)
+        return _Inside(counted.at(h, w), counted.whole().patches(h, w))
+
+    def _compared(self, band: Band, bank: MemoryBank | ForeignRows, inside: _Inside | None) -> _Part:
+        """Compare a band of patches with the memory bank."""
+        features, top, whole = band
+        b, h, w, d = features.shape
+        flat, chosen, places = features.reshape(-1, d), None, None
+        if inside is not None:
+            chosen = inside.compared[:, top : top + h].flatten().nonzero()[:, 0]
+        if bank.position_radius is not None:
+            places = Places.of_rows(b, top, h, (whole, w), flat.device)
+            places = places if chosen is None else places._replace(at=places.at[chosen])
+        nearest, found = bank(flat if chosen is None else flat[chosen], self.num_neighbors, places)
+        distances, rows = self.in_units(nearest).mean(1), found[:, 0]
+        if chosen is not None and inside is not None:  # one that does not count has the distance -inf
+            valid = inside.valid[:, top : top + h].flatten()
+            others = distances.new_zeros(b * h * w).masked_fill(~valid, -torch.inf)
+            distances = others.index_put((chosen,), distances)
+            rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
+        star, patch = distances.view(b, h * w).max(1)  # equation 6
+        position = torch.arange(b, device=features.device) * h * w + patch
+        return _Part(distances.view(b, h, w), star, flat[position], rows[position])
+
+
+class _Inside(NamedTuple):
+    """Which patches count, bool ``(B, h, w)`` each."""
+
+    compared: Tensor  # with the memory bank
+    valid: Tensor  # these, and those that have the distance 0
 
 
 class _Part(NamedTuple):

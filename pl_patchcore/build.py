@@ -25,6 +25,7 @@ def build_model(
     transform: Preprocessing,
     tiles: TileOptions | None = None,
     foreground: ForegroundKind = "none",
+    mask_references: bool = True,
 ) -> PatchCoreModel | EnsembleModel:
     """Build the model of a `PatchCore`.
 
@@ -35,12 +36,13 @@ def build_model(
         transform: Preprocessing of the images to come.
         tiles: How larger images are cut into tiles; None: not.
         foreground: Whether only an object in front of a plain background counts, and by what it is found.
+        mask_references: Whether that holds of training images, too.
 
     Raises:
         UserError: For a value out of range, an unknown name, or weights that cannot be had or do not fit.
     """
     if ensemble.members is None:
-        return _single(settings, seed, transform, tiles, foreground)
+        return _single(settings, seed, transform, tiles, foreground, mask_references)
     if foreground != "none":
         raise UserError("foreground goes with one model, not with ensemble.members; leave one of them out.")
     members = [_single({**settings, **member}, seed, transform, tiles) for member in ensemble.members]
@@ -53,6 +55,7 @@ def _single(
     transform: Preprocessing,
     tiles: TileOptions | None,
     foreground: ForegroundKind = "none",
+    mask_references: bool = True,
 ) -> PatchCoreModel:
     patches = options_of(PatchOptions, s["patches"])
     features = PatchFeatures(
@@ -68,9 +71,18 @@ def _single(
         tiles,
         transform.mean,
         transform.std,
+        patches.combine,
+        s["normalize_features"],
     )
-    bank = MemoryBank(s["search"], s["bank_dtype"])
-    of_scorer = ("num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share")
+    if s["position_radius"] is not None and transform.size is None:
+        raise UserError(
+            "position_radius needs images of one size, to compare places on one grid of patches; set crop or resize "
+            "that give one, or leave it out."
+        )
+    bank = MemoryBank(s["search"], s["bank_dtype"], s["position_radius"])
+    of_scorer = (
+        "num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share", "top_share_of"
+    )  # fmt: skip
     scorer = AnomalyScorer(**{name: s[name] for name in of_scorer})
     coreset = CoresetOptions(s["coreset_method"], s["coreset_ratio"], s["coreset_size"], s["projection_dim"], seed)
-    return PatchCoreModel(features, bank, scorer, coreset, foreground)
+    return PatchCoreModel(features, bank, scorer, coreset, foreground, mask_references)

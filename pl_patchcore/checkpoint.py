@@ -28,15 +28,18 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.foreign import Source, check_archive, is_plain, is_whole
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS, THRESHOLDS, refuse_rate_beside_threshold
+from pl_patchcore.preprocessing import MOST_PIXELS
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 VARIABLE_SIZE = (  # buffers whose size a fit decides
-    "memory_bank.features", "memory_bank.radii", "memory_bank.images", "memory_bank.index",
+    "memory_bank.features", "memory_bank.radii", "memory_bank.images", "memory_bank.places", "memory_bank.index",
     "calibration.scores", "calibration.peaks", "calibration.images",
 )  # fmt: skip
-LATER = ("memory_bank.images", "calibration.images")  # buffers that older files of this format do not have
+LATER = (  # buffers that older files of this format do not have
+    "memory_bank.images", "memory_bank.places", "memory_bank.grid", "calibration.images",
+)  # fmt: skip
 FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
 M = TypeVar("M", bound=L.LightningModule)
 
@@ -137,10 +140,26 @@ def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: 
             sized = rows.shape[1] == part.patch_features.dimension and radii in (0, len(rows) + 1)
             if not sized or not known or reach.isinf().any():
                 raise UserError(f"the checkpoint's {name}.memory_bank is no bank of this model's features; fit again.")
+            _check_places(saved, f"{name}.memory_bank", len(rows), part.memory_bank.position_radius is not None)
         if isinstance(part, Calibration):
             names = [f"{name}.{of}" for of in ("scores", "peaks", "images")]
             if len({len(saved[key]) for key in names if key in saved}) > 1:
                 raise UserError(f"the checkpoint's {name} has not as many scores as peaks and images; fit again.")
+
+
+def _check_places(saved: Mapping[str, Any], name: str, rows: int, needed: bool) -> None:
+    """Refuse places of a memory bank's rows that lie on no grid, or none where they are needed."""
+    places = saved.get(f"{name}.places", torch.empty(0, 2, dtype=torch.int32))
+    grid = saved.get(f"{name}.grid", torch.zeros(2, dtype=torch.int64))
+    alike = places.dtype == torch.int32 and places.shape[1:] == (2,) and len(places) in (0, rows)
+    on_grid = alike and bool(((places >= 0) & (places < grid)).all()) and bool((grid <= MOST_PIXELS).all())
+    if not on_grid:
+        raise UserError(f"the checkpoint's {name}.places lie on no grid of patches; fit again.")
+    if needed and len(places) < rows:
+        raise UserError(
+            "position_radius: the checkpoint's memory bank does not know the places of its rows; leave it out, or fit "
+            "again with it."
+        )
 
 
 def is_frozen(key: str) -> bool:

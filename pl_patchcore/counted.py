@@ -88,6 +88,18 @@ class Counted:
         ]
         return Counted(images, self.device)
 
+    def whole(self) -> Counted:
+        """The same, whatever objects were found."""
+        return Counted([each._replace(object=None) for each in self.images], self.device)
+
+    def where_found(self) -> Counted:
+        """The same, with images in which no object was found taken whole."""
+        images = [
+            each._replace(object=None) if each.object is not None and not each.object.any() else each
+            for each in self.images
+        ]
+        return Counted(images, self.device)
+
     def at(self, height: int, width: int) -> Tensor:
         """Which places of a grid laid over each image's input count: bool ``(B, height, width)``."""
         return torch.from_numpy(np.stack([_at(image, height, width) for image in self.images])).to(self.device)

@@ -49,6 +49,7 @@ class _Layout(NamedTuple):
     size: tuple[int, int]  # height and width of the image, pixels
     grids: list[tuple[int, int]]  # patches down and across, of each member
     counted: Counted | None  # which places count; None: all
+    stored: Counted | None  # of which the patch features are kept; None: all
 
 
 class _Scored(NamedTuple):
@@ -119,6 +120,12 @@ class Fitting:
         self.earlier = [
             bank.features.float().cpu() if update else torch.empty(0, dtype=torch.float32) for bank in banks
         ]
+        if update and any(bank.position_radius is not None and len(bank.places) != bank.size for bank in banks):
+            raise UserError("position_radius: the memory bank does not know the places of its rows; fit again.")
+        self.earlier_places = [bank.places.clone().cpu() for bank in banks]
+        self.grids = [
+            (int(bank.grid[0]), int(bank.grid[1])) if update else (0, 0) for bank in banks
+        ]  # of the bank's images
         self.earlier_images = [bank.images.tolist() or [-1] * bank.size for bank in banks] if update else [[]]
         self.earlier_scores = (calibration.scores.clone(), calibration.peaks.clone()) if update else None
         self.numbers: dict[int, int] = {}  # of each image's group, in the memory bank
@@ -177,14 +184,14 @@ class Fitting:
             held = [number in self.held_out for number in groups]
         self.count += len(images)
         self.batch = self.batch or batch or len(images)
-        grids = []
+        grids, stored = [], counted
         for place in range(len(self.members)):
-            grid, counted = self._collect(place, images, index.tolist(), held, counted)
+            grid, counted, stored = self._collect(place, images, index.tolist(), held, stored)
             grids.append(grid)
         if self.leave_one_out or self.share:
             for i, number in enumerate(index.tolist()):
-                own = None if counted is None else counted[i : i + 1].packed()
-                self.layouts[number] = _Layout((images.shape[2], images.shape[3]), grids, own)
+                own = [None if each is None else each[i : i + 1].packed() for each in (counted, stored)]
+                self.layouts[number] = _Layout((images.shape[2], images.shape[3]), grids, *own)
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Take in a batch as `OwnImages` gives it, of images of one size or several."""
@@ -195,28 +202,53 @@ class Fitting:
 
     def _collect(
         self, place: int, images: Tensor, index: Sequence[int], held: Sequence[bool], counted: Counted | None
-    ) -> tuple[tuple[int, int], Counted | None]:
-        """Put the patch features that count into a member's collection; patches down and across, and what counts."""
-        member, done, grid, found = self.members[place], 0, (0, 0), list[Geometry]()
-        whole = member.patch_features.tiling is None
+    ) -> tuple[tuple[int, int], Counted | None, Counted | None]:
+        """Put the patch features that count into a member's collection.
+
+        Returns patches down and across, what counts when the images are scored, and what is kept of them.
+        """
+        member, done, grid = self.members[place], 0, (0, 0)
+        found: tuple[list[Geometry], list[Geometry]] = [], []
+        whole, placed = member.patch_features.tiling is None, member.memory_bank.position_radius is not None
         for part, of_part in [(images, counted)] if whole else one_by_one(images, counted):
             inside: Tensor | None = None
-            bands, of_part = member.in_front(part, of_part)
-            found += [] if of_part is None else of_part.images
+            if member.mask_references or self.leave_one_out or self.share:
+                bands, scored = member.in_front(part, of_part)
+            else:
+                bands, scored = member.patch_features.bands(part), of_part
+            if member.mask_references and scored is not None:
+                of_part = scored.where_found()
+            for images_of, each in zip(found, (scored, of_part), strict=True):
+                images_of.extend([] if each is None else each.images)
             for band in bands:
                 grid, last = (band.rows, band.features.shape[2]), band.top + band.features.shape[1]
                 if place == len(self.collections):
                     self._begin(member)
+                if placed:
+                    self._look_at_grid(place, grid)
                 if of_part is not None and inside is None:
                     inside = of_part.patches(*grid).to(band.features.device)
                 for i, features in enumerate(band.features.flatten(1, 2)):  # (h' w, D)
                     number = grid[0] * grid[1] if inside is None else int(inside[i].sum())
-                    chosen = features if inside is None else features[inside[i, band.top : last].flatten()]
+                    kept = None if inside is None else inside[i, band.top : last].flatten()
+                    chosen = features if kept is None else features[kept]
+                    cells = torch.arange(band.top * grid[1], last * grid[1]) if placed else None
+                    cells = cells if cells is None or kept is None else cells[kept.cpu()]
                     self.collections[place].add(
-                        chosen, index[done + i], number, held_out=held[done + i], more=band.top > 0
+                        chosen, index[done + i], number, held_out=held[done + i], more=band.top > 0, places=cells
                     )
             done += len(part)
-        return grid, Counted(found, images.device) if found else None
+        counted, stored = (Counted(each, images.device) if each else None for each in found)
+        return grid, counted, stored
+
+    def _look_at_grid(self, place: int, grid: tuple[int, int]) -> None:
+        """Refuse images of another grid of patches than those before, where places are compared."""
+        before = self.grids[place] = self.grids[place] if any(self.grids[place]) else grid
+        if before != grid:
+            raise UserError(
+                f"position_radius needs one grid of patches, got {grid[0]}x{grid[1]} after {before[0]}x{before[1]}; "
+                "bring all images to one size, or leave it out."
+            )
 
     def _look_at_first(self, images: Tensor) -> None:
         self.size = tuple(images.shape[1:])
@@ -342,7 +374,8 @@ class Fitting:
         images = [
             earlier[-1 - source] if source < 0 else self.numbers[source] for source in collection.sources.tolist()
         ]
-        bank.fill(rows.to(device), radii, torch.tensor(images, dtype=torch.int32))
+        placed = self._places(place, member) if bank.position_radius is not None else (None, None)
+        bank.fill(rows.to(device), radii, torch.tensor(images, dtype=torch.int32), *placed)
         bank.seen = torch.full_like(bank.seen, self.seen[place] + collection.total)
         bank.recall(collection.sample().to(device))
         if member.scorer.num_neighbors > bank.size:
@@ -360,6 +393,18 @@ class Fitting:
             ),
         )
 
+    def _places(self, place: int, member: PatchCoreModel) -> tuple[Tensor, tuple[int, int]]:
+        """Row and column of the patch of each selected row, ``(M, 2)``, and the grid."""
+        collection, earlier = self.collections[place], self.earlier_places[place]
+        for grid in self.processes.objects(self.grids[place]):
+            if any(grid):
+                self._look_at_grid(place, grid)
+        height, width = self.grids[place]
+        cells, old = collection.places, collection.sources < 0
+        found = torch.stack([cells // width, cells % width], 1)
+        found[old] = earlier[-1 - collection.sources[old]].long()
+        return found, (height, width)
+
     def _tell_coverage(self, member: PatchCoreModel, collection: Collection) -> float:
         """Log how far patch features lie from the memory bank; their mean distance, those in it not counted."""
         bank = member.memory_bank
@@ -370,7 +415,7 @@ class Fitting:
             *(len(sample), nearest[:, 0].mean().item(), nearest[:, 0].max().item()),
         )
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
-        return float((distance.square() if member.scorer.distance == "squared" else distance).mean())
+        return float(member.scorer.in_units(distance).mean())
 
     def _score(self, shown: bool) -> list[_Scored]:
         """Score the images that calibration needs, one of each group, on all processes; in the data set's order."""
@@ -435,9 +480,9 @@ class Fitting:
     def _scored(self, image: Sequence[StoredImage], banks: Sequence[MemoryBank] | Sequence[ForeignRows]) -> _Scored:
         """Score an image by its patch features of each member."""
         index = image[0].image
-        size, grids, counted = self.layouts[index]
+        size, grids, counted, kept = self.layouts[index]
         parts = [
-            member.scorer(self._bands(stored, grid, counted), bank, size, counted)
+            member.scorer(self._bands(stored, grid, kept), bank, size, counted)
             for member, stored, grid, bank in zip(self.members, image, grids, banks, strict=True)
         ]
         score, maps = self.model.combined(parts) if isinstance(self.model, EnsembleModel) else parts[0]

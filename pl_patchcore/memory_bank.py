@@ -27,6 +27,7 @@ from pl_patchcore.numerics import (
     shifted_product,
 )
 from pl_patchcore.search.approximate import ApproximateSearch, build_index, check_factory
+from pl_patchcore.search.by_position import Places, PositionSearch, in_reach
 from pl_patchcore.search.int8_filter import Int8Filter
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class MemoryBank(nn.Module):
             int8 numbers first), ``auto`` (what suits the bank and the machine, chosen when the bank is filled or
             loaded). Approximate: a factory string of faiss, such as ``HNSW32`` or ``IVF1024,PQ64``.
         dtype: Type the rows are kept and saved in. Distances are exact to the rows so rounded.
+        position_radius: Compare queries whose places are given to rows of patches at most so many cells away only, down
+            and across; None: to all rows. See `search/by_position.py`.
 
     Attributes:
         features: The kept rows, ``(M, D)``; ``(0, 0)`` until filled.
@@ -56,6 +59,8 @@ class MemoryBank(nn.Module):
         seen: How many patch features the rows were selected from, int64.
         images: Number of the image, or of the group of images, that each row comes from, int32 ``(M,)``, -1 where not
             known; ``(0,)`` where none is known.
+        places: Row and column of each row's patch on its image's grid, int32 ``(M, 2)``; ``(0, 2)`` where not known.
+        grid: Patches down and across of all the images, int64 ``(2,)``; zeros where not known.
         index: The index of an approximate search, uint8; ``(0,)`` otherwise.
     """
 
@@ -63,20 +68,30 @@ class MemoryBank(nn.Module):
     radii: Tensor
     seen: Tensor
     images: Tensor
+    places: Tensor
+    grid: Tensor
     index: Tensor
 
-    def __init__(self, search: str = "auto", dtype: BankDtype = "float32") -> None:
+    def __init__(self, search: str = "auto", dtype: BankDtype = "float32", position_radius: int | None = None) -> None:
         super().__init__()
         if dtype not in ("float32", "float16", "bfloat16"):
             raise UserError(f"bank_dtype must be float32, float16 or bfloat16, got {dtype!r}.")
         self.search, self.approximate = search, search not in ("auto", "torch", "int8")
+        if self.approximate and position_radius is not None:
+            raise UserError(
+                f"position_radius goes with exact search only, got search {search!r}; leave one of them out."
+            )
+        self.position_radius = position_radius
         self.check()
         self.register_buffer("features", torch.empty(0, 0, dtype=getattr(torch, dtype)))
         self.register_buffer("radii", torch.empty(0, dtype=torch.float32))
         self.register_buffer("seen", torch.tensor(0, dtype=torch.int64))
         self.register_buffer("images", torch.empty(0, dtype=torch.int32))
+        self.register_buffer("places", torch.empty(0, 2, dtype=torch.int32))
+        self.register_buffer("grid", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("index", torch.empty(0, dtype=torch.uint8))
         self._prepared: tuple[Any, int, Any] = None, 0, None  # features, their version, the search among them
+        self._near: PositionSearch | None = None  # where there is a radius, prepared with it
 
     @property
     def size(self) -> int:
@@ -89,13 +104,22 @@ class MemoryBank(nn.Module):
             check_factory(self.search, dimension, rows)
 
     @torch.inference_mode(False)  # its tensors would not tell when they are written to
-    def fill(self, features: Tensor, radii: Tensor | None = None, images: Tensor | None = None) -> None:
+    def fill(
+        self,
+        features: Tensor,
+        radii: Tensor | None = None,
+        images: Tensor | None = None,
+        places: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         """Replace the bank by ``features``, ``(M, D)``; ``(0, 0)`` empties it. Builds the index, if there is one.
 
         Args:
             features: The rows.
             radii: See the attribute; None: not known.
             images: See the attribute; None: not known.
+            places: See the attribute; None: not known.
+            grid: See the attribute; None: not known.
         """
         if not torch.isfinite(features).all():
             raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
@@ -106,11 +130,15 @@ class MemoryBank(nn.Module):
         self.index, radii = self._built(rounded).to(rounded.device), self.radii[:0] if radii is None else radii
         self.radii = radii.to(rounded.device, torch.float32, copy=True)
         self.images = (self.images[:0] if images is None else images).to(rounded.device, torch.int32, copy=True)
+        self.places = (self.places[:0] if places is None else places).to(rounded.device, torch.int32, copy=True)
+        self.grid = torch.tensor(grid or (0, 0), dtype=torch.int64, device=rounded.device)
         self.features = rounded
         self._prepare()
 
-    def forward(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Tensor, k: int = 1, places: Places | None = None) -> tuple[Tensor, Tensor]:
         """Find the ``k`` nearest rows of each query ``(Q, D)``; all M rows where there are no more.
+
+        Where ``places`` are given and there is a ``position_radius``, among the rows in reach alone.
 
         While a graph is recorded (``torch.export``, ``torch.compile``) the float32 product alone chooses, and only
         rows nearer to each other than its rounding can come in another order.
@@ -128,6 +156,9 @@ class MemoryBank(nn.Module):
             mean = features.mean(0)
             centred = features - mean
             square = torch.addmm(centred.square().sum(1), queries - mean, centred.T, alpha=-2)
+            if places is not None and self.position_radius is not None:
+                near = in_reach(places.at, self.places, self.position_radius, k)
+                square = square.masked_fill(~near, torch.inf)
             rows = square.topk(k, dim=1, largest=False).indices
             distance, order = torch.linalg.vector_norm(queries[:, None] - features[rows], dim=2).sort(1)
             return distance, rows.gather(1, order)
@@ -144,10 +175,26 @@ class MemoryBank(nn.Module):
         if features is not self.features or version != features._version:
             search = self._prepare()
         with full_precision(queries.device):
+            if places is not None and self.position_radius is not None:
+                return self.near(queries, k, places)
             distance, rows = search(queries, k)
             if self.approximate and (short := distance[:, -1].isinf()).any():  # the index finds too few rows
                 distance[short], rows[short] = ExactSearch(self.features, "torch")(queries[short], k)
             return distance, rows
+
+    @torch.no_grad()
+    def near(self, queries: Tensor, k: int, places: Places, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `forward`, among the rows in reach; see `PositionSearch`.
+
+        Raises:
+            UserError: If the places of the rows are not known, or the queries lie on another grid.
+        """
+        if self._near is None or self._near.features is not self.features:
+            if self.position_radius is None or len(self.places) != self.size:
+                raise UserError("the memory bank does not know the places of its rows; fit again with position_radius.")
+            height, width = self.grid.tolist()
+            self._near = PositionSearch(self.features, self.places, (height, width), self.position_radius)
+        return self._near(queries, k, places, left_out)
 
     def exact(self) -> MemoryBank | ExactSearch:
         """Exact search among the rows as they are now, whatever ``search`` says: the bank, if it is exact."""
@@ -204,7 +251,9 @@ class MemoryBank(nn.Module):
         """Give the buffers the sizes of those saved, and build the index if another was saved; torch documents this."""
         if (features := state_dict.get(prefix + "features")) is not None:
             state_dict[prefix + "index"] = self._built(features, state_dict.get(prefix + "index"))
-            state_dict.setdefault(prefix + "images", self.images.new_empty(0))  # older files have none
+            state_dict.setdefault(prefix + "images", self.images.new_empty(0))  # older files have none of these
+            state_dict.setdefault(prefix + "places", self.places.new_empty(0, 2))
+            state_dict.setdefault(prefix + "grid", torch.zeros_like(self.grid))
         for name, buffer in self.named_buffers():
             if (saved := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, buffer.new_empty(saved.shape))
@@ -212,7 +261,7 @@ class MemoryBank(nn.Module):
         self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": (None, 0, None)}
+        return self.__dict__ | {"_prepared": (None, 0, None), "_near": None}
 
 
 class ForeignRows:
@@ -229,13 +278,16 @@ class ForeignRows:
     """
 
     def __init__(self, bank: MemoryBank, image: int, search: MemoryBank | ExactSearch) -> None:
+        self.bank, self.position_radius = bank, bank.position_radius
         self.features, self.search, self.own = bank.features, search, bank.images == image
         self.left_out = int(self.own.sum())
         self.size = bank.size - self.left_out
 
-    def __call__(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    def __call__(self, queries: Tensor, k: int = 1, places: Places | None = None) -> tuple[Tensor, Tensor]:
         """As `MemoryBank`: more and more neighbours are asked for, until k of them are foreign."""
         k = min(k, self.size)
+        if places is not None and self.position_radius is not None:
+            return self.bank.near(queries, k, places, self.own)
         distance = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         left, asked = torch.arange(len(queries), device=queries.device), k

@@ -40,6 +40,7 @@ class PatchCoreModel(nn.Module):
         scorer: Distances to scores and maps; None: as in the paper.
         coreset: Which patch features a fit keeps; None: one in ten, greedy.
         foreground: Whether only an object in front of a plain background counts, and by what it is found.
+        mask_references: Whether that holds of the images of the memory bank, too.
 
     Attributes:
         input_size: Height and width of the images that it scores, int64 ``(2,)``; zeros: any size.
@@ -67,9 +68,10 @@ class PatchCoreModel(nn.Module):
         scorer: AnomalyScorer | None = None,
         coreset: CoresetOptions | None = None,
         foreground: ForegroundKind = "none",
+        mask_references: bool = True,
     ) -> None:
         super().__init__()
-        self.foreground = foreground
+        self.foreground, self.mask_references = foreground, mask_references
         self.patch_features = patch_features
         self.memory_bank = MemoryBank() if memory_bank is None else memory_bank
         self.scorer = AnomalyScorer() if scorer is None else scorer
@@ -118,16 +120,23 @@ class PatchCoreModel(nn.Module):
 
     def in_front(self, images: Tensor, counted: Counted | None) -> tuple[Iterable[Band], Counted | None]:
         """Patch features of images ``(B, 3, H, W)``, and which places of them count: of an object in front only."""
-        bands: Iterable[Band] = self.patch_features.bands(images)
         if self.foreground == "none":
-            return bands, counted
+            return self.patch_features.bands(images), counted
+        bands: Iterable[Band] = self.patch_features.raw_bands(images)
         tiling = self.patch_features.tiling
         if tiling is None or tiling.holds(*images.shape[2:]):
             bands = list(bands)
             features = bands[0].features
         else:  # the features of a large image are never all there: the object is found in a small one
-            features = self.patch_features(images := self.patch_features.small(images))
-        return bands, Counted.of_objects(images, counted, foreground(self.foreground, images, features))
+            images = self.patch_features.small(images)
+            features = next(iter(self.patch_features.raw_bands(images))).features
+        found = foreground(self.foreground, images, features)
+        if (empty := ~found.flatten(1).any(1)).any():
+            if self.scorer.top_share_of == "scored":
+                found[empty] = True
+            else:
+                log.warning("no object is found in %d of %d images, which score 0.", int(empty.sum()), len(empty))
+        return map(self.patch_features.finished, bands), Counted.of_objects(images, counted, found)
 
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""
@@ -154,7 +163,8 @@ class PatchCoreModel(nn.Module):
                 "the thresholds were calibrated with the larger memory bank and are left out; pl-patchcore calibrate "
                 "(in Python model.calibrate) sets new ones."
             )
-        bank.fill(bank.features[:size], bank.radii[: size + 1], bank.images[:size])
+        height, width = bank.grid.tolist()
+        bank.fill(bank.features[:size], bank.radii[: size + 1], bank.images[:size], bank.places[:size], (height, width))
         self.calibration.clear()
 
     def identify(self) -> None:

@@ -45,12 +45,14 @@ class PatchOptions(_Group):
         layer_dim: Null: features are averaged over the neighbourhood. A number: each layer is adaptively pooled to so
             many, as in the authors' code; with ``feature_dim``.
         feature_dim: Adaptive pooling of all layers together to so many numbers.
+        combine: How to join layers; ``mean``: of as many channels each.
     """
 
     group: ClassVar[str] = "patches"
     stride: int = 1
     layer_dim: int | None = None
     feature_dim: int | None = None
+    combine: Literal["concatenate", "mean"] = "concatenate"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +76,7 @@ class ImageOptions(_Group):
         std: Standard deviation of the normalisation, RGB in [0, 1].
         bits: Bits of grey images of more than 8 a pixel, such as a camera's 12 in files of 16; null: 16.
         max_pixels: Largest image that is opened, in pixels; null: Pillow's limit of 178,956,970.
+        crop_multiple: Cut the bottom and the right, to multiples of it.
     """
 
     group: ClassVar[str] = "images"
@@ -82,6 +85,7 @@ class ImageOptions(_Group):
     std: tuple[float, float, float] = IMAGENET_STD
     bits: int | None = None
     max_pixels: int | None = None
+    crop_multiple: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,7 +183,7 @@ GROUPS: dict[str, type[PatchOptions | ImageOptions | StoreOptions | EnsembleOpti
 MEMBER_ARGUMENTS = (  # of an ensemble; the members share all else
     "backbone", "layers", "weights", "patch_size", "patches", "coreset_method", "coreset_ratio", "coreset_size",
     "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share",
-    "search", "bank_dtype",
+    "top_share_of", "normalize_features", "position_radius", "search", "bank_dtype",
 )  # fmt: skip
 THRESHOLDS = ("image_threshold", "pixel_threshold")  # arguments that set a threshold by hand
 MOST = 2**63 - 1  # of a whole number

@@ -9,7 +9,7 @@ matter: here pooling is first, which takes a tenth of the memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_l
 # Pixels that the network is given at once on the CPU: two images of 224 x 224. A batch of 32 makes its outputs so large
 # that the C library maps fresh memory for each, which can take longer than the convolutions.
 CPU_PIXELS = 1 << 17
+Combine = Literal["concatenate", "mean"]
 
 
 class Band(NamedTuple):
@@ -49,6 +50,8 @@ class PatchFeatures(nn.Module):
             layers concatenated, as in the paper. A number: the p x p x C numbers of a neighbourhood are
             adaptively pooled to so many, layer by layer, as in the authors' code.
         feature_dim: With ``layer_dim``: the pooled layers together are adaptively pooled to so many.
+        combine: ``concatenate`` the layers, or take their ``mean``, of layers with as many channels each.
+        normalize: Whether `forward` and `bands` divide each patch feature by its length; one of zeros stays as it is.
         seed: Seed of random weights.
         image_size: Height and width of the images to come, if known; tried where a network does not take any size.
         tiles: How larger images are cut into tiles; None: they are given to the network whole.
@@ -80,16 +83,24 @@ class PatchFeatures(nn.Module):
         tiles: TileOptions | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        combine: Combine = "concatenate",
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         if patch_size < 1 or patch_size % 2 == 0:
             raise UserError(f"patch_size must be odd and at least 1, got {patch_size}.")
         self.patch_size, self.patch_stride = patch_size, patch_stride
         self.layer_dim, self.feature_dim = layer_dim, feature_dim
+        self.combine, self.normalize = combine, normalize
         size = image_size if tiles is None else tiles.size
         cut = cut_network(backbone, layers, weights, seed, size)
         self.network, self.backbone_name, self.layouts, self.channels, self.strides, self.only_size = cut
         self.layers, self.mean, self.std = list(layers), tuple(mean), tuple(std)
+        if combine == "mean" and layer_dim is None and len(set(self.channels)) > 1:
+            raise UserError(
+                f"patches.combine mean needs layers with as many channels each, {', '.join(self.layers)} have "
+                f"{', '.join(map(str, self.channels))}; choose others, or concatenate."
+            )
         weight = next(self.network.parameters(), torch.empty(0, dtype=torch.float32))
         self.register_buffer("like", torch.empty(0, dtype=weight.dtype), persistent=False)  # of the network's type
         self.weights_sha256 = weights_sha256(self.network)
@@ -124,7 +135,7 @@ class PatchFeatures(nn.Module):
     @property
     def dimension(self) -> int:
         """Numbers in a patch feature, D."""
-        return self.feature_dim or sum(self.channels)
+        return self.feature_dim or (self.channels[0] if self.combine == "mean" else sum(self.channels))
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute patch features float32 ``(B, h, w, D)`` of images ``(B, 3, H, W)``.
@@ -139,6 +150,14 @@ class PatchFeatures(nn.Module):
 
     def bands(self, images: Tensor) -> Iterator[Band]:
         """The same in bands of patches, from the top; one band, where the images are no larger than a tile."""
+        return map(self.finished, self.raw_bands(images))
+
+    def finished(self, band: Band) -> Band:
+        """A band of `raw_bands` as `bands` gives it."""
+        return band._replace(features=F.normalize(band.features, dim=3)) if self.normalize else band
+
+    def raw_bands(self, images: Tensor) -> Iterator[Band]:
+        """As `bands`, of patch features before they are divided by their lengths, if they are."""
         tiling, (height, width) = self.tiling, images.shape[-2:]
         if tiling is None or tiling.holds(height, width):
             parts = [images]
@@ -195,7 +214,8 @@ class PatchFeatures(nn.Module):
             for i, part in enumerate(parts):
                 if part.shape[-2:] != first:
                     parts[i] = F.interpolate(part, size=first, mode="bilinear", align_corners=False)
-            features = torch.cat(parts, dim=1).permute(0, 2, 3, 1)  # (B, h, w, sum of C)
+            joined = torch.cat(parts, dim=1) if self.combine == "concatenate" else torch.stack(parts).mean(0)
+            features = joined.permute(0, 2, 3, 1)  # (B, h, w, sum of C, or C)
             if self.feature_dim is not None:
                 flat = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim)
                 features = flat.unflatten(1, features.shape[1:3])
@@ -238,4 +258,8 @@ class PatchFeatures(nn.Module):
         """What the features depend on, in plain values; two models with the same may share a memory bank."""
         names = ("patch_size", "patch_stride", "layer_dim", "feature_dim")
         own = {"backbone": self.backbone_name, "backbone_sha256": self.weights_sha256, "layers": list(self.layers)}
-        return own | {name: getattr(self, name) for name in names}
+        later = {  # as files from before these options have it, which name neither, where it is the default
+            "combine": None if self.combine == "concatenate" else self.combine,
+            "normalize_features": self.normalize or None,
+        }
+        return own | {name: getattr(self, name) for name in names} | later

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pl_patchcore.anomaly_map import Distance, ImageScore
+from pl_patchcore.anomaly_map import Distance, ImageScore, TopShareOf
 from pl_patchcore.backbone import PAPER_WEIGHTS
 from pl_patchcore.build import build_model
 from pl_patchcore.calibration import DEFAULT_RATE, Calibration, CalibrationKind, calibration_kind
@@ -106,15 +106,19 @@ class PatchCore(L.LightningModule):
             memory bank down.
         projection_dim: Dimension of the random projection that the selection works in.
         num_neighbors: Nearest neighbours whose distances are averaged.
-        distance: ``squared`` as in the authors' code.
+        distance: ``squared`` as in the authors' code, or half of that.
         reweighting_neighbors: b of the paper's equation 7; 1 for no re-weighting.
         sigma: Standard deviation of the maps' Gaussian, pixels; 0 for none.
         image_score: ``max``, or ``top_mean``, the mean of the highest ``top_share`` of the patches.
         top_share: In (0, 1]; at least one patch.
+        top_share_of: ``all``: patches outside the object count 0, in maps too.
+        normalize_features: To unit length.
+        position_radius: Cells each way in which to search; null: all.
         tile: Side of tiles, or ``[height, width]``, pixels, in which the backbone is given larger images.
         tile_overlap: Pixels that tiles share; null: enough for whole-image features, up to half a tile.
         tile_batch: Tiles at once; null: by the device.
-        foreground: Object that alone counts: found by features (``auto``), or brightness.
+        foreground: Object that alone counts: found by features (``auto``, ``anomalydino``), or brightness.
+        mask_references: Also in training images.
         search: Exact: ``auto``, what suits machine and bank; ``torch``, by a float32 product; ``int8``, by a filter of
             small integers. Approximate: a factory string of faiss, such as ``HNSW32``.
         bank_dtype: Type that the memory bank is kept and saved in.
@@ -181,10 +185,14 @@ class PatchCore(L.LightningModule):
         sigma: float = 4.0,
         image_score: ImageScore = "max",
         top_share: float = 0.01,
+        top_share_of: TopShareOf = "scored",
+        normalize_features: bool = False,
+        position_radius: int | None = None,
         tile: int | tuple[int, int] | None = None,
         tile_overlap: int | None = None,
         tile_batch: int | None = None,
         foreground: ForegroundKind = "none",
+        mask_references: bool = True,
         search: str = "auto",
         bank_dtype: BankDtype = "float32",
         calibration: CalibrationKind | None = None,
@@ -223,7 +231,8 @@ class PatchCore(L.LightningModule):
         self.transform = Preprocessing(
             resize, crop, resize_mode, **vars(of_images), **regions, levels=tiles is not None
         )
-        self.model = build_model(settings, of_ensemble, seed, self.transform, tiles, foreground)
+        of_object: dict[str, Any] = {"foreground": foreground, "mask_references": mask_references}
+        self.model = build_model(settings, of_ensemble, seed, self.transform, tiles, **of_object)
         self.model.calibration = calibrated
         if self.calibration != "none":
             refuse_test_range(self.model)

@@ -66,6 +66,8 @@ class Preprocessing:
             None: everywhere. What does not count is painted over with the mean of the normalisation.
         ignore: Where they do not count, likewise.
         levels: Give images as levels of 8 bits, not normalised: a quarter of the memory.
+        crop_multiple: Leave rows at the bottom and columns at the right out, so that both sides of the input are
+            multiples of so many pixels; None: not.
 
     Raises:
         UserError: If a size is not positive, the crop is larger than the resized image, or ``roi`` or ``ignore`` is
@@ -87,6 +89,7 @@ class Preprocessing:
     roi: Sequence[Any] | str | None = None
     ignore: Sequence[Any] | str | None = None
     levels: bool = False
+    crop_multiple: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop", "mean", "std"):
@@ -112,6 +115,8 @@ class Preprocessing:
         # shorter_side makes the other side at least as long, so this bound holds for it too
         if self.resize is not None and self.crop is not None and np.any(np.greater(self.crop, self.resize)):
             raise UserError(f"crop {self.crop} is larger than the resized image ({self.resize}); change one of them.")
+        if self.crop_multiple is not None and not 1 <= self.crop_multiple <= min(self.size or (MOST_PIXELS,)):
+            raise UserError(f"images.crop_multiple must be from 1 to the input's sides, got {self.crop_multiple}.")
         if self.marks:
             from pl_patchcore.roi import checked  # which imports this file
 
@@ -127,7 +132,11 @@ class Preprocessing:
     def size(self) -> tuple[int, int] | None:
         """Height and width of the input; None where they depend on the image."""
         size = self.resize if self.crop is None and self.resize_mode != "shorter_side" else self.crop
-        return (size, size) if isinstance(size, int) else size
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        step = self.crop_multiple or 1
+        return height - height % step, width - width % step
 
     def left_out(self, original: tuple[int, int] | None = None) -> float:
         """Share of an image's area, in [0, 1), that the crop leaves out.
@@ -173,7 +182,10 @@ class Preprocessing:
             round((of - size) / 2) - round((of - inner) / 2)
             for of, size, inner in zip(frame, (rows, columns), fitted, strict=True)
         )
-        bottom, right = top + rows, left + columns
+        step = self.crop_multiple or 1
+        bottom, right = top + rows - rows % step, left + columns - columns % step
+        if bottom == top or right == left:
+            raise UserError(f"images.crop_multiple {step} leaves nothing of {rows}x{columns} pixels; raise resize.")
         if rows > frame[0] or columns > frame[1]:
             raise UserError(f"crop {self.crop} is larger than an image of {frame[0]}x{frame[1]} pixels; set resize.")
         down, across = height / fitted[0], width / fitted[1]

@@ -146,7 +146,8 @@ def test_places_that_do_not_count_reach_no_pixel(box):
     ("options", "message"),
     [
         ({"num_neighbors": 0}, "num_neighbors must be at least 1"),
-        ({"distance": "cosine"}, "euclidean or squared"),
+        ({"distance": "cosine"}, "euclidean, squared or half_squared"),
+        ({"top_share_of": "some"}, "top_share_of must be scored or all"),
         ({"reweighting_neighbors": 0}, "1 switches equation 7 off"),
         ({"sigma": -1}, "sigma must be from 0 to 1024"),
     ],

@@ -466,7 +466,7 @@ def test_checkpoint_with_its_backbone_needs_no_weights_file(config, tmp_path, mo
         ("fit --model.store_dir x", "model.store_dir is now model.store.folder."),
         ("fit --model.store disk", "model.store is now model.store.kind."),
         ("fit --model.shard_bank true", "model.shard_bank is gone: every process holds the whole memory bank."),
-        ("fit --model.patches 3", "model.patches is a group of options, model.patches.feature_dim,"),
+        ("fit --model.patches 3", "model.patches is a group of options, model.patches.combine,"),
         # a value that it cannot have
         ("fit --config demo --data.batch_size=0", "batch_size must be at least 1, got 0."),
         ("fit --config demo --data.shots=0", "shots must be at least 1, got 0; leave it out to train on all"),

@@ -74,6 +74,8 @@ class Collection:
         total: Patch features for the memory bank, of all processes; known once `select` was called.
         sources: Index in the data set of the image that each selected row is from, int64 ``(M,)``, or -1 - k for row k
             of the earlier memory bank; known once `select` was called.
+        places: The place that `add` was told of each selected row, int64 ``(M,)``, -1 for rows of the earlier memory
+            bank; empty where none was told; known once `select` was called.
         planned: Bytes of main memory that the fit takes until `close`, as planned with the first batch.
         bank_numbers: Numbers in the memory bank, as planned with the first batch; 0 where that is not known.
 
@@ -97,7 +99,8 @@ class Collection:
         self.coreset, self.options, self.device, self.holds_out = coreset, store, device, held_out
         self.expected, self.check, self.neighbours, self.promised = expected, check, neighbours, promised
         self.dimension, self.total, self.planned, self.bank_numbers = 0, 0, 0.0, 0
-        self.sources = torch.empty(0, dtype=torch.int64)
+        self.sources = self.places = torch.empty(0, dtype=torch.int64)
+        self._told_places = False
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
         self._earlier = torch.empty(0, 0, dtype=torch.float32)  # an earlier memory bank, projected, (K, d)
@@ -107,7 +110,16 @@ class Collection:
         self._ends = torch.empty(0, dtype=torch.int64)  # of the rows of each of them
         self._numbers: Tensor | None = None  # of this process's rows among those of all, where there are several
 
-    def add(self, patches: Tensor, image: int, number: int, *, held_out: bool = False, more: bool = False) -> None:
+    def add(
+        self,
+        patches: Tensor,
+        image: int,
+        number: int,
+        *,
+        held_out: bool = False,
+        more: bool = False,
+        places: Tensor | None = None,
+    ) -> None:
         """Store patch features of an image. The first ones plan for the whole data set, and reserve the space.
 
         Args:
@@ -116,6 +128,8 @@ class Collection:
             number: Patches of the whole image.
             held_out: Whether the image is held out for calibration.
             more: Whether others of the image came right before.
+            places: Number of each patch's place on the image's grid, int ``(n,)``, in all calls of all processes, or
+                in none.
 
         Raises:
             UserError: For what cannot fit, with the settings that help.
@@ -124,7 +138,8 @@ class Collection:
             self._reserve(number, patches.shape[1])
         store = self._held_out if held_out else self._store
         assert store is not None
-        store.add(patches, image, more=more)
+        store.add(patches, image, more=more, places=None if held_out else places)
+        self._told_places |= places is not None
 
     def _reserve(self, number: int, d: int) -> None:
         coreset, store, folder = self.coreset, self.options, self.options.folder or tempfile.gettempdir()
@@ -204,6 +219,9 @@ class Collection:
         numbers = selection.rows.cpu()
         image = torch.searchsorted(self._ends, (numbers - len(earlier)).clamp(min=0), right=True)
         self.sources = torch.where(numbers < len(earlier), -1 - numbers, self._indices[image])
+        if processes.largest(float(self._told_places))[0]:
+            unknown = torch.full((len(earlier), 1), -1, dtype=torch.int32)
+            self.places = _rows_of_both(numbers, unknown, lambda rows: self._rows(rows, places=True))[:, 0].long()
         return _rows_of_both(numbers, earlier, self._rows), selection.radii
 
     def _join(self, processes: Processes) -> None:
@@ -254,9 +272,12 @@ class Collection:
             return _rows_of_both(numbers, self._earlier, read).to(self.device)
         return (torch.cat([self._earlier, read()]) if len(self._earlier) else read()).to(self.device)
 
-    def _rows(self, numbers: Tensor) -> Tensor:
-        """Patch features by number, whichever process holds them: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU."""
-        take = self._stored.take
+    def _rows(self, numbers: Tensor, *, places: bool = False) -> Tensor:
+        """Patch features by number, whichever process holds them: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU.
+
+        Or their ``places``, int32 ``(M, 1)``.
+        """
+        take = self._stored.places if places else self._stored.take
         return take(numbers) if self._numbers is None else rows_of_all(take, self._numbers, numbers, self._processes)
 
     @property
@@ -298,6 +319,6 @@ def _rows_of_both(numbers: Tensor, earlier: Tensor, read: Callable[[Tensor], Ten
     """Rows by number: those of ``earlier`` come first, ``read`` gives the others."""
     if not len(earlier):
         return read(numbers)
-    old, result = numbers < len(earlier), torch.empty(len(numbers), earlier.shape[1], dtype=torch.float32)
+    old, result = numbers < len(earlier), torch.empty(len(numbers), earlier.shape[1], dtype=earlier.dtype)
     result[old], result[~old] = earlier[numbers[old]], read(numbers[~old] - len(earlier))
     return result

@@ -67,8 +67,10 @@ class FeatureStore:
         # index of each image, as it came; no tensors, of which one a batch would split the allocator's free memory
         self._images: list[int] = []
         self._numbers: list[int] = []  # of patches, of each of them
+        self._places = _MemoryRows(1, torch.int32)  # of patches, where they are told
         self._features = self._projected = _rows(dimension, dtype, folder)
         try:
+            self._places.reserve(0)
             self._features.reserve(rows or GROWTH)
             if projection is not None:
                 self._projected = _rows(projection.shape[1], torch.float32, folder if projected_on_disk else None)
@@ -90,10 +92,11 @@ class FeatureStore:
         """Read from now on as if these images had not come; their space is free after `close`."""
         self._images = [LEFT_OUT if image in images else image for image in self._images]
 
-    def add(self, patches: Tensor, image: int, *, more: bool = False) -> None:
+    def add(self, patches: Tensor, image: int, *, more: bool = False, places: Tensor | None = None) -> None:
         """Append patches ``(n, D)`` of an image, any floating dtype and device; or ``more`` of the one before.
 
-        ``image`` is its index in the data set. A full memory or disk, or a number that does not fit float16, is a
+        ``image`` is its index in the data set, ``places`` are numbers of each patch's own, int ``(n,)``, that `places`
+        gives back; all calls give them, or none. A full memory or disk, or a number that does not fit float16, is a
         `UserError`.
         """
         limit = torch.finfo(torch.float16).max
@@ -104,6 +107,8 @@ class FeatureStore:
             self._numbers.append(0)
         self._numbers[-1] += len(patches)
         self._features.append(patches)
+        if places is not None:
+            self._places.append(places[:, None].cpu())
         if self._matrix is not None:
             self._matrix = self._matrix.to(patches.device)
             with full_precision(patches.device):
@@ -123,8 +128,12 @@ class FeatureStore:
         """Copy rows of the data set's order: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU."""
         return self._read(self._features, rows)
 
-    def _read(self, kept: _MemoryRows | _FileRows, rows: Tensor) -> Tensor:
-        result = torch.empty(len(rows), kept.width, dtype=torch.float32)
+    def places(self, rows: Tensor) -> Tensor:
+        """The places of rows of the data set's order: int64 ``(M,)`` -> int32 ``(M, 1)``, on the CPU."""
+        return self._read(self._places, rows, torch.int32)
+
+    def _read(self, kept: _MemoryRows | _FileRows, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        result = torch.empty(len(rows), kept.width, dtype=dtype)
         order = torch.tensor(self._images, dtype=torch.int64).argsort(stable=True)[self._images.count(LEFT_OUT) :]
         numbers = torch.tensor(self._numbers, dtype=torch.int64)
         ends = numbers[order].cumsum(0)  # of the rows of each image, in the data set's order
@@ -137,6 +146,7 @@ class FeatureStore:
         """Free memory and disk."""
         self._features.close()
         self._projected.close()
+        self._places.close()
 
 
 def _rows(width: int, dtype: torch.dtype, folder: str | None) -> _MemoryRows | _FileRows:

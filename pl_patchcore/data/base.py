@@ -255,6 +255,7 @@ class AnomalyDataModule(L.LightningDataModule):
         shots: Train on so many nominal images only, drawn by ``shots_seed``; with one seed, the images of fewer shots
             are among those of more. None takes all.
         shots_seed: Seed of that draw.
+        shots_order: ``drawn``; or ``sorted``: the first ones by the data set's order, with seed 1 those after them.
         on_broken: ``error`` stops at the first file that cannot be read, after a look at headers and ends;
             ``skip`` decodes every file beforehand and leaves out those that cannot be read, counted and listed.
     """
@@ -272,6 +273,7 @@ class AnomalyDataModule(L.LightningDataModule):
         shots: int | None = None,
         shots_seed: int = 0,
         on_broken: Literal["error", "skip"] = "error",
+        shots_order: Literal["drawn", "sorted"] = "drawn",
     ) -> None:
         check_arguments(AnomalyDataModule.__init__, locals(), "data.")
         super().__init__()
@@ -292,7 +294,7 @@ class AnomalyDataModule(L.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
         }
-        self.shots, self.shots_seed = shots, shots_seed
+        self.shots, self.shots_seed, self.shots_order = shots, shots_seed, shots_order
         self.skipped: list[str] = []  # what was wrong with each file left out
         self.transform: Preprocessing | None = None
         self._checked = False
@@ -334,9 +336,22 @@ class AnomalyDataModule(L.LightningDataModule):
                 raise UserError(
                     f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
                 )
-            order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
-            train = [train[i] for i in sorted(order[: self.shots])]
+            if self.shots_order == "sorted":
+                train = self._block_of(train, self.shots)
+            else:
+                order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
+                train = [train[i] for i in sorted(order[: self.shots])]
         return train, test
+
+    def _block_of(self, train: list[Record], shots: int) -> list[Record]:
+        """The next ``shots`` records after those of lower seeds."""
+        first = self.shots_seed * shots
+        if first + shots > len(train):
+            raise UserError(
+                f"shots_seed {self.shots_seed} of sorted shots needs {first + shots} nominal training images, there "
+                f"are {len(train)}; lower it, or shots."
+            )
+        return train[first : first + shots]
 
     @cached_property
     def predict_records(self) -> list[Record]:
