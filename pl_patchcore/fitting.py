@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
 from pl_patchcore.patch_features import Band
+from pl_patchcore.references import ReferenceViews
 from pl_patchcore.suspicious import TrainingImage, stands_out_above, tell, worst_groups
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,15 @@ class _Layout(NamedTuple):
     size: tuple[int, int]  # height and width of the image, pixels
     grids: list[tuple[int, int]]  # patches down and across, of each member
     counted: Counted | None  # which places count; None: all
+
+
+class _Part(NamedTuple):
+    """What the network is given at once."""
+
+    images: Tensor  # (b, 3, H, W)
+    counted: Counted | None
+    places: Sequence[int]  # of the images in the batch
+    again: Sequence[bool]  # whether it is a further view of an image
 
 
 class _Scored(NamedTuple):
@@ -78,6 +89,7 @@ class Fitting:
         update: Select among the rows of the present memory bank, too.
         fixed_size: Whether the model is to refuse images of another size than those of the fit.
         pixels: Pixels of an image on average, where sizes differ; None: all are as large as the first one.
+        references: Views of each image that go into the memory bank; None: the images as they are.
 
     Attributes:
         collections: Patch features of each member.
@@ -102,8 +114,9 @@ class Fitting:
         update: bool = False,
         fixed_size: bool = False,
         pixels: float | None = None,
+        references: ReferenceViews | None = None,
     ) -> None:
-        self.members, self.pixels = model.members, pixels
+        self.members, self.pixels, self.references = model.members, pixels, references or ReferenceViews()
         self.model, self.store, self.share, self.seed = model, store or StoreOptions(), calibration_share, seed
         self.leave_one_out, self.groups = leave_one_out, dict[int, int]()  # group of each image of this process
         self.drop_suspicious, self.names = drop_suspicious, dict[int, str]()  # of images of this process
@@ -197,12 +210,13 @@ class Fitting:
         self, place: int, images: Tensor, index: Sequence[int], held: Sequence[bool], counted: Counted | None
     ) -> tuple[tuple[int, int], Counted | None]:
         """Put the patch features that count into a member's collection; patches down and across, and what counts."""
-        member, done, grid, found = self.members[place], 0, (0, 0), list[Geometry]()
+        member, grid, found = self.members[place], (0, 0), list[Geometry]()
         whole = member.patch_features.tiling is None
-        for part, of_part in [(images, counted)] if whole else one_by_one(images, counted):
+        for part in self._parts(images, counted, held, whole=whole):
             inside: Tensor | None = None
-            bands, of_part = member.in_front(part, of_part)
-            found += [] if of_part is None else of_part.images
+            bands, of_part = member.in_front(part.images, part.counted)
+            if of_part is not None:
+                found += [each for each, again in zip(of_part.images, part.again, strict=True) if not again]
             for band in bands:
                 grid, last = (band.rows, band.features.shape[2]), band.top + band.features.shape[1]
                 if place == len(self.collections):
@@ -212,11 +226,28 @@ class Fitting:
                 for i, features in enumerate(band.features.flatten(1, 2)):  # (h' w, D)
                     number = grid[0] * grid[1] if inside is None else int(inside[i].sum())
                     chosen = features if inside is None else features[inside[i, band.top : last].flatten()]
-                    self.collections[place].add(
-                        chosen, index[done + i], number, held_out=held[done + i], more=band.top > 0
-                    )
-            done += len(part)
+                    at, more = part.places[i], band.top > 0 or part.again[i]
+                    self.collections[place].add(chosen, index[at], number, held_out=held[at], more=more)
         return grid, Counted(found, images.device) if found else None
+
+    def _parts(
+        self, images: Tensor, counted: Counted | None, held: Sequence[bool], *, whole: bool
+    ) -> Iterator[_Part]:
+        """What the network is given of a batch: all images, or the views of one after the other, or one by one."""
+        if whole and len(self.references) == 1:
+            yield _Part(images, counted, range(len(images)), [False] * len(images))
+            return
+        at_once = self.batch if whole else 1
+        for place, (image, of_image) in enumerate(one_by_one(images, counted)):
+            views = enumerate([(image, of_image)] if held[place] else self.references.of(image, of_image))
+            while chunk := list(islice(views, at_once)):
+                inside = [each for _, (_, of_view) in chunk if of_view is not None for each in of_view.images]
+                yield _Part(
+                    torch.cat([view for _, (view, _) in chunk]),
+                    None if counted is None else Counted(inside, counted.device),
+                    [place] * len(chunk),
+                    [number > 0 for number, _ in chunk],
+                )
 
     def _look_at_first(self, images: Tensor) -> None:
         self.size = tuple(images.shape[1:])
@@ -232,6 +263,7 @@ class Fitting:
                 "normalised; model.transform does both.",
                 highest,
             )
+        self.references.check(images)
 
     def _begin(self, member: PatchCoreModel) -> None:
         """Reserve space for a member's features."""
@@ -247,7 +279,8 @@ class Fitting:
             bank = own if self.images is None else min(own, self.images - held)
             first = math.prod(self.size[1:]) or 1  # pixels of the first image
             scale = 1.0 if self.pixels is None else self.pixels / first
-            expected = ExpectedImages(scale * bank, scale * min(own, held), scale * everywhere)
+            views = scale * len(self.references)
+            expected = ExpectedImages(views * bank, scale * min(own, held), views * everywhere)
         self.collections.append(
             Collection(
                 member.coreset,
@@ -546,4 +579,5 @@ def start_fitting(
         update=update,
         fixed_size=module.transform.size is not None,
         pixels=pixels,
+        references=module.references,
     )
