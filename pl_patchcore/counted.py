@@ -167,8 +167,9 @@ def _at(image: Geometry, height: int, width: int) -> np.ndarray:
 def _reflected(places: np.ndarray, number: int) -> np.ndarray:
     """Places among so many pixels: beyond the middles of the outer ones they turn back, as often as it takes."""
     period = max(1, 2 * (number - 1))
-    found = np.abs(places) % period
-    return np.minimum(found, period - found).clip(0, number - 1)
+    along = np.abs(places) % period
+    found: np.ndarray = np.minimum(along, period - along).clip(0, number - 1)
+    return found
 
 
 def middles(number: int, low: float, high: float) -> np.ndarray:

@@ -230,9 +230,7 @@ class Fitting:
                     self.collections[place].add(chosen, index[at], number, held_out=held[at], more=more)
         return grid, Counted(found, images.device) if found else None
 
-    def _parts(
-        self, images: Tensor, counted: Counted | None, held: Sequence[bool], *, whole: bool
-    ) -> Iterator[_Part]:
+    def _parts(self, images: Tensor, counted: Counted | None, held: Sequence[bool], *, whole: bool) -> Iterator[_Part]:
         """What the network is given of a batch: all images, or the views of one after the other, or one by one."""
         if whole and len(self.references) == 1:
             yield _Part(images, counted, range(len(images)), [False] * len(images))

@@ -1,8 +1,8 @@
 """A training image -> the views of it that go into the memory bank: turned, and in other light.
 
-Patch features change where a part is turned or lit otherwise, and a memory bank of a few images holds one of each. Views
-are made of the backbone's inputs, on their device, so that they come from any loader. For calibration, and for all that
-is told of training images, the views of an image are one image; only the image itself is scored.
+Patch features change where a part is turned or lit otherwise, and a few images show it in one way only. Views are made
+of the backbone's inputs, on their device, so that images come from any loader. The views of an image are one image for
+calibration, and for all that is told of training images; only the image itself is scored.
 Source: Damm et al. 2025, "AnomalyDINO", who turn by steps of 45 degrees. They turn the original image before it is
 resized, half a pixel off the centre; here the input is turned around its centre, so that a square image turned by 90
 degrees has the same pixels. Next: `patch_features.py`.

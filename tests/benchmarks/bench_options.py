@@ -1,4 +1,4 @@
-"""What each option of features, scores and references does to magnetic tiles, one at a time. Prints a table; `make bench`.
+"""What options of features, scores and references do to magnetic tiles, one at a time. Prints a table; `make bench`.
 
 Magnetic Tile Defects, complete, with the split of published results and MobileNetV2, as in the first table of
 ``docs/measured.md``: tiles squashed to 224 x 224, no crop. All rows have a memory bank of the same size, 1 % of the
