@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from pl_patchcore import MemoryBankCallback, PatchCore, UserError
 from pl_patchcore.checkpoint import write_checkpoint
 from pl_patchcore.counted import Counted, Turn
-from pl_patchcore.fitting import Fitting
+from pl_patchcore.data.base import collate
+from pl_patchcore.fitting import Fitting, score_without_rows
 from pl_patchcore.references import ReferenceViews, turned
 
 SIDE = 32
@@ -174,6 +175,10 @@ def test_held_out_images_are_scored_as_they_are(trainer):
     torch.testing.assert_close(model.memory_bank.features, expected, rtol=1e-3, atol=1e-3)
     scores, _ = model.model(pictures[calibration.images.long()])
     torch.testing.assert_close(calibration.scores, scores, rtol=1e-5, atol=1e-6)
+    fitting = Fitting(model.model, images=8, calibration_share=0.3, references=model.references)
+    fitting.add(pictures)
+    assert [each.number for each in fitting.collections[0].held_out_images()] == [64, 64]
+    fitting.close()
 
 
 @pytest.mark.parametrize("options", [{"calibration": "leave_one_out"}, {"calibration_share": 0.2}])
@@ -194,17 +199,15 @@ def test_regions_tiles_and_sizes(trainer, tile, foreground):
             return 3
 
         def __getitem__(self, i):
-            size = (40, 56) if i == 1 else (32, 32)
+            size = (40, 56) if i == 2 else (32, 32)
             region = torch.zeros(size, dtype=torch.uint8)
-            region[: size[0] // 2, : size[1] // 3] = 1
+            region[: size[0] // 2 + 8 * (i == 1), : size[1] // 3] = 1
             image = images(1, i, size)[0]
             image[:, 8:24, 4:20] += 0.2 * (foreground != "none")
             if tile is not None:
                 image = torch.from_numpy(np.round(255 * (image.numpy().T * STD + MEAN).T.clip(0, 1))).to(torch.uint8)
             box = torch.tensor([0.0, 0.0, *map(float, size)])
             return {"image": image, "region": region, "original_size": torch.tensor(size), "crop_box": box}
-
-    from pl_patchcore.data.base import collate
 
     options = {"reference_rotations": 3, "reference_brightness": (0.9, 1.0), "tile": tile, "foreground": foreground}
     model = model_of(calibration="leave_one_out", **options)
@@ -218,7 +221,10 @@ def test_regions_tiles_and_sizes(trainer, tile, foreground):
             expected.append(patches[inside.at(*patches.shape[:2])[0]])
     assert len(expected) == 3 * 6
     torch.testing.assert_close(model.memory_bank.features, torch.cat(expected), rtol=1e-5, atol=1e-6)
-    assert len(model.model.calibration.scores) == 3
+    for i, score in enumerate(model.model.calibration.scores):
+        batch = collate([Mixed()[i]])
+        found, _ = score_without_rows(model.model, batch["image"], i, Counted.of(batch))
+        torch.testing.assert_close(score, found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_view_of_which_nothing_counts_is_passed_over():

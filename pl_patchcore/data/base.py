@@ -255,10 +255,10 @@ class AnomalyDataModule(L.LightningDataModule):
         shots: Train on so many nominal images only, drawn by ``shots_seed``; with one seed, the images of fewer shots
             are among those of more. None takes all.
         shots_seed: Seed of that draw.
-        shots_order: ``random``, or ``sorted``: no draw, but the first ``shots`` images by path, with seed 1 the next
-            ones, and so on, as few-shot results are published.
         on_broken: ``error`` stops at the first file that cannot be read, after a look at headers and ends;
             ``skip`` decodes every file beforehand and leaves out those that cannot be read, counted and listed.
+        shots_order: ``random``, or ``sorted``: no draw, but the first ``shots`` images by path, with seed 1 the next
+            ones, and so on, as few-shot results are published.
     """
 
     category_argument: ClassVar[str | None] = None  # the constructor argument that selects one of `categories`
@@ -273,8 +273,8 @@ class AnomalyDataModule(L.LightningDataModule):
         validation: Literal["none", "test"] = "none",
         shots: int | None = None,
         shots_seed: int = 0,
-        shots_order: Literal["random", "sorted"] = "random",
         on_broken: Literal["error", "skip"] = "error",
+        shots_order: Literal["random", "sorted"] = "random",
     ) -> None:
         check_arguments(AnomalyDataModule.__init__, locals(), "data.")
         super().__init__()
