@@ -77,13 +77,15 @@ def calibration_kind(kind: CalibrationKind | None, share: float, most: int, drop
 
 
 def draw_held_out(number: int, share: float, seed: int) -> frozenset[int]:
-    """Draw a ``share`` of all training images, in [0, 1), to be kept out of the memory bank: at least one, if not 0.
+    """Draw a ``share`` of all training images, in [0, 1), to be kept out of the memory bank.
+
+    At least one, if the share is not 0; none of a single image.
 
     Example:
         >>> sorted(draw_held_out(10, 0.2, seed=0))
         [1, 9]
     """
-    wanted = max(1, round(share * number)) if share else 0
+    wanted = max(1, round(share * number)) if share and number > 1 else 0
     return frozenset(np.random.default_rng([seed, STREAM]).permutation(number)[:wanted].tolist())
 
 

@@ -22,7 +22,13 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentError,
+    DefaultHelpFormatter,
+    Namespace,
+    set_parsing_settings,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -30,7 +36,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 import pl_patchcore.data
 from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
 from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings
-from pl_patchcore.commands import COMMANDS, answered, fail, shorten
+from pl_patchcore.commands import COMMANDS, HELP_INDENT, answered, fail, shorten
 from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.data.base import loader_error
@@ -159,6 +165,13 @@ class _Parser(LightningArgumentParser):
         return shorten(super().format_help(*args))
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """What options do stands further to the left than usual, so that it takes fewer lines."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"max_help_position": HELP_INDENT})
+
+
 class _ConfigFile(ActionConfigFile):
     """A YAML file, or the name of one that comes with the package, such as ``data/folder``."""
 
@@ -222,6 +235,7 @@ class PatchCoreCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with ``--config`` that raises its errors."""
         kwargs |= {"usage": f"pl-patchcore {self.arguments[0]} [options]", "exit_on_error": False}
+        kwargs["formatter_class"] = _HelpFormatter
         parser = _Parser(allow_abbrev=False, **kwargs)
         parser.add_argument("-c", "--config", action=_ConfigFile, help=_ConfigFile.__doc__)
         return parser

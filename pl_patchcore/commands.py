@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import pl_patchcore
 
+HELP_INDENT = 10  # characters before what an option does
 COMMANDS = {  # name of a command, which is a method of `cli.Trainer`: what it does
     "fit": "Fit a model on nominal images.",
     "validate": "Test a fitted model on the validation set.",
@@ -78,10 +79,10 @@ def shorten(text: str) -> str:
     Example:
         >>> print(shorten("  --trainer.x X\n            One. Two. (type: a, default: b, known subclasses: c, d)\n"))
           --trainer.x X
-                                One. (default: b)
+                One. (default: b)
         <BLANKLINE>
     """
-    width, indent = max(40, shutil.get_terminal_size().columns - 2), " " * 24  # as argparse lays it out
+    width, indent = max(40, shutil.get_terminal_size().columns - 2), " " * HELP_INDENT  # as argparse lays it out
 
     def brief(option: re.Match[str]) -> str:
         words = re.sub(r"\(type: [^()]*, default", "(default", " ".join(option[2].split()))

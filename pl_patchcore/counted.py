@@ -6,6 +6,7 @@ pixels and pictures: a place counts if its centre does. Next: `patch_features.py
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,37 @@ from pl_patchcore.errors import UserError
 EDGE = 0.01  # pixels by which a crop box may exceed its image by rounding
 
 
+class Turn(NamedTuple):
+    """A turn of an input around its centre, counter-clockwise, at the same size."""
+
+    degrees: float
+    size: tuple[int, int]  # height and width of the input, pixels
+
+    def sources(self, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the input before it what lies at these pixels after it was; beyond the edges, it is reflected.
+
+        Args:
+            y: Rows, of any shape that goes with that of ``x``; whole numbers are the middles of pixels.
+            x: Columns.
+
+        Returns:
+            Rows and columns, float64, fractional, from 0 to the last.
+
+        Example:
+            >>> [float(each) for each in Turn(90, (5, 5)).sources(np.array(0), np.array(4))]
+            [4.0, 4.0]
+        """
+        height, width = self.size
+        angle = math.radians(self.degrees)
+        sine, cosine = round(math.sin(angle), 15), round(math.cos(angle), 15)  # exactly 0 and 1 at right angles
+        down, across = y - (height - 1) / 2, x - (width - 1) / 2
+        rows, columns = (
+            (height - 1) / 2 + cosine * down + sine * across,
+            (width - 1) / 2 + cosine * across - sine * down,
+        )
+        return _reflected(rows, height), _reflected(columns, width)
+
+
 class Geometry(NamedTuple):
     """Which part of an image its input covers, and which pixels of the image count."""
 
@@ -27,6 +59,7 @@ class Geometry(NamedTuple):
     region: np.ndarray | bytes | None  # which pixels count, (H, W), or the same packed by `Counted.packed`; None: all
     name: str  # the image's, for messages
     object: np.ndarray | None = None  # which parts of the input show the object, bool (h, w); None: all
+    turn: Turn | None = None  # of the input, once it was cut out
 
 
 class Counted:
@@ -100,6 +133,10 @@ class Counted:
         ]
         return Counted(images, self.device)
 
+    def turned(self, turn: Turn) -> Counted:
+        """The same of the images' inputs when these are turned."""
+        return Counted([each._replace(turn=turn) for each in self.images], self.device)
+
     def at(self, height: int, width: int) -> Tensor:
         """Which places of a grid laid over each image's input count: bool ``(B, height, width)``."""
         return torch.from_numpy(np.stack([_at(image, height, width) for image in self.images])).to(self.device)
@@ -108,11 +145,11 @@ class Counted:
         """As `at`, of patches.
 
         Raises:
-            UserError: If none of an image counts.
+            UserError: If none of an image counts that is not turned.
         """
         inside = self.at(height, width)
         for image, some in zip(self.images, inside.flatten(1).any(1).tolist(), strict=True):
-            if not some:
+            if not some and image.turn is None:
                 raise UserError(
                     f"{image.name}: the centre of no patch lies in its region of interest; give model.roi and "
                     "model.ignore that leave more of it, or raise resize."
@@ -121,16 +158,30 @@ class Counted:
 
 
 def _at(image: Geometry, height: int, width: int) -> np.ndarray:
-    (h, w), (top, left, bottom, right), region, _, found = image
-    y, x = middles(height, top, bottom), middles(width, left, right)
-    inside: np.ndarray = ((y >= 0) & (y < h))[:, None] & ((x >= 0) & (x < w))
+    (h, w), (top, left, bottom, right), region, _, found, turn = image
+    y, x = middles(height, top, bottom)[:, None], middles(width, left, right)[None]
+    if turn is not None:
+        down, across = (side / number for side, number in zip(turn.size, (height, width), strict=True))
+        rows, columns = (np.arange(height) + 0.5) * down - 0.5, (np.arange(width) + 0.5) * across - 0.5
+        rows, columns = turn.sources(rows[:, None], columns[None])
+        y = np.floor(top + (rows + 0.5) * ((bottom - top) / turn.size[0])).astype(np.int64)
+        x = np.floor(left + (columns + 0.5) * ((right - left) / turn.size[1])).astype(np.int64)
+    inside: np.ndarray = (y >= 0) & (y < h) & (x >= 0) & (x < w)
     if found is not None:
         inside &= found[np.ix_(middles(height, 0, found.shape[0]), middles(width, 0, found.shape[1]))]
     if isinstance(region, bytes):
         region = np.unpackbits(np.frombuffer(zlib.decompress(region), np.uint8), count=h * w).reshape(h, w)
     if region is not None:
-        inside &= region[np.ix_(y.clip(0, h - 1), x.clip(0, w - 1))] > 0
+        inside &= region[y.clip(0, h - 1), x.clip(0, w - 1)] > 0
     return inside
+
+
+def _reflected(places: np.ndarray, number: int) -> np.ndarray:
+    """Places among so many pixels: beyond the middles of the outer ones they turn back, as often as it takes."""
+    period = max(1, 2 * (number - 1))
+    along = np.abs(places) % period
+    found: np.ndarray = np.minimum(along, period - along).clip(0, number - 1)
+    return found
 
 
 def middles(number: int, low: float, high: float) -> np.ndarray:

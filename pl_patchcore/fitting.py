@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
 from pl_patchcore.patch_features import Band
+from pl_patchcore.references import ReferenceViews
 from pl_patchcore.suspicious import TrainingImage, stands_out_above, tell, worst_groups
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,15 @@ class _Layout(NamedTuple):
     grids: list[tuple[int, int]]  # patches down and across, of each member
     counted: Counted | None  # which places count; None: all
     stored: Counted | None  # of which the patch features are kept; None: all
+
+
+class _Part(NamedTuple):
+    """What the network is given at once."""
+
+    images: Tensor  # (b, 3, H, W)
+    counted: Counted | None
+    places: Sequence[int]  # of the images in the batch
+    again: Sequence[bool]  # whether it is a further view of an image
 
 
 class _Scored(NamedTuple):
@@ -79,6 +90,7 @@ class Fitting:
         update: Select among the rows of the present memory bank, too.
         fixed_size: Whether the model is to refuse images of another size than those of the fit.
         pixels: Pixels of an image on average, where sizes differ; None: all are as large as the first one.
+        references: Views of each image that go into the memory bank; None: the images as they are.
 
     Attributes:
         collections: Patch features of each member.
@@ -103,8 +115,9 @@ class Fitting:
         update: bool = False,
         fixed_size: bool = False,
         pixels: float | None = None,
+        references: ReferenceViews | None = None,
     ) -> None:
-        self.members, self.pixels = model.members, pixels
+        self.members, self.pixels, self.references = model.members, pixels, references or ReferenceViews()
         self.model, self.store, self.share, self.seed = model, store or StoreOptions(), calibration_share, seed
         self.leave_one_out, self.groups = leave_one_out, dict[int, int]()  # group of each image of this process
         self.drop_suspicious, self.names = drop_suspicious, dict[int, str]()  # of images of this process
@@ -207,19 +220,21 @@ class Fitting:
 
         Returns patches down and across, what counts when the images are scored, and what is kept of them.
         """
-        member, done, grid = self.members[place], 0, (0, 0)
+        member, grid = self.members[place], (0, 0)
         found: tuple[list[Geometry], list[Geometry]] = [], []
         whole, placed = member.patch_features.tiling is None, member.memory_bank.position_radius is not None
-        for part, of_part in [(images, counted)] if whole else one_by_one(images, counted):
+        for part in self._parts(images, counted, held, whole=whole):
             inside: Tensor | None = None
             if member.mask_references or self.leave_one_out or self.share:
-                bands, scored = member.in_front(part, of_part)
+                bands, scored = member.in_front(part.images, part.counted)
             else:
-                bands, scored = member.patch_features.bands(part), of_part
+                bands, scored = member.patch_features.bands(part.images), part.counted
+            of_part = part.counted
             if member.mask_references and scored is not None:
                 of_part = scored.where_found()
-            for images_of, each in zip(found, (scored, of_part), strict=True):
-                images_of.extend([] if each is None else each.images)
+            for images_of, those in zip(found, (scored, of_part), strict=True):
+                counts = [] if those is None else those.images
+                images_of.extend(each for each, again in zip(counts, part.again, strict=False) if not again)
             for band in bands:
                 grid, last = (band.rows, band.features.shape[2]), band.top + band.features.shape[1]
                 if place == len(self.collections):
@@ -234,10 +249,8 @@ class Fitting:
                     chosen = features if kept is None else features[kept]
                     cells = torch.arange(band.top * grid[1], last * grid[1]) if placed else None
                     cells = cells if cells is None or kept is None else cells[kept.cpu()]
-                    self.collections[place].add(
-                        chosen, index[done + i], number, held_out=held[done + i], more=band.top > 0, places=cells
-                    )
-            done += len(part)
+                    at, more = part.places[i], band.top > 0 or part.again[i]
+                    self.collections[place].add(chosen, index[at], number, held_out=held[at], more=more, places=cells)
         counted, stored = (Counted(each, images.device) if each else None for each in found)
         return grid, counted, stored
 
@@ -249,6 +262,23 @@ class Fitting:
                 f"position_radius needs one grid of patches, got {grid[0]}x{grid[1]} after {before[0]}x{before[1]}; "
                 "bring all images to one size, or leave it out."
             )
+
+    def _parts(self, images: Tensor, counted: Counted | None, held: Sequence[bool], *, whole: bool) -> Iterator[_Part]:
+        """What the network is given of a batch: all images, or the views of one after the other, or one by one."""
+        if whole and len(self.references) == 1:
+            yield _Part(images, counted, range(len(images)), [False] * len(images))
+            return
+        at_once = self.batch if whole else 1
+        for place, (image, of_image) in enumerate(one_by_one(images, counted)):
+            views = enumerate([(image, of_image)] if held[place] else self.references.of(image, of_image))
+            while chunk := list(islice(views, at_once)):
+                inside = [each for _, (_, of_view) in chunk if of_view is not None for each in of_view.images]
+                yield _Part(
+                    torch.cat([view for _, (view, _) in chunk]),
+                    None if counted is None else Counted(inside, counted.device),
+                    [place] * len(chunk),
+                    [number > 0 for number, _ in chunk],
+                )
 
     def _look_at_first(self, images: Tensor) -> None:
         self.size = tuple(images.shape[1:])
@@ -264,6 +294,7 @@ class Fitting:
                 "normalised; model.transform does both.",
                 highest,
             )
+        self.references.check(images)
 
     def _begin(self, member: PatchCoreModel) -> None:
         """Reserve space for a member's features."""
@@ -279,7 +310,8 @@ class Fitting:
             bank = own if self.images is None else min(own, self.images - held)
             first = math.prod(self.size[1:]) or 1  # pixels of the first image
             scale = 1.0 if self.pixels is None else self.pixels / first
-            expected = ExpectedImages(scale * bank, scale * min(own, held), scale * everywhere)
+            views = scale * len(self.references)
+            expected = ExpectedImages(views * bank, scale * min(own, held), views * everywhere)
         self.collections.append(
             Collection(
                 member.coreset,
@@ -591,4 +623,5 @@ def start_fitting(
         update=update,
         fixed_size=module.transform.size is not None,
         pixels=pixels,
+        references=module.references,
     )

@@ -78,6 +78,7 @@ from pl_patchcore.options import (
 )
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, ResizeMode
+from pl_patchcore.references import ReferenceViews
 from pl_patchcore.suspicious import TrainingImage
 from pl_patchcore.tiles import TileOptions
 
@@ -139,6 +140,8 @@ class PatchCore(L.LightningModule):
         roi: What counts: boxes ``[left, top, right, bottom]`` or polygons ``[[x, y], ...]``, original pixels; or the
             path of a mask, or of a folder of masks.
         ignore: What does not count.
+        reference_rotations: Angles that training images are turned by, around the centre, edges reflected; 8: by 45°.
+        reference_brightness: Factors, such as ``[0.8, 1.2]``, that they are also darkened and lightened by.
         patches: Stride and pooling of patch features.
         images: Filter of the resize, mean and standard deviation of the normalisation.
         store: Where patch features go until the memory bank is selected.
@@ -208,6 +211,8 @@ class PatchCore(L.LightningModule):
         seed: int = 0,
         roi: list[Any] | str | None = None,
         ignore: list[Any] | str | None = None,
+        reference_rotations: int = 1,
+        reference_brightness: tuple[float, float] | None = None,
         patches: PatchOptions = PatchOptions(),  # noqa: B008 - frozen
         images: ImageOptions = ImageOptions(),  # noqa: B008 - frozen
         store: StoreOptions = StoreOptions(),  # noqa: B008 - frozen
@@ -232,6 +237,13 @@ class PatchCore(L.LightningModule):
             resize, crop, resize_mode, **vars(of_images), **regions, levels=tiles is not None
         )
         of_object: dict[str, Any] = {"foreground": foreground, "mask_references": mask_references}
+        of_light = None if reference_brightness is None else (reference_brightness[0], reference_brightness[1])
+        if position_radius is not None and reference_rotations > 1:
+            raise UserError(
+                "position_radius is for parts that lie alike in all images, reference_rotations for parts that do not; "
+                "leave one of them out."
+            )
+        self.references = ReferenceViews(reference_rotations, of_light, self.transform.mean, self.transform.std)
         self.model = build_model(settings, of_ensemble, seed, self.transform, tiles, **of_object)
         self.model.calibration = calibrated
         if self.calibration != "none":

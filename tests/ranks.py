@@ -72,6 +72,9 @@ def model_and_data(own, images, batch):
         options |= {"calibration": "leave_one_out", "calibration_share": 0.0, "drop_suspicious": True}
     if own == "places":
         options |= {"position_radius": 1, "foreground": "brightness"}
+    if own == "views":
+        options |= {"calibration": "leave_one_out", "calibration_share": 0.0}
+        options |= {"reference_rotations": 3, "reference_brightness": (0.8, 1.2)}
     if own == "ensemble":
         options["ensemble"] = {"members": [{"layers": ["1"]}, {"layers": ["3"]}]}
     data = SyntheticDataModule(

@@ -63,6 +63,7 @@ def test_share_is_kept(share):
     assert draw_held_out(40, share, 0) != draw_held_out(40, share, 1)
     assert len(draw_held_out(3, 0.05, 0)) == 1
     assert not draw_held_out(40, 0, 0)
+    assert not draw_held_out(1, share, 0)  # which would leave nothing for the memory bank
 
 
 def filled(n=4, rate=0.4):
@@ -262,7 +263,7 @@ def test_loader_of_unknown_length(trainer):
 
 def test_calibration_that_leaves_nothing(trainer):
     with pytest.raises(UserError, match="lower calibration_share"):
-        trainer(enable_checkpointing=False).fit(model_of(calibration_share=0.9), data_of(train_images=1))
+        trainer(enable_checkpointing=False).fit(model_of(calibration_share=0.9), data_of(train_images=2))
 
 
 def test_a_threshold_of_0_is_refused():

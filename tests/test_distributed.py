@@ -31,6 +31,8 @@ CASES = {  # name: what is fitted, training images, images in a batch
     "update": ("update", 13, 1),
     "ensemble": ("ensemble", 13, 1),
     "places": ("places", 13, 1),
+    "views": ("views", 13, 1),
+    "views of batches of 4": ("views", 13, 4),
     "few images to test and to predict": ("few", 13, 1),
     "magnetic tiles": ("tiles", 19, 1),
     "magnetic tiles in batches of 4": ("tiles", 19, 4),

@@ -450,6 +450,25 @@ def test_shots_are_nested_and_seeded(tmp_path):
         drawn(5)
 
 
+def test_shots_in_sorted_order(tmp_path):
+    """As few-shot results are published: names k s to k (s + 1) of the sorted list, whatever order the records have."""
+    root = fakes.mvtec(tmp_path, ["bottle"])
+    names = sorted(path.name for path in (root / "bottle" / "train" / "good").iterdir())
+
+    class Backwards(MVTecDataModule):
+        def load_records(self):
+            train, test = super().load_records()
+            return train[::-1], test
+
+    for kind, shots, seed in ((MVTecDataModule, 1, 0), (MVTecDataModule, 2, 1), (Backwards, 1, 3), (Backwards, 2, 0)):
+        data = kind(root, "bottle", shots=shots, shots_seed=seed, shots_order="sorted")
+        assert sorted(r.path.name for r in data.records[0]) == names[seed * shots : (seed + 1) * shots]
+    with pytest.raises(UserError, match=r"shots_seed 2 takes images 5 to 6 of those in sorted order, but .* only 4"):
+        _ = MVTecDataModule(root, "bottle", shots=2, shots_seed=2, shots_order="sorted").records
+    with pytest.raises(UserError, match="shots is 5, but there are only 4 nominal training images"):
+        _ = MVTecDataModule(root, "bottle", shots=5, shots_order="sorted").records
+
+
 def test_a_test_needs_no_training_images(root):
     data = FolderDataModule(test_nominal=root / "ok", anomalous=root / "bad", num_workers=0)
     data.prepare_data()

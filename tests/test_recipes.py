@@ -321,20 +321,6 @@ def test_crop_to_multiples_of_a_crop_and_refused():
         Preprocessing(None, None, crop_multiple=14).geometry(10, 70)
 
 
-def test_shots_in_sorted_order(tmp_path):
-    root = fakes.mvtec(tmp_path, ["bottle"])
-
-    def shots(number, seed):
-        data = MVTecDataModule(root, "bottle", shots=number, shots_seed=seed, shots_order="sorted")
-        return [record.path.stem for record in data.records[0]]
-
-    assert shots(1, 0) == ["000"]
-    assert shots(1, 2) == ["002"]
-    assert shots(2, 1) == ["002", "003"]
-    with pytest.raises(UserError, match="shots_seed 1 of sorted shots needs 6 nominal training images, there are 4"):
-        shots(3, 1)
-
-
 @pytest.mark.slow
 def test_by_command(tmp_path, monkeypatch, capsys):
     """A configuration file and options, from images to scores."""

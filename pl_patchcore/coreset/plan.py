@@ -21,7 +21,8 @@ _ROW_STATE = 96  # bytes a row that greedy selection keeps beside the row and it
 _BLOCKS = 2**28  # bytes of products and the like, whatever the number of rows
 _REMEDIES = (
     "store.kind: disk; store.dtype: float16 or bfloat16; store.selection_memory (greedy selection, within chunks); "
-    "store.folder on a larger disk; a smaller coreset_size or coreset_ratio; a larger patches.stride; smaller images"
+    "store.folder on a larger disk; a smaller coreset_size or coreset_ratio; a larger patches.stride; smaller images; "
+    "fewer reference_rotations, where there are any"
 )
 
 

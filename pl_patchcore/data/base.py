@@ -255,9 +255,10 @@ class AnomalyDataModule(L.LightningDataModule):
         shots: Train on so many nominal images only, drawn by ``shots_seed``; with one seed, the images of fewer shots
             are among those of more. None takes all.
         shots_seed: Seed of that draw.
-        shots_order: ``drawn``; or ``sorted``: the first ones by the data set's order, with seed 1 those after them.
         on_broken: ``error`` stops at the first file that cannot be read, after a look at headers and ends;
             ``skip`` decodes every file beforehand and leaves out those that cannot be read, counted and listed.
+        shots_order: ``random``, or ``sorted``: no draw, but the first ``shots`` images by path, with seed 1 the next
+            ones, and so on, as few-shot results are published.
     """
 
     category_argument: ClassVar[str | None] = None  # the constructor argument that selects one of `categories`
@@ -273,7 +274,7 @@ class AnomalyDataModule(L.LightningDataModule):
         shots: int | None = None,
         shots_seed: int = 0,
         on_broken: Literal["error", "skip"] = "error",
-        shots_order: Literal["drawn", "sorted"] = "drawn",
+        shots_order: Literal["random", "sorted"] = "random",
     ) -> None:
         check_arguments(AnomalyDataModule.__init__, locals(), "data.")
         super().__init__()
@@ -332,26 +333,24 @@ class AnomalyDataModule(L.LightningDataModule):
             train, test = ([r for r in part if r not in broken] for part in (train, test))
         test = settle_masks(test, max(1, self.num_workers), self._transform())
         if self.shots is not None:
-            if self.shots > len(train):
-                raise UserError(
-                    f"shots is {self.shots}, but there are only {len(train)} nominal training images; lower it."
-                )
-            if self.shots_order == "sorted":
-                train = self._block_of(train, self.shots)
-            else:
-                order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))  # a stream of its own
-                train = [train[i] for i in sorted(order[: self.shots])]
+            train = self._few(train, self.shots)
         return train, test
 
-    def _block_of(self, train: list[Record], shots: int) -> list[Record]:
-        """The next ``shots`` records after those of lower seeds."""
-        first = self.shots_seed * shots
-        if first + shots > len(train):
-            raise UserError(
-                f"shots_seed {self.shots_seed} of sorted shots needs {first + shots} nominal training images, there "
-                f"are {len(train)}; lower it, or shots."
-            )
-        return train[first : first + shots]
+    def _few(self, train: list[Record], shots: int) -> list[Record]:
+        """The ``shots`` training records to take, in the data set's order."""
+        if shots > len(train):
+            raise UserError(f"shots is {shots}, but there are only {len(train)} nominal training images; lower it.")
+        if self.shots_order == "random":
+            order = np.random.default_rng([self.shots_seed, 2]).permutation(len(train))[:shots]  # a stream of its own
+        else:
+            first = self.shots_seed * shots
+            if first + shots > len(train):
+                raise UserError(
+                    f"shots_seed {self.shots_seed} takes images {first + 1} to {first + shots} of those in sorted "
+                    f"order, but there are only {len(train)} nominal training images; lower it, or shots."
+                )
+            order = np.array(sorted(range(len(train)), key=lambda i: str(train[i].path))[first : first + shots])
+        return [train[i] for i in sorted(order)]
 
     @cached_property
     def predict_records(self) -> list[Record]:
