@@ -96,7 +96,8 @@ def cut_network(
     for module in whole.modules():
         if getattr(module, "inplace", False):  # would overwrite a layer's output after it was collected
             module.inplace = False  # type: ignore[assignment]
-    network = timm_networks.TimmLayers(whole, found) if {*found} <= {*own} else _cut(whole, found)
+    by_itself = bool(own) and ({*found} <= {*own} or timm_networks.reorders(whole))
+    network = timm_networks.TimmLayers(whole, found) if by_itself else _cut(whole, found)
     if state is not None:
         load_weights(network.network if isinstance(network, _HookedNetwork) else network, whole, state, f"{path}", name)
     network.eval().requires_grad_(False)
@@ -329,18 +330,19 @@ def _shape(outputs: Mapping[str, Any], layer: str) -> tuple[int, ...]:
 def layer_output(outputs: Mapping[str, Any], layer: str) -> Any:
     """The tensor that a layer gives, of the outputs of a `CutNetwork`'s network.
 
-    Of a tuple, dict or data class it is the first entry, as transformers give them, or the one named: ``name[1]``.
+    Of a tuple, dict or data class it is the first entry, as transformers give them, or the one asked for: ``name[1]``.
     """
     module, _, entry = layer.removesuffix("]").partition("[")
     output = outputs.get(module)
     while not isinstance(output, Tensor):
         if dataclasses.is_dataclass(output):
             output = {name: value for name, value in vars(output).items() if value is not None}
-        if isinstance(output, tuple | list):
-            output = {str(number): value for number, value in enumerate(output)}
-        if not isinstance(output, Mapping) or not output:
+        named = output if isinstance(output, Mapping) else {}
+        values = list(named.values()) if named else list(output) if isinstance(output, tuple | list) else []
+        by_number = {str(number): value for number, value in enumerate(values)}
+        output, entry = {**by_number, **named}.get(entry or "0"), ""
+        if output is None:
             return None
-        output, entry = output.get(entry) if entry else next(iter(output.values())), ""
     return output
 
 

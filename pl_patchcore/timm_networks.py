@@ -40,7 +40,7 @@ def build(name: str, state: Mapping[str, Tensor] | None, pretrained: bool, size:
         return network
     if state is None:
         return _pretrained(name, options)
-    classifiers = network.pretrained_cfg.get("classifier") or ()
+    classifiers: Any = network.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     stems = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
     heads = {key: torch.zeros_like(value) for key, value in network.state_dict().items() if key.startswith(stems)}
     fitting = {key: value for key, value in state.items() if key not in heads or value.shape == heads[key].shape}
@@ -63,7 +63,7 @@ def _timm() -> Any:
     return timm
 
 
-def _random(name: str, size: tuple[int, int] | None) -> tuple[Any, dict[str, Any]]:
+def _random(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:
     """The network with random weights, and the first options that it takes: not every family takes each."""
     sized = {} if size is None else {"img_size": size}
     for options in (
@@ -109,6 +109,11 @@ def feature_layers(network: nn.Module) -> list[str]:
     return [str(each["module"]) for each in network.feature_info]  # type: ignore[union-attr]
 
 
+def reorders(network: nn.Module) -> bool:
+    """Whether a network holds the places of an image in an order of its own (Hiera), which hooks would not see."""
+    return hasattr(network, "reroll")
+
+
 class TimmLayers(nn.Module):
     """Layers of a timm network, as it gives them itself: without class and register tokens, in the image's order.
 
@@ -122,6 +127,11 @@ class TimmLayers(nn.Module):
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         timm, known = _timm(), feature_layers(network)
+        for name in layers:
+            if name not in known:
+                raise UserError(
+                    f"layer {name!r} is not one that timm gives in the image's order; take {', '.join(known)}."
+                )
         self.network: Any = network
         self.places = {name: known.index(name) for name in layers}
         self.indices = sorted(self.places.values())
