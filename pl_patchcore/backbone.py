@@ -236,8 +236,10 @@ def _last_layer(network: nn.Module, size: tuple[int, int] | None) -> str:
 
 
 def _cut(network: nn.Module, layers: Sequence[str]) -> nn.Module:
+    if any("[" in layer for layer in layers):  # tracing sees no tuples
+        return _HookedNetwork(network, layers)
     try:
-        traced: Any = create_feature_extractor(network, [*{*map(_module_of, layers)}], suppress_diff_warning=True)
+        traced: Any = create_feature_extractor(network, list(layers), suppress_diff_warning=True)
     except Exception as error:
         # what tracing raises depends on the module's own code; hooks need nothing of it
         log.info("backbone cannot be traced (%s); its layers are read by hooks.", first_line(error))
@@ -343,7 +345,7 @@ def layer_output(outputs: Mapping[str, Any], layer: str) -> Any:
         output, entry = {**by_number, **named}.get(entry or "0"), ""
         if output is None:
             return None
-    return output
+    return None if entry else output
 
 
 def _layout(shapes: Sequence[tuple[int, ...]], sizes: Sequence[tuple[int, int]]) -> Layout | None:

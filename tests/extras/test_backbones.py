@@ -109,7 +109,9 @@ def test_hiera_is_in_the_order_of_the_image():
     other[:, :, 144:148, 80:84] += 1.0
     changed = (found(images) - found(other)).abs().amax((0, 3)).nonzero()  # attention lies within units of 8 x 8 cells
     assert (changed // 8).unique(dim=0).tolist() == [[4, 2]]
-    with pytest.raises(UserError, match=r"'blocks\.1' is not one that timm gives in the image's order; take blocks\.0, "):
+    with pytest.raises(
+        UserError, match=r"'blocks\.1' is not one that timm gives in the image's order; take blocks\.0, "
+    ):
         PatchFeatures("timm/hiera_tiny_224", ["blocks.1"], None)
 
 
@@ -213,3 +215,25 @@ def test_exports_with_a_dynamic_batch(name):
     program = torch.export.export(features, (images_of(size),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     images = torch.rand(3, 3, *size)
     torch.testing.assert_close(program.module()(images), features(images), rtol=1e-4, atol=1e-5)
+
+
+def test_by_command(tmp_path):
+    (tmp_path / "timm.yaml").write_text("""
+data: {class_path: SyntheticDataModule, init_args: {image_size: 64, train_images: 3, test_nominal: 2,
+  test_per_defect: 1, num_workers: 0}}
+trainer: {accelerator: cpu, logger: false, enable_progress_bar: false, enable_model_summary: false}
+report: {pictures: 0}
+""")
+    command = [sys.executable, "-m", "pl_patchcore"]
+    words = ["--model.backbone=timm/vit_tiny_patch16_224", "--model.weights=null", "--model.layers=[blocks.-1]"]
+    small = ["--model.resize=64", "--model.crop=null", "--model.coreset_size=10"]
+    run = [*command, "run", "--config=timm.yaml", *words, *small, "--trainer.default_root_dir=out"]
+    subprocess.run(run, check=True, cwd=tmp_path, timeout=300, capture_output=True)
+    (path,) = (tmp_path / "out").rglob("*.ckpt")
+    loaded = PatchCore.load_from_checkpoint(path)
+    assert loaded.hparams["backbone"] == "timm/vit_tiny_patch16_224"
+    assert loaded.model.patch_features.layers == ["blocks.11"]
+    refused = subprocess.run([*run, "--model.resize=70"], cwd=tmp_path, timeout=300, capture_output=True, text=True)
+    assert "fails on images of 70x70 pixels" in refused.stderr
+    assert refused.stderr.count("multiples of 16, such as 64x64 or 80x80") == 1
+    assert "Traceback" not in refused.stderr
