@@ -8,37 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import io
 import logging
-import os
-import pickle
-import reprlib
+import re
 import warnings
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from pl_patchcore import timm_networks
 from pl_patchcore.errors import UserError
-from pl_patchcore.foreign import check_archive, is_whole
 from pl_patchcore.options import nearest
+from pl_patchcore.weights_file import first_line, load_weights, read_weights, weights_path
 
 log = logging.getLogger(__name__)
 
 PAPER_WEIGHTS = "IMAGENET1K_V1"
-_WEIGHT_FILES = (".pth", ".pt", ".safetensors")
+PRETRAINED = "pretrained"  # weights that timm gives by a model's name; with PAPER_WEIGHTS, the default, the same
 _PROBED_PIXELS = (((96, 128), (128, 192)), ((112, 168), (168, 224)))  # the second pair for patches of 14
-_USUAL_PIXELS = (224, 224)  # of models that take one size only
+_ODD_PIXELS = (97, 131)  # taken by networks that take any size
+_USUAL_SIDES = (224, 256, 384, 448, 512, 518)  # pixels, of models that take one size only
 Layout = tuple[str, int, int]  # "bchw" or "bhwc"; "tokens" with the patch's side and the number of leading extra tokens
 
 
@@ -50,10 +48,12 @@ class CutNetwork(NamedTuple):
     """A frozen network that ends with the last layer needed, and how to read its layers."""
 
     network: nn.Module  # gives a dict of the layers' outputs, by name
-    name: str  # torchvision's, or the module's class
+    name: str  # torchvision's, timm's with its prefix, or the module's class
+    layers: list[str]  # their names, as the network gives them
     layouts: list[Layout]  # order of the axes of each layer's output
     channels: list[int]  # numbers at a place of each layer
     strides: list[int]  # pixels from cell to cell of each layer
+    multiple: int  # pixels; sides of images are to be multiples of it
     size: tuple[int, int] | None  # height and width, pixels, of the only images that it takes; None: any
 
 
@@ -70,42 +70,41 @@ def cut_network(
         raise UserError(f"layers must be a list of different layer names, got {layers!r}.")
     name = backbone if isinstance(backbone, str) else type(backbone).__qualname__
     path = weights_path(weights)
-    state = None if path is None else _read_weights(path)
+    state = None if path is None else read_weights(path)
     if isinstance(backbone, str):
-        whole = _built(backbone, weights if path is None else None, path is not None, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if name.startswith(timm_networks.PREFIX):
+                whole, state = _of_timm(name, weights, state, size), None
+            else:
+                whole = _of_torchvision(name, weights if path is None else None)
+        if weights is None:
+            warnings.warn(
+                f"backbone {name} has random weights (weights: null): good for shapes and timings, "
+                "but its scores say little about real images.",
+                UntrainedBackboneWarning,
+                stacklevel=2,
+            )
     elif not isinstance(backbone, nn.Module):
         raise UserError(f"backbone must be a name or a module (an instance, not a class), got {backbone!r}.")
     elif path is None and weights not in (None, PAPER_WEIGHTS):
         raise UserError(f"weights {weights!r} name torchvision's own; for a module give a path or null.")
     else:
         whole = copy.deepcopy(backbone)
-    known = [module for module, _ in whole.named_modules() if module]
-    for layer in layers:
-        if layer not in known:
-            outer = [module for module in known if module.count(".") <= 1]
-            raise UserError(
-                f"layer {layer!r} is not in {name}; did you mean {nearest(layer, known)!r}? "
-                f"Candidates: {', '.join(outer[:60])}{', ...' if len(outer) > 60 else ''} (and those inside them)."
-            )
+    own = timm_networks.feature_layers(whole) if name.startswith(timm_networks.PREFIX) else []
+    found = _resolved(whole.eval(), layers, own, name, size)
     for module in whole.modules():
         if getattr(module, "inplace", False):  # would overwrite a layer's output after it was collected
             module.inplace = False  # type: ignore[assignment]
-    network = _cut(whole, layers)
+    by_itself = bool(own) and ({*found} <= {*own} or timm_networks.reorders(whole))
+    network = timm_networks.TimmLayers(whole, found) if by_itself else _cut(whole, found)
     if state is not None:
-        _load(network.network if isinstance(network, _HookedNetwork) else network, whole, state, f"{path}", name)
+        load_weights(network.network if isinstance(network, _HookedNetwork) else network, whole, state, f"{path}", name)
     network.eval().requires_grad_(False)
     for weight in network.parameters():
         if weight.ndim == 4:  # channels last: a quarter to two fifths less time
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    return CutNetwork(network, name, *_probe(network, layers, size))
-
-
-def weights_path(weights: str | None) -> Path | None:
-    """The path, absolute, that weights are, such as ``~/net.pth``; None if they are a name or there are none."""
-    path = None if weights is None else Path(weights).expanduser()
-    if path is None or (path.suffix not in _WEIGHT_FILES and not os.path.exists(path)):  # noqa: PTH110 - pathlib's raises where a name is too long
-        return None
-    return path.absolute()
+    return CutNetwork(network, name, found, *_probe(network, found, size))
 
 
 def weights_sha256(network: nn.Module) -> str:
@@ -139,8 +138,9 @@ class _HookedNetwork(nn.Module):
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         self.network = network
-        for name in layers:
-            network.get_submodule(name).register_forward_hook(partial(_keep_output, name, len(layers)))
+        names = dict.fromkeys(_module_of(layer) for layer in layers)
+        for name in names:
+            network.get_submodule(name).register_forward_hook(partial(_keep_output, name, len(names)))
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -154,13 +154,22 @@ class _HookedNetwork(nn.Module):
         return found
 
 
-def _built(name: str, weights: str | None, from_file: bool, seed: int) -> nn.Module:
-    """A network of torchvision's."""
+def _of_timm(
+    name: str, weights: str | None, state: Mapping[str, Tensor] | None, size: tuple[int, int] | None
+) -> nn.Module:
+    """A network of timm's, with its weights."""
+    if state is None and weights not in (None, PAPER_WEIGHTS, PRETRAINED):
+        raise UserError(f"weights {weights!r} are unknown for {name}; give {PRETRAINED}, a path or null.")
+    return timm_networks.build(name.removeprefix(timm_networks.PREFIX), state, weights is not None, size)
+
+
+def _of_torchvision(name: str, weights: str | None) -> nn.Module:
+    """A network of torchvision's, with its weights of that name, or random ones."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise UserError(
             f"backbone {name!r} is unknown; did you mean {nearest(name, known)!r}? Take a torchvision classification "
-            f"model ({', '.join(known[:3])}, ...) or a module of your own."
+            f"model ({', '.join(known[:3])}, ...), one of timm's (timm/NAME), or a module of your own."
         )
     entry: Any = None
     if weights is not None:
@@ -171,16 +180,8 @@ def _built(name: str, weights: str | None, from_file: bool, seed: int) -> nn.Mod
                 "A file's name ends with .pth, .pt or .safetensors."
             )
         entry = choices[weights]
-    elif not from_file:
-        warnings.warn(
-            f"backbone {name} has random weights (weights: null): good for shapes and timings, "
-            "but its scores say little about real images.",
-            UntrainedBackboneWarning,
-            stacklevel=2,
-        )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torchvision's own, on how two models are initialised
-        torch.manual_seed(seed)
         try:
             network: nn.Module = torchvision.models.get_model(name, weights=entry)
         except OSError as error:
@@ -191,85 +192,83 @@ def _built(name: str, weights: str | None, from_file: bool, seed: int) -> nn.Mod
     return network
 
 
+def _module_of(layer: str) -> str:
+    """The dotted name of a layer's module: ``encoder`` of ``encoder[0]``."""
+    return layer.partition("[")[0]
+
+
+def _resolved(
+    network: nn.Module, layers: Sequence[str], own: Sequence[str], name: str, size: tuple[int, int] | None
+) -> list[str]:
+    """Layers by the names of their modules, which hold no negative numbers and are not ``last``."""
+    known = [module for module, _ in network.named_modules() if module]
+    found = []
+    for layer in layers:
+        if layer == "last" and layer not in known:
+            found.append(own[-1] if own else _last_layer(network, size))
+            continue
+        inside, written = network, _module_of(layer).split(".")
+        for k, part in enumerate(written):
+            children = dict(inside.named_children())
+            if re.fullmatch(r"-\d+", part) and int(part) >= -len(children):
+                written[k] = list(children)[int(part)]
+            inside = children.get(written[k], nn.Identity())
+        if (module := ".".join(written)) not in known:
+            outer = [each for each in known if each.count(".") <= 1]
+            raise UserError(
+                f"layer {layer!r} is not in {name}; did you mean {nearest(module, known)!r}? "
+                f"Candidates: {', '.join(outer[:60])}{', ...' if len(outer) > 60 else ''} (and those inside them)."
+            )
+        found.append(module + layer[len(_module_of(layer)) :])
+    if len(set(found)) < len(found):
+        raise UserError(f"layers must be a list of different layers, got {list(layers)}, which are {found}.")
+    return found
+
+
+def _last_layer(network: nn.Module, size: tuple[int, int] | None) -> str:
+    """The last of the outermost modules that gives a grid of features."""
+    hooked = _HookedNetwork(copy.deepcopy(network), [name for name, _ in network.named_children()])
+    for sizes, outputs in _runs(hooked, size, []):
+        for name in reversed(outputs[0]):
+            if _layout([_shape(output, name) for output in outputs], sizes):
+                return name
+    raise UserError("no layer of the backbone gives a grid of features: name the layer in place of 'last'.")
+
+
 def _cut(network: nn.Module, layers: Sequence[str]) -> nn.Module:
+    if any("[" in layer for layer in layers):  # tracing sees no tuples
+        return _HookedNetwork(network, layers)
     try:
-        traced: Any = create_feature_extractor(network.eval(), list(layers), suppress_diff_warning=True)
+        traced: Any = create_feature_extractor(network, list(layers), suppress_diff_warning=True)
     except Exception as error:
         # what tracing raises depends on the module's own code; hooks need nothing of it
-        log.info("backbone cannot be traced (%s); its layers are read by hooks.", _first_line(error))
+        log.info("backbone cannot be traced (%s); its layers are read by hooks.", first_line(error))
         return _HookedNetwork(network, layers)
     return GraphModule(traced, traced.eval_graph)  # without the graph for training, which a copy would come out with
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises where a name is too long
-        raise UserError(
-            f"{path}: no such weights file; give its path as --model.weights (weights= in Python), or fit with "
-            "save_backbone, which puts the weights into the checkpoint. Null takes random ones."
-        )
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = dict(load_file(path))
-        else:
-            if zipfile.is_zipfile(path):  # what torch before 1.6 wrote is none
-                check_archive(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds more than tensors, not loaded; save model.state_dict() instead ({_first_line(error)})."
-        ) from error
-    except Exception as error:  # a damaged file makes zipfile and torch raise errors of many kinds
-        raise UserError(f"{path}: not a whole weights file ({_first_line(error)}); fetch it again.") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and is_whole(value) for k, value in state.items()):
-        raise UserError(f"{path}: is not a state dict of whole tensors; save model.state_dict().")
-    for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{path}: {reprlib.repr(name)} holds NaN or infinity; fetch or train the weights again.")
-    return state
-
-
-def _load(cut: nn.Module, whole: nn.Module, state: Mapping[str, Tensor], path: str, name: str) -> None:
-    """Load what the cut network needs; heads behind it may be missing, or of other shapes."""
-    needed = {key: value for key, value in cut.state_dict().items() if not key.endswith("num_batches_tracked")}
-    stems = {key.partition(".")[0] for key in needed}
-    unknown = state.keys() - whole.state_dict().keys()
-    faults = {
-        "missing": sorted(needed.keys() - state.keys()),
-        "unknown": sorted(key for key in unknown if key.partition(".")[0] in stems),
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-            for key, value in needed.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    told = "; ".join(
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in faults.items()
-        if keys
-    )
-    if told:
-        raise UserError(f"{path}: weights do not fit {name}: {told}; give those of this backbone.")
-    cut.load_state_dict({key: state[key] for key in needed}, strict=False)
+def _runs(
+    network: nn.Module, size: tuple[int, int] | None, failures: list[Exception]
+) -> Iterator[tuple[Sequence[tuple[int, int]], list[dict[str, Any]]]]:
+    """Outputs for images of two sizes, or of one, of those that the network takes; appends what it raises."""
+    singles = dict.fromkeys(([size] if size else []) + [(side, side) for side in _USUAL_SIDES])
+    for sizes in (*_PROBED_PIXELS, *((each,) for each in singles)):
+        try:
+            yield sizes, [_outputs(network, each) for each in sizes]
+        except Exception as error:
+            # models of one size (ViT, MaxViT) say so in ways of their own
+            failures.append(error)
 
 
 def _probe(
     network: nn.Module, layers: Sequence[str], size: tuple[int, int] | None
-) -> tuple[list[Layout], list[int], list[int], tuple[int, int] | None]:
+) -> tuple[list[Layout], list[int], list[int], int, tuple[int, int] | None]:
     """Find the axes of each layer's output: those that change with the image's size are spatial."""
-    unread, (h, w) = "", size or _USUAL_PIXELS
-    for sizes in (*_PROBED_PIXELS, *((each,) for each in dict.fromkeys(((h, w), _USUAL_PIXELS)))):
-        try:
-            outputs = [_shapes(network, each) for each in sizes]
-        except Exception as error:
-            # models of one size (ViT, MaxViT) say so in ways of their own
-            failure = _first_line(error)
-            continue
+    unread, failures = "", list[Exception]()
+    for sizes, outputs in _runs(network, size, failures):
         layouts, channels, strides = [], [], []
         for name in layers:
-            shapes = [output.get(name, ()) for output in outputs]
+            shapes = [_shape(output, name) for output in outputs]
             if (layout := _layout(shapes, sizes)) is None:
                 unread = unread or f"layer {name!r} gives {shapes[0] or 'no tensor'}"
                 break
@@ -277,33 +276,76 @@ def _probe(
             channels.append(shapes[0][1 if layout[0] == "bchw" else -1])
             strides.append(layout[1] or _stride([shape[3 if layout[0] == "bchw" else 2] for shape in shapes], sizes))
         else:
-            return layouts, channels, strides, sizes[0] if len(sizes) == 1 else None
+            if len(sizes) == 1:
+                return layouts, channels, strides, 1, sizes[0]
+            return layouts, channels, strides, _multiple(network, max(strides), size), None
     if unread:
         raise UserError(
             f"{unread}, which is no grid of features (B, C, h, w), (B, h, w, C) or tokens (B, h*w, C) that can be "
             "told apart; take another layer."
         )
+    h, w = size or (224, 224)
     raise UserError(
-        f"the backbone fails on images of 128x192, 168x224, {h}x{w} and 224x224 pixels: {failure}; set resize and "
-        "crop, or tile, to the size that it takes."
+        f"the backbone fails on images of 128x192, 168x224, {h}x{w} and 224x224 pixels: {first_line(failures[-1])}; "
+        "set resize and crop, or tile, to the size that it takes."
     )
 
 
-def _shapes(network: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the layers' outputs, of two images of a size; without what is no batch of two."""
+def _multiple(network: nn.Module, stride: int, size: tuple[int, int] | None) -> int:
+    """1, if the network takes images of any size; else the stride, of which their sides are multiples."""
+    failure = _failure(network, _ODD_PIXELS)
+    if failure is None:
+        return 1
+    if size is not None and (failure := _failure(network, size)) is not None:
+        low, high = ([step * stride for step in (side // stride, side // stride + 1)] for side in size)
+        raise UserError(
+            f"the backbone fails on images of {size[0]}x{size[1]} pixels ({first_line(failure)}): set resize and crop, "
+            f"or tile, to multiples of {stride}, such as {low[0]}x{high[0]} or {low[1]}x{high[1]}."
+        )
+    return stride
+
+
+def _failure(network: nn.Module, size: tuple[int, int]) -> Exception | None:
+    """What the network raises for images of a size."""
+    try:
+        _outputs(network, size)
+    except Exception as error:  # by its own code
+        return error
+    return None
+
+
+def _outputs(network: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """The layers' outputs, of two images of a size."""
     like = next(network.parameters(), torch.empty(0, dtype=torch.float32))
     # a traced module prints its traceback before it raises
     with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-        outputs = network(torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device))
-    tensors = {name: _first_tensor(output) for name, output in outputs.items()}
-    return {name: tuple(value.shape) for name, value in tensors.items() if value is not None and len(value) == 2}
+        outputs: dict[str, Any] = network(torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device))
+    return outputs
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    """The output itself, or the first entry of a tuple or dict of outputs, as transformers give them."""
-    while isinstance(output, tuple | list | Mapping) and len(output):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output if isinstance(output, Tensor) else None
+def _shape(outputs: Mapping[str, Any], layer: str) -> tuple[int, ...]:
+    """Shape of a layer's output; empty, where it is no batch of two."""
+    value = layer_output(outputs, layer)
+    return tuple(value.shape) if isinstance(value, Tensor) and len(value) == 2 else ()
+
+
+def layer_output(outputs: Mapping[str, Any], layer: str) -> Any:
+    """The tensor that a layer gives, of the outputs of a `CutNetwork`'s network.
+
+    Of a tuple, dict or data class it is the first entry, as transformers give them, or the one asked for: ``name[1]``.
+    """
+    module, _, entry = layer.removesuffix("]").partition("[")
+    output = outputs.get(module)
+    while not isinstance(output, Tensor):
+        if dataclasses.is_dataclass(output):
+            output = {name: value for name, value in vars(output).items() if value is not None}
+        named = output if isinstance(output, Mapping) else {}
+        values = list(named.values()) if named else list(output) if isinstance(output, tuple | list) else []
+        by_number = {str(number): value for number, value in enumerate(values)}
+        output, entry = {**by_number, **named}.get(entry or "0"), ""
+        if output is None:
+            return None
+    return None if entry else output
 
 
 def _layout(shapes: Sequence[tuple[int, ...]], sizes: Sequence[tuple[int, int]]) -> Layout | None:
@@ -316,8 +358,14 @@ def _layout(shapes: Sequence[tuple[int, ...]], sizes: Sequence[tuple[int, int]])
                     return "tokens", side, extra
     if len(first) == len(last) == 4:
         for kind, h, w, c in (("bchw", 2, 3, 1), ("bhwc", 1, 2, 3)):
-            if len(shapes) == 1 and first[h] == first[w] != first[c]:
-                return kind, 0, 0
+            if len(shapes) == 1:
+                down, across = (
+                    sizes[0][0] // first[h],
+                    sizes[0][1] // first[w],
+                )  # pixels a cell, the same if these are axes
+                if 0 < down == across and first[c] not in (first[h], first[w]):
+                    return kind, 0, 0
+                continue
             if first[c] == last[c] and first[h] < last[h] and first[w] < last[w]:
                 return kind, 0, 0
     return None
@@ -330,10 +378,10 @@ def _stride(cells: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
     return (sizes[1][1] - sizes[0][1]) // (cells[1] - cells[0])
 
 
-def as_grid(output: Any, layout: Layout, size: Sequence[int], name: str) -> Tensor:
+def as_grid(output: Tensor, layout: Layout, size: Sequence[int], name: str) -> Tensor:
     """A layer's output as ``(B, C, h, w)``, of images of ``size`` (height, width)."""
     kind, side, extra = layout
-    values: Any = _first_tensor(output)  # there is one: the probe has seen it
+    values = output
     if kind == "tokens":
         h, w = size[0] // side, size[1] // side
         values = values[:, extra:]
@@ -345,7 +393,3 @@ def as_grid(output: Any, layout: Layout, size: Sequence[int], name: str) -> Tens
         values = values.unflatten(1, (h, w))
     grid: Tensor = values if kind == "bchw" else values.permute(0, 3, 1, 2)
     return grid
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0][:200]

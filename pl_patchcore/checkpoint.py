@@ -21,7 +21,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
+from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.calibration import Calibration
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
@@ -29,6 +29,7 @@ from pl_patchcore.foreign import Source, check_archive, is_plain, is_whole
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS, THRESHOLDS, refuse_rate_beside_threshold
 from pl_patchcore.preprocessing import MOST_PIXELS
+from pl_patchcore.weights_file import weights_path
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)

@@ -34,7 +34,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins.io import CheckpointIO
 
 import pl_patchcore.data
-from pl_patchcore.backbone import UntrainedBackboneWarning, weights_path
+from pl_patchcore.backbone import UntrainedBackboneWarning
 from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings
 from pl_patchcore.commands import COMMANDS, HELP_INDENT, answered, fail, shorten
 from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
@@ -47,6 +47,7 @@ from pl_patchcore.option_errors import in_one_line
 from pl_patchcore.options import GROUPS, refuse_rate_beside_threshold
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport, TrainingImagesReport
+from pl_patchcore.weights_file import weights_path
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class _HelpFormatter(DefaultHelpFormatter):
     """What options do stands further to the left than usual, so that it takes fewer lines."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"max_help_position": HELP_INDENT})
+        super().__init__(*args, **kwargs | {"max_help_position": HELP_INDENT})  # type: ignore[no-untyped-call]
 
 
 class _ConfigFile(ActionConfigFile):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, weights_sha256
+from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, layer_output, weights_sha256
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
@@ -40,10 +40,13 @@ class PatchFeatures(nn.Module):
     Frozen, and always in eval mode, copies too. Can be called from several threads at once.
 
     Args:
-        backbone: Name of a torchvision classification model, or a module (a copy of it is used).
-        layers: Layers by dotted name, as ``named_modules()`` gives them; the first gives the grid.
-        weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or None for
-            random weights. A module keeps the weights it has unless a path is given.
+        backbone: Name of a torchvision classification model, ``timm/NAME``, or a module (a copy of it is used).
+        layers: Layers by dotted name, as ``named_modules()`` gives them; the first gives the grid. ``blocks.-1``
+            counts from the end, ``last`` is the last layer that gives a grid, ``name[0]`` an entry of a tuple (or of a
+            data class, by name). The last layer of a timm transformer is normalised by its final norm.
+        weights: Name of torchvision weights, ``pretrained`` or the default for timm's own, path of a ``.pth``, ``.pt``
+            or ``.safetensors`` state dict, or None for random weights. A module keeps the weights it has unless a path
+            is given.
         patch_size: Side p of the neighbourhood, odd, in cells of the layer's grid.
         patch_stride: Stride s of the neighbourhoods, in cells of the layer's grid.
         layer_dim: None: features are averaged over the neighbourhood (zeros outside the map, counted) and the
@@ -94,8 +97,14 @@ class PatchFeatures(nn.Module):
         self.combine, self.normalize = combine, normalize
         size = image_size if tiles is None else tiles.size
         cut = cut_network(backbone, layers, weights, seed, size)
-        self.network, self.backbone_name, self.layouts, self.channels, self.strides, self.only_size = cut
-        self.layers, self.mean, self.std = list(layers), tuple(mean), tuple(std)
+        self.network, self.backbone_name, self.layers = cut.network, cut.name, cut.layers
+        self.layouts, self.channels, self.strides = cut.layouts, cut.channels, cut.strides
+        self.multiple, self.only_size = cut.multiple, cut.size
+        if size is not None and self.only_size not in (None, size):
+            height, width = self.only_size
+            given = "resize and crop" if tiles is None else "tile"
+            raise UserError(f"the backbone takes images of {height}x{width} pixels only: set {given} to that size.")
+        self.mean, self.std = tuple(mean), tuple(std)
         if combine == "mean" and layer_dim is None and len(set(self.channels)) > 1:
             raise UserError(
                 f"patches.combine mean needs layers with as many channels each, {', '.join(self.layers)} have "
@@ -109,10 +118,8 @@ class PatchFeatures(nn.Module):
 
     def _tiling(self, options: TileOptions) -> Tiling:
         """Measure the layers, to know how tiles are to be laid."""
-        padded = self.only_size is not None or any(kind == "tokens" for kind, _, _ in self.layouts)
-        if self.only_size not in (None, options.size):
-            height, width = self.only_size
-            raise UserError(f"the backbone takes images of {height}x{width} pixels only: set tile to that size.")
+        tokens = any(kind == "tokens" for kind, _, _ in self.layouts)
+        padded = self.only_size is not None or self.multiple > 1 or tokens
         if padded:
             grids = [LayerGrid(stride, 0, torch.inf) for stride in self.strides]
         else:
@@ -124,7 +131,8 @@ class PatchFeatures(nn.Module):
         """Layers ``(B, C, h, w)`` of images."""
         outputs, size = self.network(images), images.shape[2:]
         return [
-            as_grid(outputs[name], layout, size, name) for name, layout in zip(self.layers, self.layouts, strict=True)
+            as_grid(layer_output(outputs, name), layout, size, name)
+            for name, layout in zip(self.layers, self.layouts, strict=True)
         ]
 
     @property
@@ -184,9 +192,13 @@ class PatchFeatures(nn.Module):
         try:
             outputs = self.network(images.to(self.like.dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
+            (height, width), (h, w) = self.only_size or size, size
+            if any(side % self.multiple for side in size):
+                raise UserError(
+                    f"the backbone fails on images of {h}x{w} pixels: make both multiples of {self.multiple}."
+                ) from error
             if self.only_size in (None, size):
                 raise
-            (height, width), (h, w) = self.only_size, size
             raise UserError(
                 f"the backbone takes images of {height}x{width} pixels, and fails on {h}x{w}: set resize and crop, or "
                 "tile to that size."
@@ -194,10 +206,7 @@ class PatchFeatures(nn.Module):
         p, s = self.patch_size, self.patch_stride
         pooled: list[Tensor] = []
         for name, layout in zip(self.layers, self.layouts, strict=True):
-            layer = outputs[name]
-            if layout[0] != "bchw" or not isinstance(layer, Tensor):
-                layer = as_grid(layer, layout, size, name)
-            layer = layer.float()  # (B, C, h, w)
+            layer = as_grid(layer_output(outputs, name), layout, size, name).float()  # (B, C, h, w)
             if self.layer_dim is None:
                 layer = F.avg_pool2d(layer, p, s, p // 2)
             else:

@@ -92,10 +92,10 @@ class PatchCore(L.LightningModule):
     The defaults are the paper's; `from_recipe` gives the authors' code (``official``) and others.
 
     Args:
-        backbone: Name of a torchvision classification model, or a module (a copy is used).
-        layers: Layers by dotted name, such as ``layer2`` or ``features.6``; the first gives the patch grid.
-        weights: Name of torchvision weights, path of a ``.pth``, ``.pt`` or ``.safetensors`` state dict, or null for
-            random ones, or a module's own.
+        backbone: Name of a torchvision model, ``timm/NAME``, or a module (a copy is used).
+        layers: Layers by dotted name, ``layer2``, ``blocks.-1``, or ``last``; the first gives the patch grid.
+        weights: Name of torchvision weights (of timm: ``pretrained``), path of a ``.pth``, ``.pt`` or ``.safetensors``
+            state dict, or null for random ones, or a module's own.
         patch_size: Side of the neighbourhood a patch feature aggregates, odd, in cells of the layer's grid.
         resize: Size before the crop, pixels: a number, ``[height, width]``, or null to leave it.
         crop: Size of the centre crop, likewise; null: none.

@@ -1,6 +1,9 @@
+import dataclasses
 import io
+import sys
 import urllib.error
 import warnings
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -239,3 +242,86 @@ def test_ambiguous_output_is_refused(tiny):
         PatchFeatures(Odd(), ["out"])
     with pytest.raises(UserError, match="name torchvision's own"):
         PatchFeatures(tiny, ["fine"], weights="IMAGENET1K_V2")
+
+
+def test_backbones_of_timm_need_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"need timm: pip install 'pl-patchcore\[timm\]'"):
+        PatchFeatures("timm/resnet18", ["layer1"], None)
+
+
+@dataclasses.dataclass
+class Outputs:
+    extra: None
+    fine: torch.Tensor
+    coarse: torch.Tensor
+
+
+class Several(nn.Module):
+    """Gives both layers of a `TinyBackbone` in one output, of a kind."""
+
+    def __init__(self, tiny, kind):
+        super().__init__()
+        self.tiny, self.kind = tiny, kind
+
+    def forward(self, x):
+        fine = self.tiny.fine(x)
+        return self.kind(fine, self.tiny.coarse(fine))
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        (lambda *both: both, "outer[0]", "outer[1]"),
+        (lambda fine, coarse: {"a": fine, "b": coarse}, "outer[a]", "outer[b]"),
+        (lambda fine, coarse: Outputs(None, fine, coarse), "outer", "outer[coarse]"),
+        (lambda fine, coarse: (fine, (coarse, fine)), "outer[0]", "outer[1]"),
+    ],
+)
+def test_layers_are_chosen_from_an_output_of_several(tiny, kind, first, second):
+    network = nn.Sequential(OrderedDict(outer=Several(tiny, kind), head=nn.Identity()))
+    images = torch.rand(2, 3, 32, 48)
+    expected = PatchFeatures(tiny, ["fine", "coarse"])(images)
+    assert torch.equal(PatchFeatures(network, [first, second])(images), expected)
+    with pytest.raises(UserError, match=r"'outer\[7\]' gives no tensor"):
+        PatchFeatures(network, ["outer[7]"])
+
+
+def test_layers_counted_from_the_end(tiny):
+    images = torch.rand(2, 3, 32, 48)
+    last, counted = PatchFeatures(tiny, ["last"]), PatchFeatures(tiny, ["coarse.-1"])
+    assert last.layers == ["coarse"]  # the head gives no grid
+    assert counted.identity["layers"] == ["coarse.1"]
+    assert torch.equal(last(images), counted(images))
+    with pytest.raises(UserError, match="different layers"):
+        PatchFeatures(tiny, ["coarse.1", "coarse.-1"])
+    with pytest.raises(UserError, match=r"'coarse\.-3' is not in TinyBackbone"):
+        PatchFeatures(tiny, ["coarse.-3"])
+
+
+class Patches(nn.Module):
+    """A convolution over time, of one picture, that takes multiples of 16 pixels, or images of one size only."""
+
+    def __init__(self, only=None):
+        super().__init__()
+        self.embed, self.out, self.only = nn.Conv3d(3, 5, (1, 16, 16), (1, 16, 16)), nn.Identity(), only
+
+    def forward(self, x):
+        if x.shape[2] % 16 or x.shape[3] % 16 or self.only not in (None, tuple(x.shape[2:])):
+            raise ValueError(f"cannot take {tuple(x.shape)}")
+        return self.out(self.embed(x[:, :, None])[:, :, 0])
+
+
+def test_sizes_that_a_network_does_not_take():
+    images = torch.rand(2, 3, 32, 48)
+    features = PatchFeatures(Patches(), ["out"])
+    assert features.to(memory_format=torch.preserve_format)(images).shape == (2, 2, 3, 5)
+    with pytest.raises(UserError, match="fails on images of 32x40 pixels: make both multiples of 16"):
+        features(torch.rand(2, 3, 32, 40))
+    with pytest.raises(UserError, match=r"fails on images of 40x32 pixels .*multiples of 16, such as 32x32 or 48x48"):
+        PatchFeatures(Patches(), ["out"], image_size=(40, 32))
+    fixed = PatchFeatures(Patches((32, 48)), ["out"], image_size=(32, 48))
+    assert fixed.layouts == [("bchw", 0, 0)]
+    assert fixed(images).shape == (2, 2, 3, 5)
+    with pytest.raises(UserError, match="takes images of 256x256 pixels only: set resize and crop to that size"):
+        PatchFeatures(Patches((256, 256)), ["out"], image_size=(32, 48))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pl_patchcore import MVTecDataModule, PatchCore, PatchCoreModel, Preprocessing, UserError
+from pl_patchcore import PatchCore, PatchCoreModel, Preprocessing, UserError
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.cli import main
 from pl_patchcore.configs import recipe

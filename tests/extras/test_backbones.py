@@ -1,0 +1,239 @@
+"""Backbones by name of timm's, and modules of transformers, with random weights: the smallest of each family."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+from pl_patchcore import PatchCore, PatchFeatures, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages
+
+FAMILIES = {  # name: layers, height and width
+    "resnet10t": (["layer2", "layer3"], (64, 96)),
+    "convnext_atto": (["stages.1"], (64, 96)),
+    "efficientnet_lite0": (["blocks.2"], (64, 96)),
+    "swin_tiny_patch4_window7_224": (["layers.1"], (224, 224)),
+    "swinv2_tiny_window8_256": (["layers.1"], (256, 256)),
+    "vit_tiny_patch16_224": (["blocks.3", "last"], (96, 128)),
+    "deit_tiny_patch16_224": (["blocks.-1"], (224, 224)),
+    "vit_small_patch14_dinov2": (["blocks.5"], (448, 336)),
+    "vit_small_patch14_reg4_dinov2": (["blocks.1"], (518, 518)),
+    "vit_small_patch16_dinov3": (["blocks.2"], (96, 128)),
+    "eva02_tiny_patch14_224": (["last"], (112, 224)),
+    "beit_base_patch16_224": (["blocks.1"], (96, 128)),
+    "hiera_tiny_224": (["blocks.2"], (224, 160)),
+    "pvt_v2_b0": (["stages.1"], (64, 96)),
+}
+LOADS = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from pl_patchcore import PatchCore
+folder = sys.argv[1]
+found = {}
+for name in torch.load(f"{folder}/names.pt"):
+    images = torch.load(f"{folder}/{name}.pt")
+    found[name] = PatchCore.load_from_checkpoint(f"{folder}/{name}.ckpt")(images)
+torch.save(found, f"{folder}/found.pt")
+"""
+
+
+def images_of(size):
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_family_is_fitted_and_loads_in_a_new_process(trainer, tmp_path):
+    expected = {}
+    for name, (layers, size) in FAMILIES.items():
+        module = PatchCore(f"timm/{name}", layers, None, resize=None, crop=size, coreset_ratio=0.05)
+        runner, images = trainer(max_epochs=1), images_of(size)
+        runner.fit(module, DataLoader(images, batch_size=2))
+        expected[name] = module(images + 0.1)
+        assert expected[name][1].shape == (2, *size)
+        assert expected[name][0].isfinite().all()
+        torch.save(images + 0.1, tmp_path / f"{name}.pt")
+        runner.save_checkpoint(tmp_path / f"{name}.ckpt")
+    torch.save(list(FAMILIES), tmp_path / "names.pt")
+    subprocess.run([sys.executable, "-c", LOADS, str(tmp_path)], check=True, timeout=600)
+    found = torch.load(tmp_path / "found.pt")
+    for name in FAMILIES:
+        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def own_features(name, layer, size):
+    """A layer as hooks see it, in the order of the image, of the network with the same random weights."""
+    options = {"img_size": size} if "resnet" not in name else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = timm.create_model(name, **options).eval()
+    seen = {}
+    network.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.update(found=output))
+    with torch.no_grad():
+        network(images_of(size))
+    return seen["found"], network
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "read", "side"),
+    [
+        ("vit_tiny_patch16_224", "blocks.3", "blocks.3", 16),
+        ("vit_tiny_patch16_224", "last", "norm", 16),  # behind the final norm
+        ("vit_small_patch14_reg4_dinov2", "blocks.-1", "norm", 14),
+        ("swin_tiny_patch4_window7_224", "layers.1", "layers.1", 8),
+        ("resnet10t", "layer2", "layer2", 8),
+    ],
+)
+def test_layers_are_those_that_hooks_see(name, layer, read, side):
+    size = (224, 224) if "swin" in name else (6 * side, 8 * side)
+    h, w = size[0] // side, size[1] // side
+    expected, network = own_features(name, read, size)
+    if expected.ndim == 3:
+        expected = expected[:, network.num_prefix_tokens :].unflatten(1, (h, w))
+    elif "resnet" in name:
+        expected = expected.permute(0, 2, 3, 1)
+    found = PatchFeatures(f"timm/{name}", [layer], None, patch_size=1, image_size=size)
+    torch.testing.assert_close(found(images_of(size)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hiera_is_in_the_order_of_the_image():
+    """Its blocks hold their places in an order of their own."""
+    found = PatchFeatures("timm/hiera_tiny_224", ["blocks.0"], None, patch_size=1, image_size=(224, 224))
+    images = images_of((224, 224))
+    other = images.clone()
+    other[:, :, 144:148, 80:84] += 1.0
+    changed = (found(images) - found(other)).abs().amax((0, 3)).nonzero()  # attention lies within units of 8 x 8 cells
+    assert (changed // 8).unique(dim=0).tolist() == [[4, 2]]
+    with pytest.raises(
+        UserError, match=r"'blocks\.1' is not one that timm gives in the image's order; take blocks\.0, "
+    ):
+        PatchFeatures("timm/hiera_tiny_224", ["blocks.1"], None)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_from_a_file_are_resized_as_timm_does(tmp_path, suffix):
+    name, size = "vit_tiny_patch16_224", (96, 128)
+    torch.manual_seed(3)
+    trained, path = timm.create_model(name), tmp_path / f"w.{suffix}"
+    state = {key: value.contiguous() for key, value in trained.state_dict().items() if not key.startswith("head.")}
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    found = PatchFeatures(f"timm/{name}", ["last"], str(path), patch_size=1, image_size=size)
+    trained.set_input_size(img_size=size)
+    with torch.no_grad():
+        (expected,) = trained.eval().forward_intermediates(images_of(size), 1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(found(images_of(size)), expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    torch.save({"blocks.0.norm1.weight": torch.ones(192)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"weights do not fit timm/vit_tiny_patch16_224: Missing key.*cls_token"):
+        PatchFeatures(f"timm/{name}", ["last"], str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "timm/vit_tiny_patch16_242"}, "'timm/vit_tiny_patch16_242' is unknown; did you mean 'timm/vit_t"),
+        ({"weights": "IMAGENET1K_V2"}, "'IMAGENET1K_V2' are unknown for timm/vit_tiny_patch16_224; give pretrained"),
+        ({"layers": ["blocks.-13"]}, r"'blocks.-13' is not in timm/vit_tiny_patch16_224; .*Candidates: .*blocks\.0"),
+        ({"layers": ["blocks.11", "last"]}, "list of different layers"),
+        ({"image_size": (100, 250)}, "fails on images of 100x250 .*multiples of 16, such as 96x240 or 112x256"),
+    ],
+)
+def test_bad_options(options, message):
+    given = {"backbone": "timm/vit_tiny_patch16_224", "layers": ["last"], "weights": None} | options
+    with pytest.raises(UserError, match=message):
+        PatchFeatures(**given)
+
+
+def test_network_of_one_size_names_it():
+    with pytest.raises(UserError, match="takes images of 224x224 pixels only: set resize and crop to that size"):
+        PatchFeatures(timm.create_model("vit_tiny_patch16_224"), ["blocks.1"], None, image_size=(256, 256))
+
+
+def test_weights_that_cannot_be_had(monkeypatch):
+    make = timm.create_model
+
+    def refuse(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no network")
+        return make(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    for weights in ("pretrained", "IMAGENET1K_V1"):
+        with pytest.raises(
+            UserError, match=r"cannot be had \(no network\); fetch https://huggingface.co/timm/resnet10t"
+        ):
+            PatchFeatures("timm/resnet10t.c3_in1k", ["layer1"], weights)
+
+
+def vit():
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return ViTModel(ViTConfig(**options, image_size=64, patch_size=8)), (64, 64)
+
+
+def dinov2():
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return Dinov2Model(Dinov2Config(**options, image_size=112, patch_size=14)), (112, 168)
+
+
+def resnet():
+    options = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetModel(ResNetConfig(**options)), (64, 96)
+
+
+@pytest.mark.parametrize("make", [vit, dinov2, resnet])
+def test_modules_of_transformers_give_their_hidden_states(trainer, make):
+    network, size = make()
+    images = images_of(size)
+    with torch.no_grad():
+        expected = network.eval()(images).last_hidden_state
+    if expected.ndim == 3:
+        side = 8 if make is vit else 14
+        expected = expected[:, 1:].unflatten(1, (size[0] // side, size[1] // side))
+    else:
+        expected = expected.permute(0, 2, 3, 1)
+    features = PatchFeatures(network, ["last"], None, patch_size=1, image_size=size)
+    torch.testing.assert_close(features(images), expected, rtol=1e-4, atol=1e-5)
+    if make is resnet:
+        for layer in ("encoder[0]", "encoder[last_hidden_state]"):
+            chosen = PatchFeatures(network, [layer], None, patch_size=1, image_size=size)
+            torch.testing.assert_close(chosen(images), expected, rtol=1e-4, atol=1e-5)
+    module = PatchCore(network, ["last"], None, resize=None, crop=size)
+    runner = trainer(max_epochs=1)
+    runner.fit(module, DataLoader(images, batch_size=2))
+    loaded = PatchCore.load_from_checkpoint(runner.checkpoint_callback.best_model_path, backbone=network)
+    torch.testing.assert_close(loaded(images), module(images))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "pvt_v2_b0"])
+def test_exports_with_a_dynamic_batch(name):
+    layers, size = FAMILIES[name]
+    features = PatchFeatures(f"timm/{name}", layers, None, image_size=size)
+    program = torch.export.export(features, (images_of(size),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    images = torch.rand(3, 3, *size)
+    torch.testing.assert_close(program.module()(images), features(images), rtol=1e-4, atol=1e-5)
+
+
+def test_by_command(tmp_path):
+    (tmp_path / "timm.yaml").write_text("""
+data: {class_path: SyntheticDataModule, init_args: {image_size: 64, train_images: 3, test_nominal: 2,
+  test_per_defect: 1, num_workers: 0}}
+trainer: {accelerator: cpu, logger: false, enable_progress_bar: false, enable_model_summary: false}
+report: {pictures: 0}
+""")
+    command = [sys.executable, "-m", "pl_patchcore"]
+    words = ["--model.backbone=timm/vit_tiny_patch16_224", "--model.weights=null", "--model.layers=[blocks.-1]"]
+    small = ["--model.resize=64", "--model.crop=null", "--model.coreset_size=10"]
+    run = [*command, "run", "--config=timm.yaml", *words, *small, "--trainer.default_root_dir=out"]
+    subprocess.run(run, check=True, cwd=tmp_path, timeout=300, capture_output=True)
+    (path,) = (tmp_path / "out").rglob("*.ckpt")
+    loaded = PatchCore.load_from_checkpoint(path)
+    assert loaded.hparams["backbone"] == "timm/vit_tiny_patch16_224"
+    assert loaded.model.patch_features.layers == ["blocks.11"]
+    refused = subprocess.run([*run, "--model.resize=70"], cwd=tmp_path, timeout=300, capture_output=True, text=True)
+    assert "fails on images of 70x70 pixels" in refused.stderr
+    assert refused.stderr.count("multiples of 16, such as 64x64 or 80x80") == 1
+    assert "Traceback" not in refused.stderr
