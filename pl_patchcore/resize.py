@@ -20,11 +20,13 @@ Filter = Literal["bilinear", "bicubic"]
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # how far a filter reaches, in pixels of the coarser side
 BAND = 16  # output positions that are computed at once, of the input positions that any of them needs
 _CUBIC = -0.5  # the slope at 1 of Pillow's cubic; torch's without antialiasing is -0.75
-_HIGHEST = 255.0  # level
+_LEVELS = (0.0, 255.0)
 _CACHED = 2**20  # levels
 
 
-def resize_matrix(old: int, new: int | Tensor, first: int | Tensor, count: int, kind: Filter) -> Tensor:
+def resize_matrix(
+    old: int, new: int | Tensor, first: int | Tensor, count: int, kind: Filter, device: torch.device | None = None
+) -> Tensor:
     """Weights of a resize along one axis.
 
     Args:
@@ -33,6 +35,7 @@ def resize_matrix(old: int, new: int | Tensor, first: int | Tensor, count: int, 
         first: The first position after that is wanted, likewise; below 0 and from ``new`` on, the ends are repeated.
         count: Positions after that are wanted.
         kind: The filter.
+        device: Where the weights are wanted.
 
     Returns:
         float32 ``(count, old)``; a row sums to 1.
@@ -41,8 +44,8 @@ def resize_matrix(old: int, new: int | Tensor, first: int | Tensor, count: int, 
         >>> resize_matrix(4, 2, 0, 2, "bilinear").mul(7).round().tolist()  # sevenths
         [[3.0, 3.0, 1.0, 0.0], [0.0, 1.0, 3.0, 3.0]]
     """
-    wanted = _within(torch.arange(count) + first, new)
-    return _weights(torch.arange(old), wanted, old, new, kind)
+    wanted = _within(torch.arange(count, device=device) + first, new)
+    return _weights(torch.arange(old, device=device), wanted, old, new, kind)
 
 
 def resized(
@@ -72,25 +75,32 @@ def resized(
     rows = rows.reshape(batch, count[0], width, channels).permute(0, 2, 3, 1)  # (B, W, C, rows)
     both = _along(rows.reshape(batch, width, channels * count[0]), size[1], first[1], count[1], kind)
     both = both.reshape(batch, count[1], channels, count[0]).permute(0, 2, 3, 1)
-    return both.clamp(0, _HIGHEST).contiguous()
+    return both.clamp(*_LEVELS).contiguous()
 
 
 def _along(levels: Tensor, new: int | Tensor, first: int | Tensor, count: int, kind: Filter) -> Tensor:
     """Resize ``(B, old, K)`` to ``(B, count, K)``, float32."""
     old = levels.shape[1]
     if isinstance(new, Tensor):  # how many input positions a band needs would depend on numbers in the graph
-        return torch.matmul(resize_matrix(old, new, first, count, kind), levels.float())
-    wanted = _within(torch.arange(-(-count // BAND) * BAND) + first, new).reshape(-1, BAND)  # (bands, BAND)
+        return torch.matmul(resize_matrix(old, new, first, count, kind, levels.device), levels.float())
+    every = torch.arange(-(-count // BAND) * BAND, device=levels.device)  # whole bands
+    wanted = _within(every + first, new).reshape(-1, BAND)  # (bands, BAND)
     reach = 2 * SUPPORT[kind] * torch.sym_max(old, new)  # in units of half an input position / new
     length = torch.sym_min(old, ((BAND - 1) * 2 * old + 2 * reach) // (2 * new) + 2)
     lowest = torch.div((2 * wanted[:, 0] + 1) * old - reach, 2 * new, rounding_mode="floor")
     lowest = lowest.clamp(min=0).clamp(max=old - length)  # (bands,) a band's first input position
-    used = lowest[:, None] + torch.arange(length)  # (bands, length)
+    used = lowest[:, None] + torch.arange(length, device=levels.device)  # (bands, length)
     weights = _weights(used[:, None], wanted, old, new, kind)  # (bands, BAND, length)
     # (bands at once, ...): in Python as many as stay in the processor's cache, and take next to no memory
     at_once = len(used) if torch.compiler.is_compiling() else max(1, _CACHED // (length * levels[:, 0].numel()))
     parts = zip(weights.split(at_once), used.split(at_once), strict=True)
-    found = torch.cat([torch.matmul(part, levels[:, rows].float()) for part, rows in parts], 1)  # (B, bands, BAND, K)
+    found = torch.cat(  # (B, bands, BAND, K)
+        [
+            torch.matmul(part, levels.index_select(1, rows.flatten()).float().unflatten(1, rows.shape))
+            for part, rows in parts
+        ],
+        dim=1,
+    )
     return found.flatten(1, 2)[:, :count]
 
 
