@@ -3,7 +3,8 @@
 The way of an image, one file a stage::
 
     data/               folders of a data set    -> samples, batches
-    preprocessing.py    image of any kind        -> image (3, H, W), mask (H, W); roi.py which of its pixels count
+    preprocessing.py    image of any kind        -> image (3, H, W), mask (H, W); roi.py which of its pixels count,
+                        resize.py the resize in tensors
     backbone.py         name or module           -> a network that gives layers (B, C, h, w)
     patch_features.py   images (B, 3, H, W)      -> patch features (B, h, w, D)
     coreset/            patch features (N, D)    -> the rows kept (M, D): the store, the greedy loop, over processes

@@ -295,7 +295,8 @@ class Preprocessing:
         return pixels
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        return normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
+        found: Tensor = normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
+        return found
 
     def read(self, image: ImageLike, color: Color = "rgb") -> Image.Image:
         """Read an image of any kind as 8-bit RGB, upright: see `read_image`."""

@@ -120,4 +120,5 @@ def _weights(used: Tensor, wanted: Tensor, old: Any, new: Any, kind: Filter) -> 
         near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
         far = (((x - 5) * x + 8) * x - 4) * _CUBIC
         weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-    return weights / weights.sum(-1, keepdim=True)
+    normalised: Tensor = weights / weights.sum(-1, keepdim=True)
+    return normalised
