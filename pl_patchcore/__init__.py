@@ -3,7 +3,8 @@
 The way of an image, one file a stage::
 
     data/               folders of a data set    -> samples, batches
-    preprocessing.py    image of any kind        -> image (3, H, W), mask (H, W); roi.py which of its pixels count
+    preprocessing.py    image of any kind        -> image (3, H, W), mask (H, W); roi.py which of its pixels count,
+                        resize.py the resize in tensors
     backbone.py         name or module           -> a network that gives layers (B, C, h, w)
     timm_networks.py    a name of timm's         -> the same, by timm's own code; weights_file.py reads weights
     references.py       training images          -> their views: turned, in other light

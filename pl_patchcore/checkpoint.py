@@ -42,6 +42,7 @@ LATER = (  # buffers that older files of this format do not have
     "memory_bank.images", "memory_bank.places", "memory_bank.grid", "calibration.images",
 )  # fmt: skip
 FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
+_OF_OLD = {"resize_by": "pillow"}  # preprocessing that older files of this format do not name
 M = TypeVar("M", bound=L.LightningModule)
 
 
@@ -285,7 +286,7 @@ def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _compare(saved: dict[str, Any], own: dict[str, Any], brings_weights: bool) -> None:
-    theirs = saved.get("preprocessing", {})
+    theirs = _OF_OLD | saved.get("preprocessing", {})
     pairs = [(key, saved.get(key), value) for key, value in own.items() if key != "preprocessing"]
     pairs += [(key, theirs.get(key), value) for key, value in own["preprocessing"].items()]
     other = [pair for pair in pairs if pair[1] != pair[2] and not (brings_weights and pair[0] == "backbone_sha256")]

@@ -77,6 +77,7 @@ class ImageOptions(_Group):
         bits: Bits of grey images of more than 8 a pixel, such as a camera's 12 in files of 16; null: 16.
         max_pixels: Largest image that is opened, in pixels; null: Pillow's limit of 178,956,970.
         crop_multiple: Cut the bottom and the right, to multiples of it.
+        resize_by: ``pillow``, which rounds to 8 bits; ``tensors``: unrounded, what an exported model repeats exactly.
     """
 
     group: ClassVar[str] = "images"
@@ -86,6 +87,7 @@ class ImageOptions(_Group):
     bits: int | None = None
     max_pixels: int | None = None
     crop_multiple: int | None = None
+    resize_by: Literal["pillow", "tensors"] = "pillow"
 
     def __post_init__(self) -> None:
         super().__post_init__()

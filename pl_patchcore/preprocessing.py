@@ -16,7 +16,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize
 
 from pl_patchcore.errors import UserError
+from pl_patchcore.resize import resized
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,6 +45,7 @@ _pillows_limit = threading.Lock()  # that limit belongs to the whole process
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor  # what `read_image` reads
 Color = Literal["rgb", "bgr"]  # order of the channels
 ResizeMode = Literal["squash", "shorter_side", "longer_side"]
+ResizeBy = Literal["pillow", "tensors"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Preprocessing:
         levels: Give images as levels of 8 bits, not normalised: a quarter of the memory.
         crop_multiple: Leave rows at the bottom and columns at the right out, so that both sides of the input are
             multiples of so many pixels; None: not.
+        resize_by: ``pillow`` resizes by Pillow, which rounds to 8 bits; ``tensors`` by `resize.resized`, the same
+            filter unrounded, so that other programs can do exactly the same. With ``levels`` it is rounded as well.
 
     Raises:
         UserError: If a size is not positive, the crop is larger than the resized image, or ``roi`` or ``ignore`` is
@@ -90,6 +94,7 @@ class Preprocessing:
     ignore: Sequence[Any] | str | None = None
     levels: bool = False
     crop_multiple: int | None = None
+    resize_by: ResizeBy = "pillow"
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop", "mean", "std"):
@@ -104,6 +109,8 @@ class Preprocessing:
             raise UserError(f"resize_mode must be 'squash', 'shorter_side' or 'longer_side', got {self.resize_mode!r}.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise UserError(f"interpolation must be 'bilinear' or 'bicubic', got {self.interpolation!r}.")
+        if self.resize_by not in get_args(ResizeBy):
+            raise UserError(f"resize_by must be 'pillow' or 'tensors', got {self.resize_by!r}.")
         if self.resize_mode == "shorter_side" and isinstance(self.resize, tuple):
             raise UserError(f"resize_mode 'shorter_side' takes one number for resize, got {self.resize}.")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -259,18 +266,20 @@ class Preprocessing:
             UserError: If the image is smaller than the crop, or as `region`.
         """
         height, width = image.height, image.width
-        fitted, rows, columns, edges, box = self.geometry(height, width)
+        fitted, rows, columns, edges, box = geometry = self.geometry(height, width)
         region = self.region((height, width), path) if self.roi is not None or self.ignore is not None else None
         if region is not None:
             image = image.copy()
             image.paste(tuple(round(255 * min(max(m, 0), 1)) for m in self.mean), None, Image.fromarray(region == 0))
-        if fitted != (height, width):
+        if fitted == (height, width):
+            pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
+        elif self.resize_by == "pillow":
             image = image.resize(fitted[::-1], Image.Resampling[self.interpolation.upper()])
-        pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
-        if not self.levels:
-            pixels = normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
+            pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
+        else:
+            pixels = self._resized(image, geometry)
         result = {
-            "image": pixels,
+            "image": pixels if self.levels else self._normalised(pixels),
             "original_size": torch.tensor((height, width), dtype=torch.int64),
             "crop_box": torch.tensor(box, dtype=torch.float32),
         }
@@ -283,6 +292,23 @@ class Preprocessing:
                 mask = np.asarray(Image.fromarray(mask).resize(fitted[::-1], Image.Resampling.NEAREST))
             result["mask"] = torch.from_numpy(np.pad(mask[rows, columns], edges, constant_values=UNKNOWN))
         return result
+
+    def _resized(self, image: Image.Image, geometry: Geometry) -> Tensor:
+        """Resize and crop in tensors: ``(3, H, W)``, float32, or uint8 where ``levels`` says so."""
+        fitted, rows, columns, ((above, below), (before, behind)), _ = geometry
+        first = rows.start - above, columns.start - before
+        height, width = rows.stop + below - first[0], columns.stop + behind - first[1]
+        given = torch.from_numpy(np.array(image))[None]  # (1, H0, W0, 3)
+        pixels = torch.empty((3, height, width), dtype=torch.uint8 if self.levels else torch.float32)
+        for start in range(0, height, BAND):
+            count = min(BAND, height - start), width
+            band = resized(given, fitted, (first[0] + start, first[1]), count, self.interpolation)[0]
+            pixels[:, start : start + BAND] = band.round_() if self.levels else band
+        return pixels
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        found: Tensor = normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
+        return found
 
     def read(self, image: ImageLike, color: Color = "rgb") -> Image.Image:
         """Read an image of any kind as 8-bit RGB, upright: see `read_image`."""
@@ -299,7 +325,8 @@ class Preprocessing:
             UserError: As `read_image` and `apply`.
         """
         path = image if isinstance(image, str | os.PathLike) else None
-        return replace(self, levels=False).apply(self.read(image, color), path=path)["image"]
+        pixels = self.apply(self.read(image, color), path=path)["image"]
+        return self._normalised(pixels) if self.levels else pixels
 
     def denormalise(self, image: Tensor) -> Tensor:
         """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures; levels of 8 bits have none."""

@@ -56,6 +56,25 @@ def pro(maps: list[np.ndarray], masks: list[np.ndarray], fpr_limit: float = 0.3)
     return area_up_to(fpr, overlap, fpr_limit)
 
 
+def resized(levels: np.ndarray, new: int, kind: str) -> np.ndarray:
+    """Pillow's antialiased resize of the first axis, unrounded."""
+    old = len(levels)
+    wide = max(old / new, 1.0)  # the filter is widened where there are fewer positions afterwards
+    found = []
+    for position in range(new):
+        centre = (position + 0.5) * old / new
+        weights = []
+        for source in range(old):
+            x = abs(source + 0.5 - centre) / wide
+            if kind == "bilinear":
+                weights.append(max(0.0, 1 - x))
+            else:  # Keys' cubic, a = -1/2
+                near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+                weights.append(near if x < 1 else far if x < 2 else 0.0)
+        found.append(np.tensordot(weights, levels.astype(np.float64), 1) / sum(weights))
+    return np.stack(found)
+
+
 def aupimo(
     maps: list[np.ndarray], masks: list[np.ndarray], labels: list[int], bounds: tuple[float, float], steps: int
 ) -> list[float]:

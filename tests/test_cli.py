@@ -146,6 +146,7 @@ def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
     if name == "data/folder":
         assert plain == whole
         plain = {f"model.{key}": p.default for key, p in inspect.signature(PatchCore.__init__).parameters.items()}
+        plain["model.images.resize_by"] = plain["model.images"].resize_by
         plain["data.init_args.test_share"] = inspect.signature(FolderDataModule).parameters["test_share"].default
     for option, value in leaves(content):
         if option == "data.class_path":

@@ -178,6 +178,7 @@ def test_no_image(tmp_path):
         ({"resize": (20, 30), "crop": None, "resize_mode": "shorter_side"}, "takes one number"),
         ({"std": (1, 0, 1)}, "std positive"),
         ({"interpolation": "lanczos"}, "bilinear' or 'bicubic"),
+        ({"resize_by": "opencv"}, "pillow' or 'tensors', got 'opencv'"),
     ],
 )
 def test_bad_options(options, message):
