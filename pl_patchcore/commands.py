@@ -79,7 +79,7 @@ def shorten(text: str) -> str:
     Example:
         >>> print(shorten("  --trainer.x X\n            One. Two. (type: a, default: b, known subclasses: c, d)\n"))
           --trainer.x X
-                One. (default: b)
+                  One. (default: b)
         <BLANKLINE>
     """
     width, indent = max(40, shutil.get_terminal_size().columns - 2), " " * HELP_INDENT  # as argparse lays it out

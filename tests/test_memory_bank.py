@@ -423,7 +423,7 @@ def test_loads_whatever_its_size(assign, before):
 
 
 def test_state_is_the_same_set_of_buffers_always():
-    names = {"features", "radii", "seen", "images", "index"}
+    names = {"features", "radii", "seen", "images", "places", "grid", "index"}
     bank = deep(300, 1)[0]
     for search in ("auto", "HNSW16"):
         assert set(MemoryBank(search).state_dict()) == set(bank_of(bank, search).state_dict()) == names
