@@ -426,7 +426,9 @@ class AnomalyDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Make the data sets, with the model's preprocessing unless one was set by hand."""
         if stage == "validate" and self.validation == "none":
-            raise UserError("there is no validation set; set data.validation=test to validate on the test set.")
+            raise UserError(
+                "the data module has no validation set; set data.validation=test to validate on the test set."
+            )
         transform = self._transform()
         module = self.trainer.lightning_module if self.trainer is not None else None
         self.require(stage)
