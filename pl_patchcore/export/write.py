@@ -1,0 +1,168 @@
+"""A fitted model -> a file that runs without this package, compared with the model; what is known of it as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import pl_patchcore
+from pl_patchcore.errors import UserError
+from pl_patchcore.export import onnx_file, parity
+from pl_patchcore.export.checks import check_exportable
+from pl_patchcore.export.runtime import Runtime
+from pl_patchcore.files import whole_file
+from pl_patchcore.inspection import Inspection, Settings, inspect
+
+if TYPE_CHECKING:
+    from pl_patchcore.patchcore import PatchCore
+
+log = logging.getLogger(__name__)
+FORMATS = {"onnx": ".onnx"}  # name of a format: ending of its file
+
+
+def export(
+    module: PatchCore,
+    path: str | Path,
+    format: str = "onnx",  # noqa: A002 - its name on the command line, too
+    data: str | Path | Sequence[str | Path] | None = None,
+    checkpoint: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write a fitted model as a file that runs without this package, and compare the file with the model.
+
+    Args:
+        module: The fitted model, on the CPU.
+        path: The file; beside it, ``.json`` added to its name, goes what is known of it.
+        format: ``onnx``.
+        data: Folder of images, or image files, to compare with; None: noise alone.
+        checkpoint: File that the model is from, whose hash is noted.
+
+    Returns:
+        What is known of the file, as it stands in it and beside it.
+
+    Raises:
+        UserError: If a package is missing, the model is not one that can be exported, or the file differs from it.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format must be {' or '.join(FORMATS)}, got {format!r}.")
+    path = Path(path)
+    if path.suffix != FORMATS[format]:
+        raise UserError(f"{path}: the name of a file of {format} ends with {FORMATS[format]}.")
+    versions = onnx_file.require(onnx_file.PACKAGES, format)
+    check_exportable(module.model, module.transform)
+    runtime = Runtime(module.model, module.transform).eval()
+    files = parity.real_images(data, runtime)
+    with whole_file(path) as partial:
+        log.info("export: recording the graph (half a minute for a large backbone).")
+        onnx_file.write_onnx(runtime, partial)
+        log.info("export: comparing the file with the model on noise and %d images.", len(files))
+        found = parity.compare(onnx_file.onnx_session(partial), _by_model(module, runtime), runtime, files)
+        told = _told(module, runtime, checkpoint) | {"versions": _versions() | versions, "parity": found}
+        onnx_file.tell_in_file(partial, {name: _text(value) for name, value in told.items()})
+    with whole_file(path.with_name(f"{path.name}.json")) as partial:
+        partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    log.info(
+        "export: %s, %.1f MB; scores differ from the model's by at most %.1g of them, maps by %.1g; no verdict differs.",
+        *(path, path.stat().st_size / 1e6, found["score_difference"], found["map_difference"]),
+    )
+    return told
+
+
+def _by_model(module: PatchCore, runtime: Runtime) -> parity.Inspect:
+    """Inspect what the file takes, by the model."""
+    transform, settings = parity.remaining(runtime), Settings(module.image_threshold, module.pixel_threshold)
+
+    def by_model(images: list[np.ndarray]) -> list[Inspection]:
+        found = inspect(images, transform, lambda batch: module.judge(batch["image"]), settings)
+        assert isinstance(found, list)
+        return found
+
+    return by_model
+
+
+def _told(module: PatchCore, runtime: Runtime, checkpoint: str | Path | None) -> dict[str, Any]:
+    """What is known of a file, as plain values."""
+    calibration, members = module.model.calibration, module.model.members
+    known = {
+        "input": _input(runtime),
+        "outputs": _outputs(runtime),
+        "image_threshold": module.image_threshold,
+        "pixel_threshold": module.pixel_threshold,
+        "false_alarm_rate": module.false_alarm_rate if len(calibration.scores) else None,
+        "calibration_images": len(calibration.scores),
+        "thresholds_by_hand": sorted(calibration.by_hand),
+        "preprocessing": module.transform.as_dict(),
+        "resize_in_file": not runtime.frame.ready,
+        "size": runtime.size,
+        "model": module.model.identity,
+        "scoring": [_scoring(member.scorer) for member in members],
+        "bank": [member.bank_shape for member in members],
+        "bank_sha256": [_sha256_of(member.memory_bank.features) for member in members],
+        "checkpoint_sha256": None if checkpoint is None else _sha256_of_file(Path(checkpoint)),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(known))
+    return plain
+
+
+def _scoring(scorer: Any) -> dict[str, Any]:
+    names = ("num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share")
+    return {name: getattr(scorer, name) for name in names}
+
+
+def _input(runtime: Runtime) -> str:
+    """The input expected, in one sentence."""
+    transform, size = runtime.frame.transform, runtime.size
+    shape = "height, width" if size is None else f"{size[0]}, {size[1]}"
+    start = f"image: RGB levels, uint8 (batch, {shape}, 3), upright"
+    if not runtime.frame.ready:
+        least = transform.size if transform.resize is None and transform.crop is not None else None
+        return f"{start}, as a camera gives them{f', of at least {least[0]}x{least[1]} pixels' if least else ''}."
+    sides = transform.resize if isinstance(transform.resize, tuple) else (transform.resize, transform.resize)
+    how = {
+        "squash": f"to {sides[0]}x{sides[1]} pixels (height x width), whatever their shape",
+        "shorter_side": f"so that the shorter side has {sides[0]} pixels, the other rounded down",
+        "longer_side": f"to fit into {sides[0]}x{sides[1]} pixels (height x width), their edges repeated to fill it",
+    }[transform.resize_mode]
+    cut = "" if transform.crop is None else f", then the middle {_sides(transform.crop)} pixels cut out"
+    multiple = transform.crop_multiple
+    cut += f", right and bottom cut to multiples of {multiple}" if multiple else ""
+    return f"{start}, resized by Pillow's Image.resize with Resampling.{transform.interpolation.upper()} {how}{cut}."
+
+
+def _sides(size: int | tuple[int, int]) -> str:
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{height}x{width}"
+
+
+def _outputs(runtime: Runtime) -> dict[str, str]:
+    told = {
+        "score": "anomaly score, float32 (batch,)",
+        "anomalous": "whether the score is above image_threshold, bool (batch,)",
+        "p_value": "share of nominal images that score so high, float32 (batch,)",
+        "anomaly_map": "float32 (batch, height, width), on the pixels of image, NaN where the crop has left them out; "
+        "above pixel_threshold a pixel is anomalous",
+    }
+    return {name: told[name] for name in runtime.outputs}
+
+
+def _versions() -> dict[str, str]:
+    return {"pl_patchcore": pl_patchcore.__version__, "torch": torch.__version__}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _sha256_of(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
