@@ -103,8 +103,9 @@ def map_matrix(pixels: int, cells: int, sigma: float) -> Tensor:
     if sigma == 0:
         return upsampled
     radius = int(4 * sigma + 0.5)
-    place = torch.arange(-radius, pixels + radius).remainder(2 * pixels)  # the edge is repeated, as in `smoothed`
-    place = torch.minimum(place, 2 * pixels - 1 - place)
+    turn = torch.full((), 2 * pixels, dtype=torch.int64)
+    place = torch.arange(-radius, pixels + radius).remainder(turn)  # the edge is repeated, as in `smoothed`
+    place = torch.minimum(place, turn - 1 - place)
     weights = torch.exp(torch.arange(-radius, radius + 1).double().square() / (-2 * sigma**2))
     kernel = (weights / weights.sum()).float()[None, None]
     return F.conv1d(upsampled[place].T[:, None], kernel)[:, 0].T

@@ -16,6 +16,7 @@ import torch
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.export.runtime import Runtime
+from pl_patchcore.weights_file import first_line
 
 INPUT = "image"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -53,16 +54,18 @@ def write_onnx(runtime: Runtime, path: Path) -> None:
                 input_names=[INPUT], output_names=runtime.outputs,
             )  # fmt: skip
     except Exception as error:  # of torch's and onnx's own many kinds
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause = error
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
         any_size = "" if runtime.size else "; resize and crop give its images one size, at which more backbones can be"
-        raise UserError(f"the graph of this model cannot be recorded ({first.strip()[:300]}){any_size}.") from error
+        raise UserError(f"the graph of this model cannot be recorded ({first_line(cause)}){any_size}.") from error
     program.save(path)
 
 
 def _any_size(runtime: Runtime) -> tuple[int, int]:
     """A height and width that differ, and are larger than the network's input where that has one size."""
     given = runtime.frame.transform.size or (0, 0)
-    step = max(each.patch_features.multiple for each in runtime.members)
+    step = runtime.multiple
     rows, columns = (-(-(EXAMPLE + more + side) // step) * step for side, more in zip(given, (0, 64), strict=True))
     return rows, columns
 

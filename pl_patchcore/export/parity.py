@@ -26,6 +26,7 @@ SCORE_TOLERANCE = 1e-4  # of a score, relative to it
 MAP_TOLERANCE = 1e-3  # of a pixel, relative to the map's highest value
 LEAST_SCORE = 0.01  # share of what noise scores; below it, differences count relative to that
 LEAST_PEAK = 0.1  # the same of maps, whose small values float32 tells less well
+TINY = float(np.finfo(np.float32).tiny)  # where all scores are 0
 SIDES = ((64, 96), (161, 97), (40, 333), (512, 384))  # pixels of noise, where any size will do
 Inspect = Callable[[list[np.ndarray]], list[Inspection]]
 
@@ -47,7 +48,7 @@ def noise(runtime: Runtime) -> Iterator[np.ndarray]:
     if given is not None:
         sizes = [given] * 2
     elif transform.resize is None:  # no smaller than the crop, and what the network takes
-        step = max(each.patch_features.multiple for each in runtime.members)
+        step = runtime.multiple
         least = transform.size or (0, 0)
         sizes = [[-(-(side + low) // step) * step for side, low in zip(each, least, strict=True)] for each in SIDES]
     for size in sizes:
@@ -101,7 +102,8 @@ def compare(run: Run, inspect: Inspect, runtime: Runtime, files: Sequence[Path])
     """
     drawn, found = list(noise(runtime)), list[Difference]()
     scale = max(each.score for image in drawn for each in inspect([image]))
-    for image in tqdm([*drawn, *files], "Comparing the file with the model", delay=2, leave=False, unit=" images"):
+    every: list[np.ndarray | Path] = [*drawn, *files]
+    for image in tqdm(every, "Comparing the file with the model", delay=2, leave=False, unit=" images"):
         if isinstance(image, Path):
             found += _compared(run, inspect, runtime, str(image), levels_of(image, runtime), scale)
         else:
@@ -155,11 +157,11 @@ def difference(outputs: dict[str, np.ndarray], expected: Inspection, runtime: Ru
     if list(outputs) != runtime.outputs:
         return Difference(np.inf, np.inf, False, f"its outputs are {', '.join(outputs)}")
     score, heat, verdict = float(outputs["score"]), outputs["anomaly_map"], runtime.verdict
-    away = abs(score - expected.score) / max(abs(expected.score), LEAST_SCORE * scale, np.finfo(np.float32).tiny)
+    away = abs(score - expected.score) / max(abs(expected.score), LEAST_SCORE * scale, TINY)
     theirs = expected.anomaly_map
     if heat.shape != theirs.shape or (np.isnan(heat) != np.isnan(theirs)).any():
         return Difference(away, np.inf, False, "its map counts other pixels")
-    peak = max(float(np.nanmax(np.abs(theirs))), LEAST_PEAK * scale, float(np.finfo(np.float32).tiny))
+    peak = max(float(np.nanmax(np.abs(theirs))), LEAST_PEAK * scale, TINY)
     pixel = float(np.nanmax(np.abs(heat - theirs))) / peak
     changed, wrong = False, ""
     if verdict.threshold is not None:

@@ -7,6 +7,8 @@ few and differences decide. The neighbours that equation 7 asks of each row are 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,6 +38,9 @@ class Runtime(nn.Module):
         outputs: Names of what it returns.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: PatchCoreModel | EnsembleModel, transform: Preprocessing) -> None:
         super().__init__()
         members, fixed = model.members, model.members[0].input_size.tolist()
@@ -52,6 +57,11 @@ class Runtime(nn.Module):
         for name, values in (("mean", transform.mean), ("std", transform.std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
 
+    @property
+    def multiple(self) -> int:
+        """Pixels of which both sides of the network's input must be multiples."""
+        return max(cast(Member, member).patch_features.multiple for member in self.members)
+
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Score images.
 
@@ -66,7 +76,7 @@ class Runtime(nn.Module):
         pixels = (levels / 255 - self.mean) / self.std
         back = None if axes is None else [back_matrix(axis) for axis in axes]
         scores, maps = [], []
-        for member, scale in zip(self.members, self.scale, strict=True):
+        for member, scale in zip(cast(list[Member], self.members), self.scale, strict=True):
             score, distances = member(pixels)
             down, across = member.matrices(pixels, distances)
             if back is not None:
@@ -83,6 +93,8 @@ class Runtime(nn.Module):
 class Verdict(nn.Module):
     """Scores ``(B,)`` -> whether they are above the threshold, and p-values, as far as there are any."""
 
+    scores: Tensor
+
     def __init__(self, calibration: Calibration) -> None:
         super().__init__()
         self.threshold, self.calibrated = calibration.image_threshold, len(calibration.scores) > 0
@@ -90,6 +102,7 @@ class Verdict(nn.Module):
         self.register_buffer("scores", calibration.scores.float())
 
     def forward(self, scores: Tensor) -> list[Tensor]:
+        """What ``outputs`` names, ``(B,)`` each."""
         found = [] if self.threshold is None else [scores > self.threshold]
         if self.calibrated:
             at_least = (self.scores[None] >= scores[:, None]).sum(1)
@@ -132,8 +145,10 @@ class Member(nn.Module):
             self.register_buffer("company", torch.cat([bank(block.float(), b)[1] for block in blocks]).int())  # (M, b)
         self.by_position = bank.position_radius is not None
         if bank.position_radius is not None:  # the reach grows where it holds fewer than k rows
-            at = Places.of_rows(1, 0, int(bank.grid[0]), (int(bank.grid[0]), int(bank.grid[1])), torch.device("cpu")).at
-            far = torch.stack([(place - bank.places).abs().amax(1).topk(self.k, largest=False).values[-1] for place in at])
+            height, width = bank.grid.tolist()
+            at = Places.of_rows(1, 0, height, (height, width), torch.device("cpu")).at
+            cells = [(place - bank.places).abs().amax(1) for place in at]  # (M,) each
+            far = torch.stack([each.topk(self.k, largest=False).values[-1] for each in cells])
             self.register_buffer("at", at)
             self.register_buffer("places", bank.places.long())
             self.register_buffer("reach", far.clamp(min=bank.position_radius))

@@ -30,7 +30,7 @@ FORMATS = {"onnx": ".onnx"}  # name of a format: ending of its file
 def export(
     module: PatchCore,
     path: str | Path,
-    format: str = "onnx",  # noqa: A002 - its name on the command line, too
+    format: str = "onnx",
     data: str | Path | Sequence[str | Path] | None = None,
     checkpoint: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def export(
     with whole_file(path.with_name(f"{path.name}.json")) as partial:
         partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     log.info(
-        "export: %s, %.1f MB; scores differ from the model's by at most %.1g of them, maps by %.1g; no verdict differs.",
+        "export: %s, %.1f MB; scores differ from the model's by at most %.1g of them, maps by %.1g, verdicts do not.",
         *(path, path.stat().st_size / 1e6, found["score_difference"], found["map_difference"]),
     )
     return told
@@ -160,7 +160,7 @@ def _text(value: Any) -> str:
 
 
 def _sha256_of(values: torch.Tensor) -> str:
-    return hashlib.sha256(values.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(values.detach().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _sha256_of_file(path: Path) -> str:
