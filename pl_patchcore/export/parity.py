@@ -20,7 +20,7 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.export.onnx_file import Run
 from pl_patchcore.export.runtime import Runtime
 from pl_patchcore.inspection import Inspection
-from pl_patchcore.preprocessing import Preprocessing
+from pl_patchcore.preprocessing import Preprocessing, check_file
 
 SCORE_TOLERANCE = 1e-4  # of a score, relative to it
 MAP_TOLERANCE = 1e-3  # of a pixel, relative to the map's highest value
@@ -59,7 +59,7 @@ def real_images(data: str | Path | Sequence[str | Path] | None, runtime: Runtime
     """Image files to compare with, those of a folder.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or a file is missing.
     """
     if data is None:
         return []
@@ -67,7 +67,10 @@ def real_images(data: str | Path | Sequence[str | Path] | None, runtime: Runtime
         if is_folder(Path(data)):
             return list_images(Path(data), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to compare with", True)
         data = [data]
-    return [Path(each) for each in data]
+    files = [Path(each) for each in data]
+    for file in files:
+        check_file(file)
+    return files
 
 
 def levels_of(path: Path, runtime: Runtime) -> np.ndarray:
