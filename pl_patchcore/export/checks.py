@@ -31,6 +31,8 @@ def _reasons(model: PatchCoreModel | EnsembleModel, transform: Preprocessing) ->
         yield "ensemble.combine test_range needs all images of a test set; nominal scores each by itself"
     if transform.marks:
         yield f"{transform.marks[0][0]} is in pixels of images of one size, and a file takes any; inspect uses it"
+    if transform.resize is not None and transform.resize_mode == "longer_side":
+        yield "resize_mode longer_side fills images up, and what is filled does not count, which a graph cannot tell"
     if transform.resize is not None and transform.resize_by == "tensors" and transform.size is None:
         yield "resize_mode shorter_side without a crop gives inputs of many shapes; set crop, and fit again"
     for member in model.members:

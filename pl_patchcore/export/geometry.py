@@ -1,7 +1,6 @@
 """Where an image goes, in a graph of open sizes: images -> the network's input; its map -> the image's pixels.
 
-Repeats `Preprocessing.geometry` and `anomaly_map.to_original` in tensors: all positions are whole numbers, or float64
-computed as there. Upsampling, the Gaussian and the way back are linear and act on each axis alone, so together they are
+Repeats `Preprocessing.geometry` and `anomaly_map.to_original` in tensors: all positions are whole numbers. Upsampling, the Gaussian and the way back are linear and act on each axis alone, so together they are
 one matrix an axis. Next: `runtime.py`.
 """
 
@@ -22,7 +21,7 @@ class Axis(NamedTuple):
 
     pixels: Any  # of the image
     fitted: Any  # pixels of the resized image
-    first: Any  # of these, the input's first; may be negative
+    first: Any  # of these, the input's first
     count: Any  # pixels of the input
 
 
@@ -60,21 +59,18 @@ class Frame(nn.Module):
         """Where the input lies in an image of some size."""
         given, pixels = self.transform, (height, width)
         sizes: list[Any] = [torch.full((), n, dtype=torch.int64) for n in pixels]
-        frame = fitted = sizes
+        fitted = sizes
         if given.resize is not None:
-            frame = fitted = list(_both(given.resize))
+            fitted = list(_both(given.resize))
             if given.resize_mode == "shorter_side":
                 short = torch.minimum(*sizes)
-                frame = fitted = [torch.div(frame[0] * n, short, rounding_mode="floor") for n in sizes]
-            elif given.resize_mode == "longer_side":
-                scale = torch.minimum(*(side / n.double() for side, n in zip(frame, sizes, strict=True)))
-                fitted = [(scale * n).round().long().clamp(min=1) for n in sizes]
+                fitted = [torch.div(fitted[0] * n, short, rounding_mode="floor") for n in sizes]
         step, found = given.crop_multiple or 1, []
-        window: Any = frame if given.resize is not None else pixels
-        window = window if given.crop is None else _both(given.crop)
-        for n, of, inner, count in zip(pixels, frame, fitted, window, strict=True):
-            first = 0 if given.resize is None and given.crop is None else _half(of - count) - _half(of - inner)
-            found.append(Axis(n, inner, first, count - count % step))
+        whole: Any = pixels if given.resize is None else fitted
+        window = whole if given.crop is None else _both(given.crop)
+        for n, of, count in zip(pixels, fitted, window, strict=True):
+            first = 0 if given.crop is None else _half(of - count)
+            found.append(Axis(n, of, first, count - count % step))
         return found[0], found[1]
 
 

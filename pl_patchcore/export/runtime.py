@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import top_mean
@@ -170,7 +171,7 @@ class Member(nn.Module):
         features = self.patch_features(pixels)
         batch, h, w, d = features.shape
         queries = features.reshape(batch * h * w, d) - self.centre
-        costs = self.halves - torch.matmul(queries, self.rows.T)  # (Q, M): half of (square - query's own square)
+        costs = self.halves - F.linear(queries, self.rows)  # (Q, M): half of (square - query's own square)
         if self.by_position:
             far = (self.at[:, None] - self.places).abs().amax(2) > self.reach[:, None]  # (h w, M)
             costs = torch.where(far, torch.inf, costs.reshape(batch, h * w, -1)).reshape(batch * h * w, -1)
@@ -185,7 +186,7 @@ class Member(nn.Module):
         worst = torch.arange(batch) * (h * w) + distances.argmax(1)
         scores, own, row = self.nearest(queries[worst], costs[worst], PROPOSED)
         if self.weighted:
-            company = self.rows[self.company[row].long()]  # (B, b, D)
+            company = F.embedding(F.embedding(row, self.company), self.rows)  # (B, b, D)
             beside = torch.linalg.vector_norm(queries[worst][:, None] - company, dim=2)
             shares = torch.exp(beside - own[:, None]).sum(1)
             scores = scores * (1 - 1 / shares).clamp(0, 1)
@@ -201,7 +202,7 @@ class Member(nn.Module):
         """
         count = min(self.k + more, self.rows.shape[0])
         proposed = costs.topk(count, dim=1, largest=False).indices  # (Q, n)
-        distance = torch.linalg.vector_norm(queries[:, None] - self.rows[proposed], dim=2)
+        distance = torch.linalg.vector_norm(queries[:, None] - F.embedding(proposed, self.rows), dim=2)
         if self.by_position:  # of rows out of reach
             distance = torch.where(costs.gather(1, proposed).isinf(), torch.inf, distance)
         near, order = distance.topk(self.k, dim=1, largest=False)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import pl_patchcore
+from pl_patchcore.counted import Counted
 from pl_patchcore.errors import UserError
 from pl_patchcore.export import onnx_file, parity
 from pl_patchcore.export.checks import check_exportable
@@ -78,8 +79,11 @@ def _by_model(module: PatchCore, runtime: Runtime) -> parity.Inspect:
     """Inspect what the file takes, by the model."""
     transform, settings = parity.remaining(runtime), Settings(module.image_threshold, module.pixel_threshold)
 
+    def score(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return module.judge(batch["image"], Counted.of(batch, torch.device("cpu")))
+
     def by_model(images: list[np.ndarray]) -> list[Inspection]:
-        found = inspect(images, transform, lambda batch: module.judge(batch["image"]), settings)
+        found = inspect(images, transform, score, settings)
         assert isinstance(found, list)
         return found
 
@@ -127,7 +131,6 @@ def _input(runtime: Runtime) -> str:
     how = {
         "squash": f"to {sides[0]}x{sides[1]} pixels (height x width), whatever their shape",
         "shorter_side": f"so that the shorter side has {sides[0]} pixels, the other rounded down",
-        "longer_side": f"to fit into {sides[0]}x{sides[1]} pixels (height x width), their edges repeated to fill it",
     }[transform.resize_mode]
     cut = "" if transform.crop is None else f", then the middle {_sides(transform.crop)} pixels cut out"
     multiple = transform.crop_multiple

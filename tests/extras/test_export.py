@@ -29,7 +29,6 @@ MODELS = {
     "shorter_side": {
         "resize": 56, "crop": (32, 48), "resize_mode": "shorter_side", "images": TENSORS | {"interpolation": "bicubic"},
     },
-    "longer_side": {"resize": (32, 48), "crop": None, "resize_mode": "longer_side", "images": TENSORS},
     "any size": {"resize": None, "crop": None, "sigma": 2.0, "images": {"crop_multiple": 8}},
     "crop": {"resize": None, "crop": (32, 48)},
     "official": {"num_neighbors": 3, "distance": "squared", "bank_dtype": "float16"},
@@ -44,16 +43,16 @@ MODELS = {
 SIZES = ((60, 60), (33, 300), (300, 48), (257, 128))
 
 
-def made(network=None, images=(8, 3, 32, 48), calibrated=True, **options):
+def made(network=None, shape=(8, 3, 32, 48), calibrated=True, **options):
     """A fitted model, and thresholds."""
     layers = options.pop("layers", ["fine", "coarse"])
     module = PatchCore(
         network or TinyBackbone(), layers, None, **({"resize": (32, 48), "crop": None, "coreset_ratio": 0.2} | options)
     )
-    fit(module.model, torch.rand(images, generator=torch.Generator().manual_seed(0)))
+    fit(module.model, torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     module.model.calibration.clear()
     if calibrated:
-        scores = module(torch.rand(40, *images[1:], generator=torch.Generator().manual_seed(1)))[0]
+        scores = module(torch.rand(40, *shape[1:], generator=torch.Generator().manual_seed(1)))[0]
         module.model.calibration.fill(scores, scores)
     return module
 
@@ -126,42 +125,46 @@ def test_transformer_of_timm(tmp_path):
     check(module, tmp_path / "m.onnx")
 
 
-def spoilt(change):
-    """Write a file, and change one of its constants."""
-    write = onnx_file.write_onnx
-
-    def writing(runtime, path):
-        write(runtime, path)
-        model = onnx.load(path)
-        change(model, {each.name: each for each in model.graph.initializer})
-        onnx.save(model, path)
-
-    return writing
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A model, and its graph as a file."""
+    module, path = made(), tmp_path_factory.mktemp("written") / "m.onnx"
+    module.export(path)
+    return module, path
 
 
 def move(tensor, by):
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(by), tensor.name))
 
 
-SPOILT = {
-    "score": lambda model, constants: move(constants["members.0.halves"], 1.001),
-    "map": lambda model, constants: move(constants["members.0.down"], 1.01),
-    "p-value": lambda model, constants: move(constants["verdict.scores"], 2.0),
-    "outputs": lambda model, constants: model.graph.output.pop(1),
-    "run": lambda model, constants: move(constants["members.0.across"], np.ones((2, 1, 1))),
+SPOILT = {  # what is wrong: a change of the graph, given its constants by name
+    "its score by": lambda model, constants: move(constants["members.0.rows"], 1.001),
+    "its map by": lambda model, constants: move(constants["members.0.down"], 1.01),
+    "its p-value is": lambda model, constants: move(constants["verdict.scores"], 2.0),
+    "its outputs are": lambda model, constants: model.graph.output.pop(1),
+    "does not run": lambda model, constants: move(constants["members.0.down"], np.ones((2, 1, 1))),
 }
-REASONS = {
-    "score": "its score by", "map": "its map by", "p-value": "its p-value is", "outputs": "its outputs are",
-    "run": "does not run|its map",
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("what", SPOILT)
-def test_a_file_that_differs_is_not_kept(what, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "write_onnx", spoilt(SPOILT[what]))
-    with pytest.raises(UserError, match=REASONS[what]):
-        made().export(tmp_path / "m.onnx")
+@pytest.mark.parametrize("reason", SPOILT)
+def test_a_file_that_differs_is_not_kept(reason, written, tmp_path, monkeypatch):
+    module, path = written
+
+    def spoilt(runtime, partial):
+        model = onnx.load(path)
+        SPOILT[reason](model, {each.name: each for each in model.graph.initializer})
+        onnx.save(model, partial)
+
+    monkeypatch.setattr(onnx_file, "write_onnx", spoilt)
+    with pytest.raises(UserError, match=reason):
+        module.export(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bank_is_once_in_the_file(written):
+    module, path = written
+    shapes = [sorted(each.dims) for each in onnx.load(path).graph.initializer]
+    assert shapes.count(sorted(module.bank_shape)) == 1
 
 
 @pytest.fixture(scope="module")
