@@ -1,7 +1,8 @@
 """Where an image goes, in a graph of open sizes: images -> the network's input; its map -> the image's pixels.
 
-Repeats `Preprocessing.geometry` and `anomaly_map.to_original` in tensors: all positions are whole numbers. Upsampling, the Gaussian and the way back are linear and act on each axis alone, so together they are
-one matrix an axis. Next: `runtime.py`.
+Repeats `Preprocessing.geometry` and `anomaly_map.to_original` in tensors: all positions are whole numbers. Upsampling,
+the Gaussian and the way back are linear and act on each axis alone, so together they are one matrix an axis. Next:
+`runtime.py`.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Verdict(nn.Module):
         """What ``outputs`` names, ``(B,)`` each."""
         found = [] if self.threshold is None else [scores > self.threshold]
         if self.calibrated:
-            at_least = (self.scores[None] >= scores[:, None]).sum(1)
+            at_least = (scores[:, None] <= self.scores).sum(1)
             found.append((1 + at_least).float() / (1 + self.scores.shape[0]))
         return found
 

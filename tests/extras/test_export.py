@@ -138,9 +138,9 @@ def move(tensor, by):
 
 
 SPOILT = {  # what is wrong: a change of the graph, given its constants by name
-    "its score by": lambda model, constants: move(constants["members.0.rows"], 1.001),
+    "its score by": lambda model, constants: move(constants["members.0.rows"], 1.01),
     "its map by": lambda model, constants: move(constants["members.0.down"], 1.01),
-    "its p-value is": lambda model, constants: move(constants["verdict.scores"], 2.0),
+    "its p-value is": lambda model, constants: move(constants["verdict.scores"], 100.0),
     "its outputs are": lambda model, constants: model.graph.output.pop(1),
     "does not run": lambda model, constants: move(constants["members.0.down"], np.ones((2, 1, 1))),
 }
