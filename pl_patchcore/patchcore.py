@@ -724,7 +724,7 @@ class PatchCore(L.LightningModule):
 
         Args:
             path: The file.
-            format: ``onnx``.
+            format: ``onnx`` or ``openvino``.
             data: Folder of images, or image files, to compare the file with the model on, beside noise.
 
         Returns:

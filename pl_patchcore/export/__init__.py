@@ -6,6 +6,7 @@ The way of an export, one file a stage::
     geometry.py      images (B, H, W, 3)      -> the network's input, and the way back to the image's pixels
     runtime.py       joins these with the model's parts: images -> scores, verdicts, p-values, maps, as one graph
     onnx_file.py     graph                    -> a file of ONNX, and a session that runs it
+    openvino_file.py the same, of OpenVINO
     parity.py        file, model, images      -> how far they differ; more than stated is refused
     write.py         all of it                -> a file, and what is known of it as JSON; command.py calls it
 """

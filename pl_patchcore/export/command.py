@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> None:
     """
     given: dict[str, Any] = vars(_parser().parse_args(words))
     checkpoint, kind, data = given["ckpt_path"], given["format"], given["data"]
-    output = Path(given["output"] or Path(checkpoint).with_suffix(FORMATS[kind]))
+    output = Path(given["output"] or Path(checkpoint).with_suffix(FORMATS[kind][0]))
     of_model = {name: value for name in _OF_MODEL if (value := given[f"model.{name}"]) is not None}
     module = PatchCore.load_from_checkpoint(checkpoint, **of_model)
     export(module, output, kind, data[0] if data and len(data) == 1 else data, checkpoint)

@@ -38,7 +38,7 @@ def require(packages: tuple[str, ...], extra: str) -> dict[str, str]:
     return {name: version(name) for name in packages}
 
 
-def write_onnx(runtime: Runtime, path: Path) -> None:
+def write(runtime: Runtime, path: Path) -> None:
     """Record the graph, and write it.
 
     Raises:
@@ -86,7 +86,7 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def tell_in_file(path: Path, told: Mapping[str, str]) -> None:
+def tell(told: Mapping[str, str], path: Path) -> None:
     """Put texts by name into a file's ``metadata_props``."""
     import onnx
 
@@ -95,16 +95,16 @@ def tell_in_file(path: Path, told: Mapping[str, str]) -> None:
     onnx.save(model, path)
 
 
-def onnx_session(path: Path) -> Run:
+def session(path: Path) -> Run:
     """Run a file on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_outputs()]
+    opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in opened.get_outputs()]
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(names, session.run(None, {INPUT: images}), strict=True))
+        return dict(zip(names, opened.run(None, {INPUT: images}), strict=True))
 
     return run

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 import pl_patchcore
 from pl_patchcore.counted import Counted
 from pl_patchcore.errors import UserError
-from pl_patchcore.export import onnx_file, parity
+from pl_patchcore.export import onnx_file, openvino_file, parity
 from pl_patchcore.export.checks import check_exportable
 from pl_patchcore.export.runtime import Runtime
 from pl_patchcore.files import whole_file
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pl_patchcore.patchcore import PatchCore
 
 log = logging.getLogger(__name__)
-FORMATS = {"onnx": ".onnx"}  # name of a format: ending of its file
+FORMATS = {"onnx": (".onnx",), "openvino": (".xml", ".bin")}  # name of a format: endings of its files
 
 
 def export(
@@ -40,7 +41,7 @@ def export(
     Args:
         module: The fitted model, on the CPU.
         path: The file; beside it, ``.json`` added to its name, goes what is known of it.
-        format: ``onnx``.
+        format: ``onnx``, or ``openvino``, whose weights go to a ``.bin`` beside the file.
         data: Folder of images, or image files, to compare with; None: noise alone.
         checkpoint: File that the model is from, whose hash is noted.
 
@@ -53,24 +54,27 @@ def export(
     if format not in FORMATS:
         raise UserError(f"format must be {' or '.join(FORMATS)}, got {format!r}.")
     path = Path(path)
-    if path.suffix != FORMATS[format]:
-        raise UserError(f"{path}: the name of a file of {format} ends with {FORMATS[format]}.")
-    versions = onnx_file.require(onnx_file.PACKAGES, format)
+    if path.suffix != FORMATS[format][0]:
+        raise UserError(f"{path}: the name of a file of {format} ends with {FORMATS[format][0]}.")
+    kind = onnx_file if format == "onnx" else openvino_file
+    versions = onnx_file.require(kind.PACKAGES, format)
     check_exportable(module.model, module.transform)
     runtime = Runtime(module.model, module.transform).eval()
     files = parity.real_images(data, runtime)
-    with whole_file(path) as partial:
+    with ExitStack() as made:
+        partial = [made.enter_context(whole_file(path.with_suffix(ending))) for ending in FORMATS[format]]
         log.info("export: recording the graph (half a minute for a large backbone).")
-        onnx_file.write_onnx(runtime, partial)
+        kind.write(runtime, *partial)
         log.info("export: comparing the file with the model on noise and %d images.", len(files))
-        found = parity.compare(onnx_file.onnx_session(partial), _by_model(module, runtime), runtime, files)
+        found = parity.compare(kind.session(*partial), _by_model(module, runtime), runtime, files)
         told = _told(module, runtime, checkpoint) | {"versions": _versions() | versions, "parity": found}
-        onnx_file.tell_in_file(partial, {name: _text(value) for name, value in told.items()})
-    with whole_file(path.with_name(f"{path.name}.json")) as partial:
-        partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        kind.tell({name: _text(value) for name, value in told.items()}, *partial)
+    with whole_file(path.with_name(f"{path.name}.json")) as beside:
+        beside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    size = sum(path.with_suffix(ending).stat().st_size for ending in FORMATS[format])
     log.info(
         "export: %s, %.1f MB; scores differ from the model's by at most %.1g of them, maps by %.1g, verdicts do not.",
-        *(path, path.stat().st_size / 1e6, found["score_difference"], found["map_difference"]),
+        *(path, size / 1e6, found["score_difference"], found["map_difference"]),
     )
     return told
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import timm
 import torch
@@ -57,10 +58,11 @@ def made(network=None, shape=(8, 3, 32, 48), calibrated=True, **options):
     return module
 
 
-def answers(path, images):
+def opened(path):
+    """What gives the answers of a file to a list of images."""
     session = onnxruntime.InferenceSession(path)
-    found = session.run(None, {"image": np.stack(images)})
-    return dict(zip([each.name for each in session.get_outputs()], found, strict=True))
+    names = [each.name for each in session.get_outputs()]
+    return lambda images: dict(zip(names, session.run(None, {"image": np.stack(images)}), strict=True))
 
 
 def pictures(size, number):
@@ -78,17 +80,17 @@ def ready(image, transform):
     return small[top : top + rows, left : left + columns]
 
 
-def check(module, path, sizes=SIZES, numbers=(1, 2, 7)):
+def check(module, run, sizes=SIZES, numbers=(1, 2, 7)):
     """Compare a file with the model, on images that the export has not seen."""
     in_file = module.transform.resize is None or module.transform.resize_by == "tensors"
     for size in sizes:
         for number in numbers:
             images = pictures(size, number)
             if in_file:
-                found, expected = answers(path, images), module.inspect(images)
+                found, expected = run(images), module.inspect(images)
                 scores, maps = ([getattr(each, of) for each in expected] for of in ("score", "anomaly_map"))
             else:
-                found = answers(path, [ready(image, module.transform) for image in images])
+                found = run([ready(image, module.transform) for image in images])
                 with torch.inference_mode():
                     scores, maps = module(torch.stack([module.transform(image) for image in images]))
             scores, maps = np.asarray(scores), np.asarray(maps)
@@ -107,13 +109,13 @@ def test_answers_are_those_of_the_model(name, tmp_path):
     module = made(**MODELS[name])
     told = module.export(tmp_path / "m.onnx")
     assert told["parity"]["score_difference"] < 1e-5
-    check(module, tmp_path / "m.onnx", ((64, 64), (40, 304), (304, 48)) if name == "any size" else SIZES)
+    check(module, opened(tmp_path / "m.onnx"), ((64, 64), (40, 304), (304, 48)) if name == "any size" else SIZES)
 
 
 def test_without_thresholds_there_is_no_verdict(tmp_path):
     module = made(calibrated=False)
     assert [*module.export(tmp_path / "m.onnx")["outputs"]] == ["score", "anomaly_map"]
-    check(module, tmp_path / "m.onnx", numbers=(1,))
+    check(module, opened(tmp_path / "m.onnx"), numbers=(1,))
     module.image_threshold = 0.5
     assert [*module.export(tmp_path / "m.onnx")["outputs"]] == ["score", "anomalous", "anomaly_map"]
 
@@ -122,7 +124,7 @@ def test_transformer_of_timm(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, img_size=(64, 96))
     module = made(network, (6, 3, 64, 96), layers=["blocks.0", "blocks.1"], resize=(64, 96), images=TENSORS)
     module.export(tmp_path / "m.onnx")
-    check(module, tmp_path / "m.onnx")
+    check(module, opened(tmp_path / "m.onnx"))
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_a_file_that_differs_is_not_kept(reason, written, tmp_path, monkeypatch)
         SPOILT[reason](model, {each.name: each for each in model.graph.initializer})
         onnx.save(model, partial)
 
-    monkeypatch.setattr(onnx_file, "write_onnx", spoilt)
+    monkeypatch.setattr(onnx_file, "write", spoilt)
     with pytest.raises(UserError, match=reason):
         module.export(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -183,7 +185,7 @@ def exported(tmp_path_factory):
 
 def test_command(exported, tmp_path):
     module, folder = exported
-    check(module, folder / "m.onnx", numbers=(1, 3))
+    check(module, opened(folder / "m.onnx"), numbers=(1, 3))
     told = json.loads((folder / "m.onnx.json").read_text())
     inside = {each.key: each.value for each in onnx.load(folder / "m.onnx").metadata_props}
     assert {name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()} == inside
@@ -209,6 +211,22 @@ def test_consumer_of_the_page_runs_without_torch(exported):
         assert found["score"] == pytest.approx(expected.score, rel=1e-4)
         assert found["anomalous"] == expected.anomalous
         assert found["p_value"] == pytest.approx(expected.p_value, abs=1.01 / 41)
+
+
+@pytest.mark.parametrize("name", ["shorter_side", "official"])
+def test_openvino(name, tmp_path):
+    module = made(**MODELS[name])
+    told = module.export(tmp_path / "m.xml", "openvino")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["m.bin", "m.xml", "m.xml.json"]
+    model = openvino.Core().read_model(tmp_path / "m.xml")
+    assert json.loads(model.get_rt_info(["framework", "parity"]).astype(str)) == told["parity"]
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(images):
+        found = compiled({"image": np.stack(images)})
+        return {each: found[each] for each in told["outputs"]}
+
+    check(module, run)
 
 
 def test_a_missing_image_is_told_before_work(tmp_path):
