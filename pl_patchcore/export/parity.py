@@ -31,6 +31,10 @@ SIDES = ((64, 96), (161, 97), (40, 333), (512, 384))  # pixels of noise, where a
 Inspect = Callable[[list[np.ndarray]], list[Inspection]]
 
 
+class Differs(UserError):
+    """A file's answers are not the model's."""
+
+
 class Difference(NamedTuple):
     """How far one answer of a file is from the model's."""
 
@@ -55,7 +59,7 @@ def noise(runtime: Runtime) -> Iterator[np.ndarray]:
         yield rng.integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-def real_images(data: str | Path | Sequence[str | Path] | None, runtime: Runtime) -> list[Path]:
+def image_files(data: str | Path | Sequence[str | Path] | None) -> list[Path]:
     """Image files to compare with, those of a folder.
 
     Raises:
@@ -101,7 +105,7 @@ def compare(run: Run, inspect: Inspect, runtime: Runtime, files: Sequence[Path])
         How many images were compared, and the largest differences, as plain values.
 
     Raises:
-        UserError: If they differ by more than the tolerances.
+        Differs: If they differ by more than the tolerances.
     """
     drawn, found = list(noise(runtime)), list[Difference]()
     scale = max(each.score for image in drawn for each in inspect([image]))
@@ -144,7 +148,7 @@ def _compared(
             found.append(difference(of_one, expected[i], runtime, scale))
             reason = _too_far(found[-1])
             if reason:
-                raise UserError(f"the exported file differs from the model on {name}: {reason}; it is not kept.")
+                raise Differs(f"the exported file differs from the model on {name}: {reason}; it is not kept.")
     return found
 
 

@@ -1,8 +1,10 @@
 """The whole way of an image as one graph: uint8 images -> anomaly scores, verdicts, p-values, anomaly maps.
 
-Search is exact in float32. Of patches with one neighbour the map needs the smallest distance only, which is a minimum
-over a product; rows of the memory bank are looked up for the worst patch of each image, where the product proposes a
-few and differences decide. The neighbours that equation 7 asks of each row are constants. Next: `onnx_file.py`.
+A product proposes a few rows of the memory bank, and differences decide: exact, but slow for all patches. Of patches
+with one neighbour the map needs the smallest distance only, which is a minimum over the product; rows are then looked
+up for the worst patch of each image alone. A float32 product does not tell distances that are tiny beside the patch
+features' lengths, of images with the very patches of the memory bank: for those there is ``look_up``. The neighbours
+that equation 7 asks of each row are constants. Next: `onnx_file.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.search.by_position import Places
 
-PROPOSED = 4  # rows of the bank beside those wanted, that a product proposes for the worst patch
+PROPOSED = 4  # rows of the bank beside those wanted, that a product proposes
 BLOCK = 4096  # rows whose neighbours are looked for at once
 
 
@@ -32,6 +34,7 @@ class Runtime(nn.Module):
     Args:
         model: The fitted model, whose parts it uses.
         transform: Its preprocessing.
+        look_up: Whether rows of the memory bank are looked up for all patches, by a float64 product.
 
     Attributes:
         frame: How images become the network's input.
@@ -42,7 +45,7 @@ class Runtime(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: PatchCoreModel | EnsembleModel, transform: Preprocessing) -> None:
+    def __init__(self, model: PatchCoreModel | EnsembleModel, transform: Preprocessing, look_up: bool = False) -> None:
         super().__init__()
         members, fixed = model.members, model.members[0].input_size.tolist()
         self.frame = Frame(transform)
@@ -50,7 +53,7 @@ class Runtime(nn.Module):
         fixed_size = (fixed[0], fixed[1]) if any(fixed) else only
         self.size = self.frame.size or (fixed_size if self.frame.whole else None)
         size = transform.size or self.size
-        self.members = nn.ModuleList(Member(each, size) for each in members)
+        self.members = nn.ModuleList(Member(each, size, look_up) for each in members)
         scale = model.scale.float() if isinstance(model, EnsembleModel) else torch.ones(1, dtype=torch.float32)
         self.scale: list[float] = scale.tolist()
         self.verdict = Verdict(model.calibration)
@@ -117,6 +120,7 @@ class Member(nn.Module):
     Args:
         model: The fitted model.
         size: Height and width of the input; None: any.
+        look_up: See `Runtime`.
     """
 
     rows: Tensor
@@ -129,16 +133,17 @@ class Member(nn.Module):
     down: Tensor
     across: Tensor
 
-    def __init__(self, model: PatchCoreModel, size: tuple[int, int] | None) -> None:
+    def __init__(self, model: PatchCoreModel, size: tuple[int, int] | None, look_up: bool) -> None:
         super().__init__()
         self.patch_features, self.scorer, self.size = model.patch_features, model.scorer, size
         bank = model.memory_bank
         features = bank.features.double()
         centre = features.mean(0)
         self.k = min(model.scorer.num_neighbors, bank.size)
+        self.look_up, self.product = look_up or self.k > 1, torch.float64 if look_up else torch.float32
         self.register_buffer("centre", centre.float())
         self.register_buffer("rows", (features - self.centre.double()).float())  # (M, D)
-        self.register_buffer("halves", (self.rows.double().square().sum(1) / 2).float())  # (M,)
+        self.register_buffer("halves", (self.rows.double().square().sum(1) / 2).to(self.product))  # (M,)
         b = min(model.scorer.reweighting_neighbors, bank.size)
         self.weighted = model.scorer.image_score == "max" and b > 1
         if self.weighted:
@@ -171,20 +176,22 @@ class Member(nn.Module):
         features = self.patch_features(pixels)
         batch, h, w, d = features.shape
         queries = features.reshape(batch * h * w, d) - self.centre
-        costs = self.halves - F.linear(queries, self.rows)  # (Q, M): half of (square - query's own square)
+        costs = self.halves - F.linear(
+            queries.to(self.product), self.rows.to(self.product)
+        )  # (Q, M): half of (square - query's own square)
         if self.by_position:
             far = (self.at[:, None] - self.places).abs().amax(2) > self.reach[:, None]  # (h w, M)
             costs = torch.where(far, torch.inf, costs.reshape(batch, h * w, -1)).reshape(batch * h * w, -1)
-        if self.k == 1:
+        if self.look_up:
+            distances = self.nearest(queries, costs)[0]
+        else:
             squares = queries.square().sum(1) + 2 * costs.amin(1)
             distances = self.scorer.in_units(squares.clamp(min=0).sqrt())
-        else:
-            distances = self.nearest(queries, costs, 0)[0]
         distances = distances.reshape(batch, h * w)
         if self.scorer.image_score == "top_mean":
             return top_mean(distances.reshape(batch, h, w), self.scorer.top_share), distances.reshape(batch, h, w)
         worst = torch.arange(batch) * (h * w) + distances.argmax(1)
-        scores, own, row = self.nearest(queries[worst], costs[worst], PROPOSED)
+        scores, own, row = self.nearest(queries[worst], costs[worst])
         if self.weighted:
             company = F.embedding(F.embedding(row, self.company), self.rows)  # (B, b, D)
             beside = torch.linalg.vector_norm(queries[worst][:, None] - company, dim=2)
@@ -192,15 +199,14 @@ class Member(nn.Module):
             scores = scores * (1 - 1 / shares).clamp(0, 1)
         return scores, distances.reshape(batch, h, w)
 
-    def nearest(self, queries: Tensor, costs: Tensor, more: int) -> tuple[Tensor, Tensor, Tensor]:
+    def nearest(self, queries: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Distances ``(Q,)`` as the score has them; Euclidean ones to the nearest row, and its number.
 
         Args:
             queries: Centred, ``(Q, D)``.
             costs: Of all rows, ``(Q, M)``.
-            more: Rows that are proposed beside those wanted.
         """
-        count = min(self.k + more, self.rows.shape[0])
+        count = min(self.k + PROPOSED, self.rows.shape[0])
         proposed = costs.topk(count, dim=1, largest=False).indices  # (Q, n)
         distance = torch.linalg.vector_norm(queries[:, None] - F.embedding(proposed, self.rows), dim=2)
         if self.by_position:  # of rows out of reach

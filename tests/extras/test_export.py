@@ -135,6 +135,19 @@ def written(tmp_path_factory):
     return module, path
 
 
+def test_images_with_the_patches_of_the_bank(tmp_path):
+    """Distances of 0 beside long patch features, which a float32 product does not tell."""
+    module = made(images=TENSORS, calibrated=False)
+    Image.new("RGB", (90, 60), (200, 40, 90)).save(tmp_path / "flat.png")
+    flat = module.model.patch_features(module.transform(tmp_path / "flat.png")[None]).reshape(-1, 20)
+    module.memory_bank.fill(torch.cat([flat[:60], 30 * torch.rand(40, 20)]))
+    images = [np.asarray(Image.open(tmp_path / "flat.png"))]
+    assert not module.export(tmp_path / "m.onnx")["rows_looked_up"]
+    told = module.export(tmp_path / "m.onnx", data=tmp_path)
+    assert told["rows_looked_up"]
+    assert np.nanmax(opened(tmp_path / "m.onnx")(images)["anomaly_map"]) < 1e-4
+
+
 def move(tensor, by):
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(by), tensor.name))
 
