@@ -137,8 +137,8 @@ def written(tmp_path_factory):
 
 def test_images_with_the_patches_of_the_bank(tmp_path):
     """Distances of 0 beside long patch features, which a float32 product does not tell."""
-    module = made(images=TENSORS, calibrated=False)
-    Image.new("RGB", (90, 60), (200, 40, 90)).save(tmp_path / "flat.png")
+    module = made(calibrated=False)
+    Image.new("RGB", (48, 32), (200, 40, 90)).save(tmp_path / "flat.png")
     flat = module.model.patch_features(module.transform(tmp_path / "flat.png")[None]).reshape(-1, 20)
     module.memory_bank.fill(torch.cat([flat[:60], 30 * torch.rand(40, 20)]))
     images = [np.asarray(Image.open(tmp_path / "flat.png"))]
