@@ -22,6 +22,7 @@ The way of an image, one file a stage::
     memory_bank_callback.py fits it on the encoder of a LightningModule of one's own, when that is trained
     metrics/            scores, maps, masks      -> AUROC, PRO and others
     report/             figures, maps            -> tables, pictures, files; files.py writes them whole
+    export/             a fitted model           -> a file that runs without this package
     cli.py              the command pl-patchcore; commands.py what needs no torch, option_errors.py wrong options
     benchmark.py        all categories of a data set; published.py what others had
 

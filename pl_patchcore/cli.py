@@ -1,6 +1,7 @@
 """The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update, calibrate and benchmark.
 
-Lightning's command line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings
+``export`` has neither data module nor Trainer, and is in `export/command.py`. The others are Lightning's command
+line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings
 the model's settings; what a user can put right, such as a misspelt option, is said in one line without a traceback;
 reports are written after test and predict. `commands.py` answers what needs no torch, `option_errors.py` words errors.
 """
@@ -231,7 +232,8 @@ class PatchCoreCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command that is called for, as setting each up takes a fifth of a second; all if it is none of them."""
         first = self.arguments[0]
-        return {name: _NO_OPTIONS for name in COMMANDS if first == name or first not in COMMANDS}
+        commands = [name for name in COMMANDS if name != "export"]
+        return {name: _NO_OPTIONS for name in commands if first == name or first not in commands}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with ``--config`` that raises its errors."""
@@ -479,6 +481,10 @@ def main(args: Sequence[str] | None = None) -> None:
         options = {word.partition("=")[0] for word in words}
         if words[0] == "benchmark" and "--datasets" in options and not options & {"-h", "--help", "--print_config"}:
             _benchmark_sets(words, verbose)
+        elif words[0] == "export":
+            from pl_patchcore.export.command import run  # not needed for anything else
+
+            run(words[1:])
         else:
             PatchCoreCLI(words, verbose)
     except UserError as error:

@@ -13,7 +13,7 @@ from typing import NoReturn
 import pl_patchcore
 
 HELP_INDENT = 10  # characters before what an option does
-COMMANDS = {  # name of a command, which is a method of `cli.Trainer`: what it does
+COMMANDS = {  # name of a command, which is a method of `cli.Trainer`, but for export: what it does
     "fit": "Fit a model on nominal images.",
     "validate": "Test a fitted model on the validation set.",
     "test": "Test a fitted model on nominal and anomalous images.",
@@ -22,6 +22,7 @@ COMMANDS = {  # name of a command, which is a method of `cli.Trainer`: what it d
     "update": "Add nominal images to a fitted model.",
     "calibrate": "Set a fitted model's thresholds from other nominal images.",
     "benchmark": "Fit and test on every category of a data set.",
+    "export": "Write a fitted model as one file that runs without this package.",
 }
 HELP = """\
 usage: pl-patchcore {{{names}}} [options]

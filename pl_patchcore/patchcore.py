@@ -719,6 +719,21 @@ class PatchCore(L.LightningModule):
         with whole_file(Path(path)) as partial:
             write_checkpoint(self, partial)
 
+    def export(self, path: str | Path, format: str = "onnx", data: Any = None) -> dict[str, Any]:
+        """Write a fitted model as one file that runs without this package: see `export.export`.
+
+        Args:
+            path: The file.
+            format: ``onnx`` or ``openvino``.
+            data: Folder of images, or image files, to compare the file with the model on, beside noise.
+
+        Returns:
+            What is known of the file.
+        """
+        from pl_patchcore.export import export
+
+        return export(self, path, format, data)
+
     def _saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but the frozen backbone, unless it is to be saved."""
         return {n: v for n, v in self.state_dict().items() if self.save_backbone or not is_frozen(n)}

@@ -562,11 +562,11 @@ def test_error_in_a_loader_process_is_one_line(capsys, config, tmp_path):
 
 
 def test_help(capsys):
-    commands = "{fit,validate,test,predict,run,update,calibrate,benchmark}"
+    commands = "{fit,validate,test,predict,run,update,calibrate,benchmark,export}"
     assert commands in error_of(capsys)
     main(["-v", "--help"])
     assert commands in capsys.readouterr().out
-    assert set(COMMANDS) == LightningCLI.subcommands().keys() | {"run", "update", "calibrate", "benchmark"}
+    assert set(COMMANDS) == LightningCLI.subcommands().keys() | {"run", "update", "calibrate", "benchmark", "export"}
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
 # what two cores without a network cannot run: several processes, a whole data set, hundreds of megabytes
 PARSED = ("benchmark", "trainer/ddp", "trainer/slurm", "differnet_train_filenames")
+ELSEWHERE = "deploy"  # a page whose Python tests/extras/test_export.py runs, as it needs another package
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of Lightning, about small data sets
     pytest.mark.slow,
@@ -60,7 +61,7 @@ def commands(page):
             yield words[1:]
 
 
-COMMAND_LINES = [(page, words) for page in PAGES for words in commands(page)]
+COMMAND_LINES = [(page, words) for page in PAGES for words in commands(page) if words[0] != "export"]
 PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
 
 
@@ -168,7 +169,9 @@ def names(there):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python") and page.stem != ELSEWHERE], ids=lambda page: page.stem
+)
 def test_python(page, names):
     """The pieces of a page run one after the other, as a reader would run them."""
     for code in blocks(page, "python"):

@@ -1,0 +1,60 @@
+"""The command ``pl-patchcore export``: a checkpoint -> a file that runs without this package."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pl_patchcore.commands import COMMANDS
+from pl_patchcore.errors import UserError
+from pl_patchcore.export.write import FORMATS, export
+from pl_patchcore.patchcore import PatchCore
+
+_OF_MODEL = ("weights", "image_threshold", "pixel_threshold", "false_alarm_rate")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises its errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"export: {message}; pl-patchcore export --help shows its options.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser("pl-patchcore export", description=COMMANDS["export"], allow_abbrev=False)
+    parser.add_argument("--ckpt_path", required=True, help="Checkpoint of the fitted model.")
+    parser.add_argument("--format", default="onnx", choices=list(FORMATS), help="Format of the file (default: onnx).")
+    parser.add_argument(
+        "--output", help="The file; by default beside the checkpoint, with its name. What is known of it goes to .json "
+        "beside it."
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", nargs="+", help="Folder of images, or image files, to compare the file with the model on, beside "
+        "noise."
+    )  # fmt: skip
+    parser.add_argument("--model.weights", help="Path of the backbone's weights, where they lie elsewhere.")
+    parser.add_argument("--model.image_threshold", type=float, help="Threshold for anomaly scores set by hand.")
+    parser.add_argument("--model.pixel_threshold", type=float, help="The same for anomaly maps.")
+    parser.add_argument(
+        "--model.false_alarm_rate", type=float, help="Share of nominal images, in (0, 1), that may exceed thresholds."
+    )
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """Export a checkpoint.
+
+    Args:
+        words: The command's options.
+
+    Raises:
+        UserError: If one is wrong, or as `export`.
+    """
+    given: dict[str, Any] = vars(_parser().parse_args(words))
+    checkpoint, kind, data = given["ckpt_path"], given["format"], given["data"]
+    output = Path(given["output"] or Path(checkpoint).with_suffix(FORMATS[kind][0]))
+    of_model = {name: value for name in _OF_MODEL if (value := given[f"model.{name}"]) is not None}
+    module = PatchCore.load_from_checkpoint(checkpoint, **of_model)
+    export(module, output, kind, data[0] if data and len(data) == 1 else data, checkpoint)

@@ -1,0 +1,127 @@
+"""Where an image goes, in a graph of open sizes: images -> the network's input; its map -> the image's pixels.
+
+Repeats `Preprocessing.geometry` and `anomaly_map.to_original` in tensors: all positions are whole numbers. Upsampling,
+the Gaussian and the way back are linear and act on each axis alone, so together they are one matrix an axis. Next:
+`runtime.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pl_patchcore.preprocessing import Preprocessing
+from pl_patchcore.resize import resized
+
+
+class Axis(NamedTuple):
+    """Where the network's input lies along one axis; numbers, dimensions of the graph, or int64 ``()``."""
+
+    pixels: Any  # of the image
+    fitted: Any  # pixels of the resized image
+    first: Any  # of these, the input's first
+    count: Any  # pixels of the input
+
+
+class Frame(nn.Module):
+    """Images as a camera gives them -> levels of the network's input.
+
+    Args:
+        transform: Preprocessing of the model.
+
+    Attributes:
+        ready: Whether images come resized and cropped, as Pillow's resize cannot be in a graph.
+        size: Height and width of the images that it takes; None: any.
+    """
+
+    def __init__(self, transform: Preprocessing) -> None:
+        super().__init__()
+        self.transform = transform
+        self.ready = transform.resize is not None and transform.resize_by == "pillow"
+        self.size = transform.size if self.ready else None
+        self.whole = self.ready or (transform.resize is None and transform.crop is None and not transform.crop_multiple)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[Axis, Axis] | None]:
+        """Levels float32 ``(B, 3, h, w)`` of images uint8 ``(B, H, W, 3)``, and where they lie; None: everywhere."""
+        if self.whole:
+            return images.permute(0, 3, 1, 2).float(), None
+        rows, columns = axes = self.axes(images.shape[1], images.shape[2])
+        if self.transform.resize is None:
+            for dim, axis in ((1, rows), (2, columns)):
+                images = images.index_select(dim, torch.arange(axis.count) + axis.first)
+            return images.permute(0, 3, 1, 2).float(), axes
+        size, first, count = ((getattr(rows, name), getattr(columns, name)) for name in ("fitted", "first", "count"))
+        return resized(images, size, first, count, self.transform.interpolation), axes
+
+    def axes(self, height: int, width: int) -> tuple[Axis, Axis]:
+        """Where the input lies in an image of some size."""
+        given, pixels = self.transform, (height, width)
+        sizes: list[Any] = [torch.full((), n, dtype=torch.int64) for n in pixels]
+        fitted = sizes
+        if given.resize is not None:
+            fitted = list(_both(given.resize))
+            if given.resize_mode == "shorter_side":
+                short = torch.minimum(*sizes)
+                fitted = [torch.div(fitted[0] * n, short, rounding_mode="floor") for n in sizes]
+        step, found = given.crop_multiple or 1, []
+        whole: Any = pixels if given.resize is None else fitted
+        window = whole if given.crop is None else _both(given.crop)
+        for n, of, count in zip(pixels, fitted, window, strict=True):
+            first = 0 if given.crop is None else _half(of - count)
+            found.append(Axis(n, of, first, count - count % step))
+        return found[0], found[1]
+
+
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _half(number: int | Tensor) -> int | Tensor:
+    """Half of a whole number, rounded; halves to the even one, as Python does."""
+    return (number.double() / 2).round().long() if isinstance(number, Tensor) else round(number / 2)
+
+
+def map_matrix(pixels: int, cells: int, sigma: float) -> Tensor:
+    """What `anomaly_map` does along one axis: bilinear upsampling, then the Gaussian, float32 ``(pixels, cells)``.
+
+    Args:
+        pixels: Of the map; it and ``cells`` may be dimensions of a graph.
+        cells: Of the grid of patches.
+        sigma: Standard deviation, pixels; 0: no Gaussian.
+
+    Example:
+        >>> map_matrix(4, 2, 0).tolist()
+        [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
+    upsampled = _between((2 * torch.arange(pixels) + 1) * cells, 2 * pixels, cells)
+    if sigma == 0:
+        return upsampled
+    radius = int(4 * sigma + 0.5)
+    turn = torch.full((), 2 * pixels, dtype=torch.int64)
+    place = torch.arange(-radius, pixels + radius).remainder(turn)  # the edge is repeated, as in `smoothed`
+    place = torch.minimum(place, turn - 1 - place)
+    weights = torch.exp(torch.arange(-radius, radius + 1).double().square() / (-2 * sigma**2))
+    kernel = (weights / weights.sum()).float()[None, None]
+    return F.conv1d(upsampled[place].T[:, None], kernel)[:, 0].T
+
+
+def back_matrix(axis: Axis) -> tuple[Tensor, Tensor]:
+    """From a map of the input to the image's pixels along one axis: ``(pixels, count)``; which lie in the crop, bool.
+
+    Example:
+        >>> matrix, inside = back_matrix(Axis(pixels=4, fitted=4, first=1, count=2))
+        >>> matrix.tolist(), inside.tolist()
+        ([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], [False, True, True, False])
+    """
+    place = (2 * torch.arange(axis.pixels) + 1) * axis.fitted - 2 * axis.first * axis.pixels
+    unit = 2 * axis.pixels
+    return _between(place, unit, axis.count), (place >= 0) & (place <= unit * axis.count)
+
+
+def _between(place: Tensor, unit: int, cells: int) -> Tensor:
+    """Weights of cells around places on their axis, which are whole numbers of 1 / ``unit``: ``(n, cells)``."""
+    at = (place.double() / unit - 0.5).clamp(min=0).minimum(torch.full((), cells, dtype=torch.float64) - 1)
+    return (1 - (at[:, None] - torch.arange(cells)).abs()).clamp(min=0).float()

@@ -1,0 +1,110 @@
+"""Graph -> a file of ONNX, what is told in it, and a session of onnxruntime that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pl_patchcore.errors import UserError
+from pl_patchcore.export.runtime import Runtime
+from pl_patchcore.weights_file import first_line
+
+INPUT = "image"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+EXAMPLE = 224  # pixels of a side that the graph is recorded with, where any will do
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # images uint8 (B, H, W, 3) -> outputs by name
+
+
+def require(packages: tuple[str, ...], extra: str) -> dict[str, str]:
+    """Versions of packages that an export needs.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    for name in packages:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(f"this export needs {name}: pip install 'pl-patchcore[{extra}]'.") from error
+    return {name: version(name) for name in packages}
+
+
+def write(runtime: Runtime, path: Path) -> None:
+    """Record the graph, and write it.
+
+    Raises:
+        UserError: If the backbone cannot be recorded.
+    """
+    size = runtime.size or _any_size(runtime)
+    example = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8)  # of a batch of 1, 1 would be taken for fixed
+    open_axes = dict.fromkeys(range(1 if runtime.size else 3), torch.export.Dim.DYNAMIC)
+    try:
+        with _quiet(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                runtime, (example,), dynamo=True, dynamic_shapes=(open_axes,), verbose=False,
+                input_names=[INPUT], output_names=runtime.outputs,
+            )  # fmt: skip
+    except Exception as error:  # of torch's and onnx's own many kinds
+        cause = error
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        any_size = "" if runtime.size else "; resize and crop give its images one size, at which more backbones can be"
+        raise UserError(f"the graph of this model cannot be recorded ({first_line(cause)}){any_size}.") from error
+    program.save(path)
+
+
+def _any_size(runtime: Runtime) -> tuple[int, int]:
+    """A height and width that differ, and are larger than the network's input where that has one size."""
+    given = runtime.frame.transform.size or (0, 0)
+    step = runtime.multiple
+    rows, columns = (-(-(EXAMPLE + more + side) // step) * step for side, more in zip(given, (0, 64), strict=True))
+    return rows, columns
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what the exporter says of itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def tell(told: Mapping[str, str], path: Path) -> None:
+    """Put texts by name into a file's ``metadata_props``."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, dict(told))
+    onnx.save(model, path)
+
+
+def session(path: Path) -> Run:
+    """Run a file on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in opened.get_outputs()]
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, opened.run(None, {INPUT: images}), strict=True))
+
+    return run

@@ -1,0 +1,192 @@
+"""File, model, images -> how far the file's answers differ from the model's; more than stated is refused.
+
+Each image is scored alone, and in a batch of three with its mirror images; so is noise of several sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pl_patchcore.calibration import p_values
+from pl_patchcore.data.files import IMAGE_SUFFIXES, is_folder, list_images
+from pl_patchcore.errors import UserError
+from pl_patchcore.export.onnx_file import Run
+from pl_patchcore.export.runtime import Runtime
+from pl_patchcore.inspection import Inspection
+from pl_patchcore.preprocessing import Preprocessing, check_file
+
+SCORE_TOLERANCE = 1e-4  # of a score, relative to it
+MAP_TOLERANCE = 1e-3  # of a pixel, relative to the map's highest value
+LEAST_SCORE = 0.01  # share of what noise scores; below it, differences count relative to that
+LEAST_PEAK = 0.1  # the same of maps, whose small values float32 tells less well
+TINY = float(np.finfo(np.float32).tiny)  # where all scores are 0
+SIDES = ((64, 96), (161, 97), (40, 333), (512, 384))  # pixels of noise, where any size will do
+Inspect = Callable[[list[np.ndarray]], list[Inspection]]
+
+
+class Differs(UserError):
+    """A file's answers are not the model's."""
+
+
+class Difference(NamedTuple):
+    """How far one answer of a file is from the model's."""
+
+    score: float  # share of the score
+    pixel: float  # largest of the map, share of the map's highest value
+    verdict: bool  # whether it is another one, of a score farther from the threshold than the tolerance
+    wrong: str  # what else is wrong; empty: nothing
+
+
+def noise(runtime: Runtime) -> Iterator[np.ndarray]:
+    """Images uint8 ``(H, W, 3)`` of noise, of each size that is tried."""
+    rng = np.random.default_rng(0)
+    given, transform = runtime.size, runtime.frame.transform
+    sizes: Iterable[Any] = SIDES
+    if given is not None:
+        sizes = [given] * 2
+    elif transform.resize is None:  # no smaller than the crop, and what the network takes
+        step = runtime.multiple
+        least = transform.size or (0, 0)
+        sizes = [[-(-(side + low) // step) * step for side, low in zip(each, least, strict=True)] for each in SIDES]
+    for size in sizes:
+        yield rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def image_files(data: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    """Image files to compare with, those of a folder.
+
+    Raises:
+        UserError: If there is none, or a file is missing.
+    """
+    if data is None:
+        return []
+    if isinstance(data, str | Path):
+        if is_folder(Path(data)):
+            return list_images(Path(data), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to compare with", True)
+        data = [data]
+    files = [Path(each) for each in data]
+    for file in files:
+        check_file(file)
+    return files
+
+
+def levels_of(path: Path, runtime: Runtime) -> np.ndarray:
+    """An image file as the exported file takes it, uint8 ``(H, W, 3)``."""
+    transform = runtime.frame.transform
+    image = transform.read(path)
+    if not runtime.frame.ready:
+        return np.array(image)
+    return replace(transform, levels=True).apply(image)["image"].permute(1, 2, 0).contiguous().numpy()
+
+
+def remaining(runtime: Runtime) -> Preprocessing:
+    """What the model has to do with the images that the file takes."""
+    transform = runtime.frame.transform
+    return replace(transform, resize=None, crop=None, crop_multiple=None) if runtime.frame.ready else transform
+
+
+def compare(run: Run, inspect: Inspect, runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
+    """Run a file and the model on noise and on image files.
+
+    Args:
+        run: Runs the file.
+        inspect: Inspects images by the model, with `remaining` as preprocessing.
+        runtime: What the file is of.
+        files: Image files.
+
+    Returns:
+        How many images were compared, and the largest differences, as plain values.
+
+    Raises:
+        Differs: If they differ by more than the tolerances.
+    """
+    drawn, found = list(noise(runtime)), list[Difference]()
+    scale = max(each.score for image in drawn for each in inspect([image]))
+    every: list[np.ndarray | Path] = [*drawn, *files]
+    for image in tqdm(every, "Comparing the file with the model", delay=2, leave=False, unit=" images"):
+        if isinstance(image, Path):
+            found += _compared(run, inspect, runtime, str(image), levels_of(image, runtime), scale)
+        else:
+            found += _compared(run, inspect, runtime, f"noise of {_sides(image)} pixels", image, scale)
+    return {
+        "images": len(files),
+        "noise": [_sides(image) for image in drawn],
+        "batches": [1, 3],
+        "score_difference": max(each.score for each in found),
+        "score_tolerance": SCORE_TOLERANCE,
+        "map_difference": max(each.pixel for each in found),
+        "map_tolerance": MAP_TOLERANCE,
+        "changed_verdicts": 0,
+    }
+
+
+def _sides(image: np.ndarray) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+def _compared(
+    run: Run, inspect: Inspect, runtime: Runtime, name: str, image: np.ndarray, scale: float
+) -> list[Difference]:
+    """Compare an image alone and in a batch; refuse what differs too much."""
+    batch = [image, np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(image[::-1])]
+    expected, found = inspect(batch), list[Difference]()
+    for part in (batch[:1], batch):
+        try:
+            outputs = run(np.stack(part))
+        except Exception as error:  # of the runtime's many kinds
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"the exported file does not run on {name} ({reason}); it is not kept.") from error
+        for i in range(len(part)):
+            of_one = {key: value[i] for key, value in outputs.items()}
+            found.append(difference(of_one, expected[i], runtime, scale))
+            reason = _too_far(found[-1])
+            if reason:
+                raise Differs(f"the exported file differs from the model on {name}: {reason}; it is not kept.")
+    return found
+
+
+def difference(outputs: dict[str, np.ndarray], expected: Inspection, runtime: Runtime, scale: float) -> Difference:
+    """Compare the outputs for one image with the model's.
+
+    Args:
+        outputs: By name, without the batch.
+        expected: What the model says.
+        runtime: What the file is of.
+        scale: Score of noise.
+    """
+    if list(outputs) != runtime.outputs:
+        return Difference(np.inf, np.inf, False, f"its outputs are {', '.join(outputs)}")
+    score, heat, verdict = float(outputs["score"]), outputs["anomaly_map"], runtime.verdict
+    away = abs(score - expected.score) / max(abs(expected.score), LEAST_SCORE * scale, TINY)
+    theirs = expected.anomaly_map
+    if heat.shape != theirs.shape or (np.isnan(heat) != np.isnan(theirs)).any():
+        return Difference(away, np.inf, False, "its map counts other pixels")
+    peak = max(float(np.nanmax(np.abs(theirs))), LEAST_PEAK * scale, TINY)
+    pixel = float(np.nanmax(np.abs(heat - theirs))) / peak
+    changed, wrong = False, ""
+    if verdict.threshold is not None:
+        near = abs(expected.score - verdict.threshold) <= SCORE_TOLERANCE * verdict.threshold
+        changed = bool(outputs["anomalous"]) != expected.anomalous and not near
+    if verdict.calibrated:
+        own = float(p_values(torch.tensor([score], dtype=torch.float32), verdict.scores)[0])
+        if not abs(float(outputs["p_value"]) - own) <= SCORE_TOLERANCE:
+            wrong = f"its p-value is {float(outputs['p_value']):.4g} for {own:.4g}"
+    return Difference(away, pixel, changed, wrong)
+
+
+def _too_far(found: Difference) -> str:
+    """Why a difference is too large; empty if it is not. NaN is."""
+    if found.wrong:
+        return found.wrong
+    if not found.score <= SCORE_TOLERANCE:
+        return f"its score by {found.score:.2g} of it, and {SCORE_TOLERANCE:g} is allowed"
+    if not found.pixel <= MAP_TOLERANCE:
+        return f"its map by {found.pixel:.2g} of the highest value, and {MAP_TOLERANCE:g} is allowed"
+    return "its verdict is another" if found.verdict else ""

@@ -1,0 +1,248 @@
+"""Exported files: their answers are the model's, run without torch; one that differs is not kept."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import timm
+import torch
+from networks import TinyBackbone
+from PIL import Image
+from test_model import fit
+
+from pl_patchcore import PatchCore, UserError
+from pl_patchcore.cli import main
+from pl_patchcore.export import export, onnx_file
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter itself
+PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
+TENSORS = {"resize_by": "tensors"}
+MODELS = {
+    "ready": {"resize": (40, 56), "crop": (32, 48)},
+    "squash": {"resize": (40, 56), "crop": (32, 48), "images": TENSORS},
+    "shorter_side": {
+        "resize": 56, "crop": (32, 48), "resize_mode": "shorter_side", "images": TENSORS | {"interpolation": "bicubic"},
+    },
+    "any size": {"resize": None, "crop": None, "sigma": 2.0, "images": {"crop_multiple": 8}},
+    "crop": {"resize": None, "crop": (32, 48)},
+    "official": {"num_neighbors": 3, "distance": "squared", "bank_dtype": "float16"},
+    "top mean": {
+        "image_score": "top_mean", "top_share": 0.1, "normalize_features": True, "distance": "half_squared",
+    },
+    "ensemble": {"ensemble": {"members": [{"layers": ["fine"]}, {"layers": ["coarse"], "num_neighbors": 2}]}},
+    "all": {"coreset_method": "none"},
+    "random": {"coreset_method": "random", "coreset_size": 1, "reweighting_neighbors": 1},
+    "position": {"position_radius": 1, "num_neighbors": 2},
+}  # fmt: skip
+SIZES = ((60, 60), (33, 300), (300, 48), (257, 128))
+
+
+def made(network=None, shape=(8, 3, 32, 48), calibrated=True, **options):
+    """A fitted model, and thresholds."""
+    layers = options.pop("layers", ["fine", "coarse"])
+    module = PatchCore(
+        network or TinyBackbone(), layers, None, **({"resize": (32, 48), "crop": None, "coreset_ratio": 0.2} | options)
+    )
+    fit(module.model, torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    module.model.calibration.clear()
+    if calibrated:
+        scores = module(torch.rand(40, *shape[1:], generator=torch.Generator().manual_seed(1)))[0]
+        module.model.calibration.fill(scores, scores)
+    return module
+
+
+def opened(path):
+    """What gives the answers of a file to a list of images."""
+    session = onnxruntime.InferenceSession(path)
+    names = [each.name for each in session.get_outputs()]
+    return lambda images: dict(zip(names, session.run(None, {"image": np.stack(images)}), strict=True))
+
+
+def pictures(size, number):
+    """Structure of several scales, of levels 0 to 255."""
+    rng = np.random.default_rng(sum(size))
+    small = rng.integers(0, 256, (number, 9, 7, 3), dtype=np.uint8)
+    return [np.asarray(Image.fromarray(each).resize(size[::-1])) for each in small]
+
+
+def ready(image, transform):
+    """An image resized and cropped by Pillow, as someone without this package does it."""
+    (height, width), (rows, columns) = transform.resize, transform.crop or transform.resize
+    top, left = (height - rows) // 2, (width - columns) // 2
+    small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return small[top : top + rows, left : left + columns]
+
+
+def check(module, run, sizes=SIZES, numbers=(1, 2, 7)):
+    """Compare a file with the model, on images that the export has not seen."""
+    in_file = module.transform.resize is None or module.transform.resize_by == "tensors"
+    for size in sizes:
+        for number in numbers:
+            images = pictures(size, number)
+            if in_file:
+                found, expected = run(images), module.inspect(images)
+                scores, maps = ([getattr(each, of) for each in expected] for of in ("score", "anomaly_map"))
+            else:
+                found = run([ready(image, module.transform) for image in images])
+                with torch.inference_mode():
+                    scores, maps = module(torch.stack([module.transform(image) for image in images]))
+            scores, maps = np.asarray(scores), np.asarray(maps)
+            np.testing.assert_allclose(found["score"], scores, rtol=1e-5)
+            np.testing.assert_allclose(found["anomaly_map"], maps, rtol=0, atol=1e-4 * np.nanmax(maps))
+            assert ("anomalous" in found) == (module.image_threshold is not None)
+            if "anomalous" in found:
+                verdicts = module.model.calibration.verdicts(torch.from_numpy(scores))
+                near = np.abs(scores / module.image_threshold - 1) < 1e-5
+                assert ((found["anomalous"] == verdicts["anomalous"].numpy()) | near).all()
+                np.testing.assert_allclose(found["p_value"], verdicts["p_value"], atol=1.01 / 41)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_the_model(name, tmp_path):
+    module = made(**MODELS[name])
+    told = module.export(tmp_path / "m.onnx")
+    assert told["parity"]["score_difference"] < 1e-5
+    check(module, opened(tmp_path / "m.onnx"), ((64, 64), (40, 304), (304, 48)) if name == "any size" else SIZES)
+
+
+def test_without_thresholds_there_is_no_verdict(tmp_path):
+    module = made(calibrated=False)
+    assert [*module.export(tmp_path / "m.onnx")["outputs"]] == ["score", "anomaly_map"]
+    check(module, opened(tmp_path / "m.onnx"), numbers=(1,))
+    module.image_threshold = 0.5
+    assert [*module.export(tmp_path / "m.onnx")["outputs"]] == ["score", "anomalous", "anomaly_map"]
+
+
+def test_transformer_of_timm(tmp_path):
+    network = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2, img_size=(64, 96))
+    module = made(network, (6, 3, 64, 96), layers=["blocks.0", "blocks.1"], resize=(64, 96), images=TENSORS)
+    module.export(tmp_path / "m.onnx")
+    check(module, opened(tmp_path / "m.onnx"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A model, and its graph as a file."""
+    module, path = made(), tmp_path_factory.mktemp("written") / "m.onnx"
+    module.export(path)
+    return module, path
+
+
+def test_images_with_the_patches_of_the_bank(tmp_path):
+    """Distances of 0 beside long patch features, which a float32 product does not tell."""
+    module = made(calibrated=False)
+    Image.new("RGB", (48, 32), (200, 40, 90)).save(tmp_path / "flat.png")
+    flat = module.model.patch_features(module.transform(tmp_path / "flat.png")[None]).reshape(-1, 20)
+    module.memory_bank.fill(torch.cat([flat[:60], 30 * torch.rand(40, 20)]))
+    images = [np.asarray(Image.open(tmp_path / "flat.png"))]
+    assert not module.export(tmp_path / "m.onnx")["rows_looked_up"]
+    told = module.export(tmp_path / "m.onnx", data=tmp_path)
+    assert told["rows_looked_up"]
+    assert np.nanmax(opened(tmp_path / "m.onnx")(images)["anomaly_map"]) < 1e-4
+
+
+def move(tensor, by):
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(by), tensor.name))
+
+
+SPOILT = {  # what is wrong: a change of the graph, given its constants by name
+    "its score by": lambda model, constants: move(constants["members.0.rows"], 1.01),
+    "its map by": lambda model, constants: move(constants["members.0.down"], 1.01),
+    "its p-value is": lambda model, constants: move(constants["verdict.scores"], 100.0),
+    "its outputs are": lambda model, constants: model.graph.output.pop(1),
+    "does not run": lambda model, constants: move(constants["members.0.down"], np.ones((2, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("reason", SPOILT)
+def test_a_file_that_differs_is_not_kept(reason, written, tmp_path, monkeypatch):
+    module, path = written
+
+    def spoilt(runtime, partial):
+        model = onnx.load(path)
+        SPOILT[reason](model, {each.name: each for each in model.graph.initializer})
+        onnx.save(model, partial)
+
+    monkeypatch.setattr(onnx_file, "write", spoilt)
+    with pytest.raises(UserError, match=reason):
+        module.export(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bank_is_once_in_the_file(written):
+    module, path = written
+    shapes = [sorted(each.dims) for each in onnx.load(path).graph.initializer]
+    assert shapes.count(sorted(module.bank_shape)) == 1
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A checkpoint of a real network, exported by the command; images."""
+    folder = tmp_path_factory.mktemp("exported")
+    layers = ["features.6", "features.13"]
+    module = made("mobilenet_v2", (6, 3, 64, 80), layers=layers, resize=(72, 96), crop=(64, 80))
+    module.save(folder / "m.ckpt")
+    (folder / "images" / "inner").mkdir(parents=True)
+    for number, size in enumerate(SIZES):
+        Image.fromarray(pictures(size, 1)[0]).save(folder / "images" / "inner" / f"{number}.png")
+    main(["export", "--ckpt_path", str(folder / "m.ckpt"), "--data", str(folder / "images")])
+    return module, folder
+
+
+def test_command(exported, tmp_path):
+    module, folder = exported
+    check(module, opened(folder / "m.onnx"), numbers=(1, 3))
+    told = json.loads((folder / "m.onnx.json").read_text())
+    inside = {each.key: each.value for each in onnx.load(folder / "m.onnx").metadata_props}
+    assert {name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()} == inside
+    assert told["parity"]["images"] == 4
+    assert told["image_threshold"] == module.image_threshold
+    assert told["model"] == module.model.identity
+    assert "resized by Pillow's Image.resize with Resampling.BILINEAR to 72x96 pixels" in told["input"]
+    options = ["--ckpt_path", str(folder / "m.ckpt"), "--output", str(tmp_path / "other.onnx")]
+    main(["export", *options, "--model.image_threshold", "0.25", "--data", str(folder / "images" / "inner" / "0.png")])
+    assert json.loads((tmp_path / "other.onnx.json").read_text())["image_threshold"] == 0.25
+
+
+def test_consumer_of_the_page_runs_without_torch(exported):
+    module, folder = exported
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    files = sorted((folder / "images" / "inner").iterdir())
+    banned = "import sys; sys.modules['torch'] = sys.modules['pl_patchcore'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", banned + code, folder / "m.onnx", *files], capture_output=True, text=True, check=True
+    )
+    for line, expected in zip(done.stdout.splitlines(), module.inspect(files), strict=True):
+        found = json.loads(line)
+        assert found["score"] == pytest.approx(expected.score, rel=1e-4)
+        assert found["anomalous"] == expected.anomalous
+        assert found["p_value"] == pytest.approx(expected.p_value, abs=1.01 / 41)
+
+
+@pytest.mark.parametrize("name", ["shorter_side", "official"])
+def test_openvino(name, tmp_path):
+    module = made(**MODELS[name])
+    told = module.export(tmp_path / "m.xml", "openvino")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["m.bin", "m.xml", "m.xml.json"]
+    model = openvino.Core().read_model(tmp_path / "m.xml")
+    assert json.loads(model.get_rt_info(["framework", "parity"]).astype(str)) == told["parity"]
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(images):
+        found = compiled({"image": np.stack(images)})
+        return {each: found[each] for each in told["outputs"]}
+
+    check(module, run)
+
+
+def test_a_missing_image_is_told_before_work(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.png: no such file"):
+        export(made(), tmp_path / "m.onnx", data=[tmp_path / "nothing.png"])
+    assert not list(tmp_path.iterdir())
