@@ -1,13 +1,14 @@
 # make demo         create .venv, install, fit and test on generated images (offline)
 # make test         the same set-up, then the test suite
 # make check        lint, types and the fast tests: what to run after each change
-# make test-extras  tests with other people's packages (timm, transformers, ONNX, MLflow), in an environment of their own,
+# make test-extras  tests with other people's packages (timm, transformers, ONNX, MLflow), on top of .venv,
 #                   and of report.html in a browser, which root gets by apt-get; they skip where there is none
 # make test-oldest  the fast tests with the oldest versions that pyproject.toml allows, in an environment of their own
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := .venv-extras/bin
 OLDEST := .venv-oldest/bin
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .PHONY: demo test check test-extras test-oldest chromium lint format bench clean
 
@@ -20,8 +21,10 @@ OLDEST := .venv-oldest/bin
 	$(BIN)/pip install --quiet --editable ".[test,lint]"
 	@touch $@
 
-.venv-extras/.installed: pyproject.toml
-	$(PYTHON) -m venv .venv-extras
+# it sees the packages of .venv: torch, with CUDA, takes 6 GB of disk
+.venv-extras/.installed: .venv/.dev
+	$(PYTHON) -m venv --clear .venv-extras
+	$(BIN)/python $(PACKAGES) > "$$($(EXTRAS)/python $(PACKAGES))/base.pth"
 	$(EXTRAS)/pip install --quiet --editable ".[test,extras]"
 	@touch $@
 
@@ -41,7 +44,7 @@ check: lint
 	$(BIN)/pytest -n auto -m "not slow"
 
 test-extras: .venv-extras/.installed chromium
-	$(EXTRAS)/pytest tests/extras
+	$(EXTRAS)/python -m pytest tests/extras
 
 # newer packages below the old ones have deprecated what these use
 test-oldest: .venv-oldest/.installed
