@@ -107,10 +107,10 @@ class AnomalyScorer(nn.Module):
             UserError: If no patch of an image counts.
         """
         parts: list[_Part] = []
-        inside: _Inside | None = None
+        inside: Inside | None = None
         for band in bands:
             if counted is not None and inside is None:
-                inside = self._inside(counted, band.rows, band.features.shape[2])
+                inside = self.inside(counted, band.rows, band.features.shape[2])
             parts.append(self._compared(band, bank, inside))
         distances = torch.cat([part.distances for part in parts], 1)  # (B, h, w)
         if self.image_score == "top_mean":
@@ -129,14 +129,14 @@ class AnomalyScorer(nn.Module):
             return scores, anomaly_map(distances, size, self.sigma)
         return scores, anomaly_map(continued(distances, inside.valid), size, self.sigma, pixels)
 
-    def _inside(self, counted: Counted, h: int, w: int) -> _Inside:
+    def inside(self, counted: Counted, h: int, w: int) -> Inside:
         """Which patches of a grid count."""
         if self.top_share_of == "scored":
             inside = counted.patches(h, w)
-            return _Inside(inside, inside)
-        return _Inside(counted.at(h, w), counted.whole().patches(h, w))
+            return Inside(inside, inside)
+        return Inside(counted.at(h, w), counted.whole().patches(h, w))
 
-    def _compared(self, band: Band, bank: MemoryBank | ForeignRows, inside: _Inside | None) -> _Part:
+    def _compared(self, band: Band, bank: MemoryBank | ForeignRows, inside: Inside | None) -> _Part:
         """Compare a band of patches with the memory bank."""
         features, top, whole = band
         b, h, w, d = features.shape
@@ -158,7 +158,7 @@ class AnomalyScorer(nn.Module):
         return _Part(distances.view(b, h, w), star, flat[position], rows[position])
 
 
-class _Inside(NamedTuple):
+class Inside(NamedTuple):
     """Which patches count, bool ``(B, h, w)`` each."""
 
     compared: Tensor  # with the memory bank

@@ -719,20 +719,21 @@ class PatchCore(L.LightningModule):
         with whole_file(Path(path)) as partial:
             write_checkpoint(self, partial)
 
-    def export(self, path: str | Path, format: str = "onnx", data: Any = None) -> dict[str, Any]:
+    def export(self, path: str | Path, format: str = "onnx", data: Any = None, **options: Any) -> dict[str, Any]:
         """Write a fitted model as one file that runs without this package: see `export.export`.
 
         Args:
             path: The file.
             format: ``onnx`` or ``openvino``.
             data: Folder of images, or image files, to compare the file with the model on, beside noise.
+            options: What the file is to be like, as `export.FileOptions` takes it.
 
         Returns:
             What is known of the file.
         """
-        from pl_patchcore.export import export
+        from pl_patchcore.export import FileOptions, export
 
-        return export(self, path, format, data)
+        return export(self, path, format, data, options=FileOptions(**options))
 
     def _saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but the frozen backbone, unless it is to be saved."""

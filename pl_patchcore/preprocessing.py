@@ -145,6 +145,12 @@ class Preprocessing:
         step = self.crop_multiple or 1
         return height - height % step, width - width % step
 
+    @property
+    def paint(self) -> tuple[int, int, int]:
+        """RGB levels of the mean of the normalisation, which covers what does not count."""
+        red, green, blue = (round(255 * min(max(m, 0), 1)) for m in self.mean)
+        return red, green, blue
+
     def left_out(self, original: tuple[int, int] | None = None) -> float:
         """Share of an image's area, in [0, 1), that the crop leaves out.
 
@@ -270,7 +276,7 @@ class Preprocessing:
         region = self.region((height, width), path) if self.roi is not None or self.ignore is not None else None
         if region is not None:
             image = image.copy()
-            image.paste(tuple(round(255 * min(max(m, 0), 1)) for m in self.mean), None, Image.fromarray(region == 0))
+            image.paste(self.paint, None, Image.fromarray(region == 0))
         if fitted == (height, width):
             pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
         elif self.resize_by == "pillow":

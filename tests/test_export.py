@@ -58,12 +58,24 @@ def made(tiny, **options):
     return module
 
 
+SIZE = (90, 140)
 REFUSED = {
     "tile": ({"tile": 32, "resize": None}, "tile cuts"),
-    "roi": ({"roi": [0, 0, 20, 20]}, "roi is in pixels"),
+    "roi": ({"roi": [0, 0, 20, 20], "resize": None}, "roi is in pixels of images of one size; give image_size"),
+    "roi, pillow": (
+        {"roi": [0, 0, 20, 20]},
+        "roi needs the resize in the file; give resize_in_file",
+        {"image_size": SIZE},
+    ),
+    "masks by name": ({"ignore": "."}, "ignore is a folder of masks", {"resize_in_file": True}),
+    "size, pillow": ({}, "image_size is of images before their resize", {"image_size": SIZE}),
     "foreground": ({"foreground": "brightness"}, "foreground brightness looks"),
     "faiss": ({"search": "HNSW32"}, "search HNSW32 is faiss's"),
-    "longer_side": ({"resize_mode": "longer_side"}, "longer_side fills images up"),
+    "longer_side": (
+        {"resize_mode": "longer_side", "images": {"resize_by": "tensors"}},
+        "longer_side fills images up, and what is filled does not count; give image_size",
+    ),
+    "longer_side, pillow": ({"resize_mode": "longer_side"}, "longer_side needs the resize in the file"),
     "open": (
         {"resize": 32, "resize_mode": "shorter_side", "images": {"resize_by": "tensors"}},
         "shorter_side without a crop",
@@ -75,14 +87,20 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_file_cannot_repeat_is_refused(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pl_patchcore.export.onnx_file.require", lambda *names: {})
-    options, reason = REFUSED[name]
+    options, reason, *of_file = REFUSED[name]
     with pytest.raises(UserError, match=reason):
-        made(tiny, **options).export(tmp_path / "m.onnx")
+        made(tiny, **options).export(tmp_path / "m.onnx", data=[__file__], **dict(*of_file))
     assert not list(tmp_path.iterdir())
 
 
 def test_wrong_use_is_refused(tiny, tmp_path, monkeypatch):
     module = PatchCore(tiny, ["fine"], None)
+    with pytest.raises(UserError, match="bank_dtype must be float32, float16, int8, got 'int4'"):
+        module.export(tmp_path / "m.onnx", bank_dtype="int4")
+    with pytest.raises(UserError, match="image_size must be height and width"):
+        module.export(tmp_path / "m.onnx", image_size=(3, 0))
+    with pytest.raises(UserError, match="max_score_change must be at least 0"):
+        module.export(tmp_path / "m.onnx", max_score_change=-1)
     with pytest.raises(UserError, match="format must be"):
         export(module, tmp_path / "m.onnx", "onyx")
     with pytest.raises(UserError, match=r"ends with \.onnx"):

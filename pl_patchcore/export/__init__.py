@@ -2,8 +2,9 @@
 
 The way of an export, one file a stage::
 
-    checks.py        a model                  -> refused with a reason, where a file could not repeat it
+    options.py       what a file is to be like; a model that no file could repeat is refused with the reason
     geometry.py      images (B, H, W, 3)      -> the network's input, and the way back to the image's pixels
+    rows.py          rows of the memory bank  -> the same in fewer bits
     runtime.py       joins these with the model's parts: images -> scores, verdicts, p-values, maps, as one graph
     onnx_file.py     graph                    -> a file of ONNX, and a session that runs it
     openvino_file.py the same, of OpenVINO
@@ -11,6 +12,7 @@ The way of an export, one file a stage::
     write.py         all of it                -> a file, and what is known of it as JSON; command.py calls it
 """
 
+from pl_patchcore.export.options import FileOptions
 from pl_patchcore.export.write import FORMATS, export
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "FileOptions", "export"]

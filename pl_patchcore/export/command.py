@@ -5,13 +5,46 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from pl_patchcore.commands import COMMANDS
 from pl_patchcore.errors import UserError
+from pl_patchcore.export.options import FileOptions, Precision
+from pl_patchcore.export.rows import FileDtype
+from pl_patchcore.export.runtime import MapAt
 from pl_patchcore.export.write import FORMATS, export
 from pl_patchcore.patchcore import PatchCore
 
+_OF_FILE: dict[str, dict[str, Any]] = {
+    "resize_in_file": {
+        "action": "store_true",
+        "help": "Of a model with images.resize_by pillow: resize in the file, by the same filter unrounded. Scores "
+        "change; --data measures by how much.",
+    },
+    "image_size": {
+        "nargs": 2,
+        "type": int,
+        "metavar": ("HEIGHT", "WIDTH"),
+        "help": "Take images of this size alone; roi, ignore and longer_side need it.",
+    },
+    "bank_dtype": {
+        "choices": get_args(FileDtype),
+        "help": "Type of the memory bank's rows in the file (default: float32); --data measures what is lost.",
+    },
+    "precision": {
+        "choices": get_args(Precision),
+        "help": "Of products when the file runs (default: float32); bf16 with openvino, --data measures what is lost.",
+    },
+    "map_at": {
+        "choices": get_args(MapAt),
+        "help": "Maps on the pixels of the image, or of the network's input (default: image).",
+    },
+    "max_score_change": {"type": float, "help": "Keep no file that changes a score by more than this share of it."},
+    "parity_file": {
+        "action": "store_true",
+        "help": "Write images and what the model says of them beside the file, as .npz, for tests elsewhere.",
+    },
+}
 _OF_MODEL = ("weights", "image_threshold", "pixel_threshold", "false_alarm_rate")
 
 
@@ -40,6 +73,8 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--model.false_alarm_rate", type=float, help="Share of nominal images, in (0, 1), that may exceed thresholds."
     )
+    for name, how in _OF_FILE.items():
+        parser.add_argument(f"--{name}", **how)
     return parser
 
 
@@ -55,6 +90,7 @@ def run(words: Sequence[str]) -> None:
     given: dict[str, Any] = vars(_parser().parse_args(words))
     checkpoint, kind, data = given["ckpt_path"], given["format"], given["data"]
     output = Path(given["output"] or Path(checkpoint).with_suffix(FORMATS[kind][0]))
+    options = FileOptions(**{name: value for name in _OF_FILE if (value := given[name]) is not None})
     of_model = {name: value for name in _OF_MODEL if (value := given[f"model.{name}"]) is not None}
     module = PatchCore.load_from_checkpoint(checkpoint, **of_model)
-    export(module, output, kind, data[0] if data and len(data) == 1 else data, checkpoint)
+    export(module, output, kind, data[0] if data and len(data) == 1 else data, checkpoint, options)

@@ -1,8 +1,8 @@
 """Where an image goes, in a graph of open sizes: images -> the network's input; its map -> the image's pixels.
 
 Repeats `Preprocessing.geometry` and `anomaly_map.to_original` in tensors: all positions are whole numbers. Upsampling,
-the Gaussian and the way back are linear and act on each axis alone, so together they are one matrix an axis. Next:
-`runtime.py`.
+the Gaussian and the way back are linear and act on each axis alone, so together they are one matrix an axis. Of images
+of one size all of it is constant, and so is which of their places count. Next: `runtime.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pl_patchcore.counted import Counted
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.resize import resized
 
@@ -31,24 +33,44 @@ class Frame(nn.Module):
 
     Args:
         transform: Preprocessing of the model.
+        ready: Whether images come resized and cropped.
+        size: Height and width of the images that it takes; None: any, or, if they come resized, the input's.
 
     Attributes:
-        ready: Whether images come resized and cropped, as Pillow's resize cannot be in a graph.
         size: Height and width of the images that it takes; None: any.
+        whole: Whether the network's input is all of an image, pixel by pixel.
+        known: Where the input lies in an image of that size.
+        counted: Which places of such an image count; None: all.
+        region: Which of its pixels, bool ``(H, W)``; None: all.
     """
 
-    def __init__(self, transform: Preprocessing) -> None:
+    region: Tensor | None
+    paint: Tensor
+
+    def __init__(self, transform: Preprocessing, ready: bool = False, size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.transform = transform
-        self.ready = transform.resize is not None and transform.resize_by == "pillow"
-        self.size = transform.size if self.ready else None
-        self.whole = self.ready or (transform.resize is None and transform.crop is None and not transform.crop_multiple)
+        self.transform, self.ready = transform, ready
+        self.size = transform.size if ready else size
+        uncut = transform.resize is None and transform.crop is None and not transform.crop_multiple
+        self.whole = ready or uncut
+        self.counted: Counted | None = None
+        self.known: tuple[Axis, Axis] | None = None
+        self.register_buffer("region", None)
+        if size is not None and not ready:
+            self.known = _axes_of(transform, size)
+            sample = transform.apply(Image.new("RGB", size[::-1]))
+            self.counted = Counted.of({name: value[None] for name, value in sample.items()})
+            if "region" in sample:
+                self.register_buffer("region", sample["region"] > 0)
+                self.register_buffer("paint", torch.tensor(transform.paint, dtype=torch.uint8))
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[Axis, Axis] | None]:
         """Levels float32 ``(B, 3, h, w)`` of images uint8 ``(B, H, W, 3)``, and where they lie; None: everywhere."""
+        if self.region is not None:
+            images = torch.where(self.region[..., None], images, self.paint)
         if self.whole:
             return images.permute(0, 3, 1, 2).float(), None
-        rows, columns = axes = self.axes(images.shape[1], images.shape[2])
+        rows, columns = axes = self.known or self.axes(images.shape[1], images.shape[2])
         if self.transform.resize is None:
             for dim, axis in ((1, rows), (2, columns)):
                 images = images.index_select(dim, torch.arange(axis.count) + axis.first)
@@ -57,7 +79,7 @@ class Frame(nn.Module):
         return resized(images, size, first, count, self.transform.interpolation), axes
 
     def axes(self, height: int, width: int) -> tuple[Axis, Axis]:
-        """Where the input lies in an image of some size."""
+        """Where the input lies in an image of a size that is open in the graph."""
         given, pixels = self.transform, (height, width)
         sizes: list[Any] = [torch.full((), n, dtype=torch.int64) for n in pixels]
         fitted = sizes
@@ -73,6 +95,16 @@ class Frame(nn.Module):
             first = 0 if given.crop is None else _half(of - count)
             found.append(Axis(n, of, first, count - count % step))
         return found[0], found[1]
+
+
+def _axes_of(transform: Preprocessing, size: tuple[int, int]) -> tuple[Axis, Axis]:
+    """Where the input lies in an image of a known size."""
+    known = transform.geometry(*size)
+    rows, columns = (
+        Axis(n, fitted, part.start - edge[0], part.stop - part.start + sum(edge))
+        for n, fitted, part, edge in zip(size, known.fitted, (known.rows, known.columns), known.edges, strict=True)
+    )
+    return rows, columns
 
 
 def _both(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pl_patchcore.errors import UserError
+from pl_patchcore.export.options import Precision
 from pl_patchcore.export.runtime import Runtime
 from pl_patchcore.weights_file import first_line
 
@@ -95,8 +96,14 @@ def tell(told: Mapping[str, str], path: Path) -> None:
     onnx.save(model, path)
 
 
-def session(path: Path) -> Run:
-    """Run a file on the CPU."""
+def session(path: Path, precision: Precision = "float32") -> Run:
+    """Run a file on the CPU.
+
+    Raises:
+        UserError: If ``precision`` is not float32.
+    """
+    if precision != "float32":
+        raise UserError(f"ONNX Runtime computes in float32 on the CPU, not in {precision}; --format openvino does.")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -8,19 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from pl_patchcore.calibration import p_values
+from pl_patchcore.counted import Counted
 from pl_patchcore.data.files import IMAGE_SUFFIXES, is_folder, list_images
 from pl_patchcore.errors import UserError
 from pl_patchcore.export.onnx_file import Run
-from pl_patchcore.export.runtime import Runtime
-from pl_patchcore.inspection import Inspection
+from pl_patchcore.export.runtime import MapAt, Runtime
+from pl_patchcore.inspection import Settings, inspect
 from pl_patchcore.preprocessing import Preprocessing, check_file
+
+if TYPE_CHECKING:
+    from pl_patchcore.patchcore import PatchCore
 
 SCORE_TOLERANCE = 1e-4  # of a score, relative to it
 MAP_TOLERANCE = 1e-3  # of a pixel, relative to the map's highest value
@@ -28,7 +33,18 @@ LEAST_SCORE = 0.01  # share of what noise scores; below it, differences count re
 LEAST_PEAK = 0.1  # the same of maps, whose small values float32 tells less well
 TINY = float(np.finfo(np.float32).tiny)  # where all scores are 0
 SIDES = ((64, 96), (161, 97), (40, 333), (512, 384))  # pixels of noise, where any size will do
-Inspect = Callable[[list[np.ndarray]], list[Inspection]]
+EXAMPLES = 3  # image files in a parity file
+
+
+class Expected(NamedTuple):
+    """What a model says of an image."""
+
+    score: float
+    anomalous: bool | None
+    anomaly_map: np.ndarray  # float32 (H, W)
+
+
+ByModel = Callable[[list[np.ndarray]], list[Expected]]
 
 
 class Differs(UserError):
@@ -79,25 +95,95 @@ def image_files(data: str | Path | Sequence[str | Path] | None) -> list[Path]:
 
 def levels_of(path: Path, runtime: Runtime) -> np.ndarray:
     """An image file as the exported file takes it, uint8 ``(H, W, 3)``."""
-    transform = runtime.frame.transform
+    transform, size = runtime.frame.transform, runtime.size
     image = transform.read(path)
     if not runtime.frame.ready:
+        if size is not None and size != (image.height, image.width):
+            raise UserError(f"{path}: has {image.height}x{image.width} pixels, and the file takes {size[0]}x{size[1]}.")
         return np.array(image)
     return replace(transform, levels=True).apply(image)["image"].permute(1, 2, 0).contiguous().numpy()
 
 
-def remaining(runtime: Runtime) -> Preprocessing:
-    """What the model has to do with the images that the file takes."""
-    transform = runtime.frame.transform
-    return replace(transform, resize=None, crop=None, crop_multiple=None) if runtime.frame.ready else transform
+def by_model(module: PatchCore, transform: Preprocessing, runtime: Runtime) -> ByModel:
+    """Inspect what a file takes, by a model.
+
+    Args:
+        module: The model.
+        transform: Preprocessing of images as a camera gives them.
+        runtime: What the file is of.
+    """
+    if runtime.frame.ready:
+        transform = replace(transform, resize=None, crop=None, crop_multiple=None)
+    settings = Settings(module.image_threshold, module.pixel_threshold)
+
+    def judged(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return module.judge(batch["image"], Counted.of(batch))
+
+    def on_image(images: list[np.ndarray]) -> list[Expected]:
+        found = inspect(images, transform, judged, settings)
+        assert isinstance(found, list)
+        return [Expected(each.score, each.anomalous, each.anomaly_map) for each in found]
+
+    def on_input(images: list[np.ndarray]) -> list[Expected]:
+        samples = [transform.apply(Image.fromarray(image)) for image in images]
+        with torch.inference_mode():
+            outputs = judged({name: torch.stack([sample[name] for sample in samples]) for name in samples[0]})
+        verdicts = outputs["anomalous"].tolist() if "anomalous" in outputs else [None] * len(images)
+        return list(map(Expected, outputs["score"].tolist(), verdicts, outputs["anomaly_map"].numpy()))
+
+    ways: dict[MapAt, ByModel] = {"image": on_image, "input": on_input}
+    return ways[runtime.map_at]
 
 
-def compare(run: Run, inspect: Inspect, runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
+def changes(run: Run, expected: ByModel, runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
+    """How far a file's answers for image files are from a model that it is not to equal exactly.
+
+    Args:
+        run: Runs the file.
+        expected: Inspects images by that model.
+        runtime: What the file is of.
+        files: Image files.
+
+    Returns:
+        Plain values: changes of scores as shares of the score, of maps as shares of their highest value.
+    """
+    scores, maps, verdicts = list[float](), list[float](), 0
+    for path in tqdm(files, "Comparing the file with the model's own way", delay=2, leave=False, unit=" images"):
+        image = levels_of(path, runtime)
+        (theirs,), found = expected([image]), {name: value[0] for name, value in run(image[None]).items()}
+        scores.append(abs(float(found["score"]) - theirs.score) / max(abs(theirs.score), TINY))
+        away = np.abs(found["anomaly_map"] - theirs.anomaly_map)
+        maps.append(float(np.nanmax(away) / max(np.nanmax(theirs.anomaly_map), TINY)))
+        verdicts += theirs.anomalous is not None and bool(found["anomalous"]) != theirs.anomalous
+    return {
+        "images": len(files),
+        "score_change_median": float(np.median(scores)),
+        "score_change_max": max(scores),
+        "map_change_median": float(np.median(maps)),
+        "map_change_max": max(maps),
+        "changed_verdicts": verdicts,
+    }
+
+
+def examples(expected: ByModel, runtime: Runtime, files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Images, of noise and of the first files, and what the model says of them: arrays by name, numbered.
+
+    Example of the names: ``image_0`` uint8 ``(H, W, 3)``, ``score_0``, ``anomaly_map_0``, ``anomalous_0``.
+    """
+    images, found = [*noise(runtime), *(levels_of(path, runtime) for path in files[:EXAMPLES])], dict[str, np.ndarray]()
+    for i, image in enumerate(images):
+        (theirs,) = expected([image])
+        values = {"image": image} | theirs._asdict()
+        found |= {f"{name}_{i}": np.asarray(value) for name, value in values.items() if value is not None}
+    return found
+
+
+def compare(run: Run, expected: ByModel, runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
     """Run a file and the model on noise and on image files.
 
     Args:
         run: Runs the file.
-        inspect: Inspects images by the model, with `remaining` as preprocessing.
+        expected: Inspects images by the model.
         runtime: What the file is of.
         files: Image files.
 
@@ -108,13 +194,13 @@ def compare(run: Run, inspect: Inspect, runtime: Runtime, files: Sequence[Path])
         Differs: If they differ by more than the tolerances.
     """
     drawn, found = list(noise(runtime)), list[Difference]()
-    scale = max(each.score for image in drawn for each in inspect([image]))
+    scale = max(each.score for image in drawn for each in expected([image]))
     every: list[np.ndarray | Path] = [*drawn, *files]
     for image in tqdm(every, "Comparing the file with the model", delay=2, leave=False, unit=" images"):
         if isinstance(image, Path):
-            found += _compared(run, inspect, runtime, str(image), levels_of(image, runtime), scale)
+            found += _compared(run, expected, runtime, str(image), levels_of(image, runtime), scale)
         else:
-            found += _compared(run, inspect, runtime, f"noise of {_sides(image)} pixels", image, scale)
+            found += _compared(run, expected, runtime, f"noise of {_sides(image)} pixels", image, scale)
     return {
         "images": len(files),
         "noise": [_sides(image) for image in drawn],
@@ -132,11 +218,11 @@ def _sides(image: np.ndarray) -> str:
 
 
 def _compared(
-    run: Run, inspect: Inspect, runtime: Runtime, name: str, image: np.ndarray, scale: float
+    run: Run, expected: ByModel, runtime: Runtime, name: str, image: np.ndarray, scale: float
 ) -> list[Difference]:
     """Compare an image alone and in a batch; refuse what differs too much."""
     batch = [image, np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(image[::-1])]
-    expected, found = inspect(batch), list[Difference]()
+    theirs, found = expected(batch), list[Difference]()
     for part in (batch[:1], batch):
         try:
             outputs = run(np.stack(part))
@@ -145,14 +231,14 @@ def _compared(
             raise UserError(f"the exported file does not run on {name} ({reason}); it is not kept.") from error
         for i in range(len(part)):
             of_one = {key: value[i] for key, value in outputs.items()}
-            found.append(difference(of_one, expected[i], runtime, scale))
+            found.append(difference(of_one, theirs[i], runtime, scale))
             reason = _too_far(found[-1])
             if reason:
                 raise Differs(f"the exported file differs from the model on {name}: {reason}; it is not kept.")
     return found
 
 
-def difference(outputs: dict[str, np.ndarray], expected: Inspection, runtime: Runtime, scale: float) -> Difference:
+def difference(outputs: dict[str, np.ndarray], expected: Expected, runtime: Runtime, scale: float) -> Difference:
     """Compare the outputs for one image with the model's.
 
     Args:

@@ -9,21 +9,23 @@ that equation 7 asks of each row are constants. Next: `onnx_file.py`.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pl_patchcore.anomaly_map import top_mean
+from pl_patchcore.anomaly_map import AnomalyScorer, continued, filled, smoothed, top_mean
 from pl_patchcore.calibration import Calibration
+from pl_patchcore.counted import Counted
 from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.export.geometry import Frame, back_matrix, map_matrix
+from pl_patchcore.export.rows import FileDtype, Rows
 from pl_patchcore.model import PatchCoreModel
-from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.search.by_position import Places
 
+MapAt = Literal["image", "input"]
 PROPOSED = 4  # rows of the bank beside those wanted, that a product proposes
 BLOCK = 4096  # rows whose neighbours are looked for at once
 
@@ -33,33 +35,52 @@ class Runtime(nn.Module):
 
     Args:
         model: The fitted model, whose parts it uses.
-        transform: Its preprocessing.
+        frame: How images become the network's input.
+        bank_dtype: Type that rows of the memory bank are kept in, see `rows.Rows`.
+        map_at: Whether maps are on the pixels of the ``image``, or of the network's ``input``.
         look_up: Whether rows of the memory bank are looked up for all patches, by a float64 product.
 
     Attributes:
-        frame: How images become the network's input.
         size: Height and width of the images that it takes; None: any.
         outputs: Names of what it returns.
     """
 
     mean: Tensor
     std: Tensor
+    pixels: Tensor
+    nearest: Tensor
 
-    def __init__(self, model: PatchCoreModel | EnsembleModel, transform: Preprocessing, look_up: bool = False) -> None:
+    def __init__(
+        self,
+        model: PatchCoreModel | EnsembleModel,
+        frame: Frame,
+        bank_dtype: FileDtype = "float32",
+        map_at: MapAt = "image",
+        look_up: bool = False,
+    ) -> None:
         super().__init__()
-        members, fixed = model.members, model.members[0].input_size.tolist()
-        self.frame = Frame(transform)
+        members, fixed, transform = model.members, model.members[0].input_size.tolist(), frame.transform
+        self.frame, self.map_at = frame, map_at
         only = next((each.patch_features.only_size for each in members if each.patch_features.only_size), None)
         fixed_size = (fixed[0], fixed[1]) if any(fixed) else only
-        self.size = self.frame.size or (fixed_size if self.frame.whole else None)
+        self.size = frame.size or (fixed_size if frame.whole else None)
         size = transform.size or self.size
-        self.members = nn.ModuleList(Member(each, size, look_up) for each in members)
+        if frame.known is not None:
+            size = (frame.known[0].count, frame.known[1].count)
+        self.members = nn.ModuleList(Member(each, size, frame.counted, bank_dtype, look_up) for each in members)
         scale = model.scale.float() if isinstance(model, EnsembleModel) else torch.ones(1, dtype=torch.float32)
         self.scale: list[float] = scale.tolist()
         self.verdict = Verdict(model.calibration)
         self.outputs = ["score", *self.verdict.outputs, "anomaly_map"]
         for name, values in (("mean", transform.mean), ("std", transform.std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
+        marks = [member.counts for member in self.members if isinstance(member.counts, Counts)]
+        self.partly = bool(marks)
+        if marks:
+            pixels = torch.stack([each.pixels for each in marks]).all(0)
+            places = torch.arange(pixels.numel(), dtype=torch.float64).view(pixels.shape)
+            self.register_buffer("pixels", pixels)
+            self.register_buffer("nearest", filled(places.masked_fill(~pixels, torch.nan)).flatten().long())
 
     @property
     def multiple(self) -> int:
@@ -74,24 +95,35 @@ class Runtime(nn.Module):
 
         Returns:
             As ``outputs`` names them: ``score`` float32 ``(B,)``; with a threshold ``anomalous`` bool ``(B,)``; with
-            calibration ``p_value`` float32 ``(B,)``; ``anomaly_map`` float32 ``(B, H, W)``, NaN outside of the crop.
+            calibration ``p_value`` float32 ``(B,)``; ``anomaly_map`` float32 ``(B, H, W)``, NaN where a pixel does not
+            count.
         """
         levels, axes = self.frame(image)
         pixels = (levels / 255 - self.mean) / self.std
-        back = None if axes is None else [back_matrix(axis) for axis in axes]
+        back = None if axes is None or self.map_at == "input" else [back_matrix(axis) for axis in axes]
+        ways = None if back is None or self.partly else (back[0][0], back[1][0])
         scores, maps = [], []
         for member, scale in zip(cast(list[Member], self.members), self.scale, strict=True):
             score, distances = member(pixels)
-            down, across = member.matrices(pixels, distances)
-            if back is not None:
-                down, across = torch.matmul(back[0][0], down), torch.matmul(back[1][0], across)
             scores.append(score / scale)
-            maps.append(torch.matmul(torch.matmul(down, distances), across.T) / scale)
+            maps.append(member.map(distances, pixels, ways) / scale)
         score, heat = (each[0] if len(each) == 1 else torch.stack(each).mean(0) for each in (scores, maps))
+        return (score, *self.verdict(score), self.placed(heat, back))
+
+    def placed(self, heat: Tensor, back: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        """Bring maps to where they are asked for, and leave out what does not count."""
+        inside = None
         if back is not None:
-            inside = back[0][1][:, None] & back[1][1][None]
-            heat = torch.where(inside, heat, torch.full((), torch.nan, dtype=torch.float32))
-        return (score, *self.verdict(score), heat)
+            (down, rows), (across, columns) = back
+            inside = rows[:, None] & columns[None]
+            if self.partly:
+                heat = heat.flatten(1).index_select(1, self.nearest).reshape(heat.shape)
+                heat = torch.matmul(torch.matmul(down, heat), across.T)
+            if self.frame.region is not None:
+                inside = inside & self.frame.region
+        elif self.partly:
+            inside = self.pixels
+        return heat if inside is None else torch.where(inside, heat, torch.full((), torch.nan, dtype=torch.float32))
 
 
 class Verdict(nn.Module):
@@ -115,15 +147,16 @@ class Verdict(nn.Module):
 
 
 class Member(nn.Module):
-    """One model's way from the network's input to scores and patch distances.
+    """One model's way from the network's input to scores, patch distances and maps.
 
     Args:
         model: The fitted model.
         size: Height and width of the input; None: any.
+        counted: Which places of an image count; None: all.
+        bank_dtype: See `Runtime`.
         look_up: See `Runtime`.
     """
 
-    rows: Tensor
     centre: Tensor
     halves: Tensor
     company: Tensor
@@ -133,17 +166,22 @@ class Member(nn.Module):
     down: Tensor
     across: Tensor
 
-    def __init__(self, model: PatchCoreModel, size: tuple[int, int] | None, look_up: bool) -> None:
+    def __init__(
+        self,
+        model: PatchCoreModel,
+        size: tuple[int, int] | None,
+        counted: Counted | None,
+        bank_dtype: FileDtype,
+        look_up: bool,
+    ) -> None:
         super().__init__()
         self.patch_features, self.scorer, self.size = model.patch_features, model.scorer, size
         bank = model.memory_bank
-        features = bank.features.double()
-        centre = features.mean(0)
         self.k = min(model.scorer.num_neighbors, bank.size)
         self.look_up, self.product = look_up or self.k > 1, torch.float64 if look_up else torch.float32
-        self.register_buffer("centre", centre.float())
-        self.register_buffer("rows", (features - self.centre.double()).float())  # (M, D)
-        self.register_buffer("halves", (self.rows.double().square().sum(1) / 2).to(self.product))  # (M,)
+        self.rows = Rows(bank.features, bank_dtype)
+        centred = self.rows().double()
+        self.register_buffer("halves", (centred.square().sum(1) / 2).to(self.product))  # (M,)
         b = min(model.scorer.reweighting_neighbors, bank.size)
         self.weighted = model.scorer.image_score == "max" and b > 1
         if self.weighted:
@@ -158,26 +196,40 @@ class Member(nn.Module):
             self.register_buffer("at", at)
             self.register_buffer("places", bank.places.long())
             self.register_buffer("reach", far.clamp(min=bank.position_radius))
+        self.counts: Counts | None = None
         if size is not None:
             with torch.inference_mode(False), torch.no_grad():
-                grid = model.patch_features(torch.zeros(1, 3, *size)).shape[1:3]
-                for name, pixels, cells in zip(("down", "across"), size, grid, strict=True):
-                    self.register_buffer(name, map_matrix(pixels, cells, model.scorer.sigma).contiguous())
+                h, w = model.patch_features(torch.zeros(1, 3, *size)).shape[1:3]
+                for name, pixels, cells in (("down", size[0], h), ("across", size[1], w)):
+                    self.register_buffer(name, map_matrix(pixels, cells, self.sigma_of(counted)).contiguous())
+                if counted is not None:
+                    self.counts = Counts(model.scorer, counted, (h, w), size)
 
-    def matrices(self, pixels: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """From distances ``(B, h, w)`` to a map of the input, down and across."""
+    def sigma_of(self, counted: Counted | None) -> float:
+        """Of the Gaussian that follows at once: none where pixels are left out before it."""
+        return self.scorer.sigma if counted is None else 0.0
+
+    def map(self, distances: Tensor, pixels: Tensor, back: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Anomaly maps of patch distances ``(B, h, w)``, on the input or, by the matrices ``back``, on the image."""
         if self.size is not None:
-            return self.down, self.across
-        (height, width), (h, w) = pixels.shape[2:], distances.shape[1:]
-        return map_matrix(height, h, self.scorer.sigma), map_matrix(width, w, self.scorer.sigma)
+            down, across = self.down, self.across
+        else:
+            (height, width), (h, w) = pixels.shape[2:], distances.shape[1:]
+            down, across = map_matrix(height, h, self.scorer.sigma), map_matrix(width, w, self.scorer.sigma)
+        if self.counts is not None:
+            return self.counts.smoothed(torch.matmul(torch.matmul(down, self.counts.continued(distances)), across.T))
+        if back is not None:
+            down, across = torch.matmul(back[0], down), torch.matmul(back[1], across)
+        return torch.matmul(torch.matmul(down, distances), across.T)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``(B,)`` and patch distances ``(B, h, w)`` of normalised images ``(B, 3, H, W)``."""
         features = self.patch_features(pixels)
         batch, h, w, d = features.shape
-        queries = features.reshape(batch * h * w, d) - self.centre
+        rows = self.rows()
+        queries = features.reshape(batch * h * w, d) - self.rows.centre
         costs = self.halves - F.linear(
-            queries.to(self.product), self.rows.to(self.product)
+            queries.to(self.product), rows.to(self.product)
         )  # (Q, M): half of (square - query's own square)
         if self.by_position:
             far = (self.at[:, None] - self.places).abs().amax(2) > self.reach[:, None]  # (h w, M)
@@ -187,17 +239,20 @@ class Member(nn.Module):
         else:
             squares = queries.square().sum(1) + 2 * costs.amin(1)
             distances = self.scorer.in_units(squares.clamp(min=0).sqrt())
-        distances = distances.reshape(batch, h * w)
+        distances = distances.reshape(batch, h, w)
+        if self.counts is not None:
+            distances = self.counts.marked(distances)
         if self.scorer.image_score == "top_mean":
-            return top_mean(distances.reshape(batch, h, w), self.scorer.top_share), distances.reshape(batch, h, w)
-        worst = torch.arange(batch) * (h * w) + distances.argmax(1)
+            taken = distances if self.scorer.top_share_of == "scored" else distances.clamp(min=0)
+            return top_mean(taken, self.scorer.top_share), distances
+        worst = torch.arange(batch) * (h * w) + distances.flatten(1).argmax(1)
         scores, own, row = self.nearest(queries[worst], costs[worst])
         if self.weighted:
-            company = F.embedding(F.embedding(row, self.company), self.rows)  # (B, b, D)
+            company = self.rows.taken(F.embedding(row, self.company))  # (B, b, D)
             beside = torch.linalg.vector_norm(queries[worst][:, None] - company, dim=2)
             shares = torch.exp(beside - own[:, None]).sum(1)
             scores = scores * (1 - 1 / shares).clamp(0, 1)
-        return scores, distances.reshape(batch, h, w)
+        return scores, distances
 
     def nearest(self, queries: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Distances ``(Q,)`` as the score has them; Euclidean ones to the nearest row, and its number.
@@ -206,10 +261,58 @@ class Member(nn.Module):
             queries: Centred, ``(Q, D)``.
             costs: Of all rows, ``(Q, M)``.
         """
-        count = min(self.k + PROPOSED, self.rows.shape[0])
+        count = min(self.k + PROPOSED, self.rows.number)
         proposed = costs.topk(count, dim=1, largest=False).indices  # (Q, n)
-        distance = torch.linalg.vector_norm(queries[:, None] - F.embedding(proposed, self.rows), dim=2)
+        distance = torch.linalg.vector_norm(queries[:, None] - self.rows.taken(proposed), dim=2)
         if self.by_position:  # of rows out of reach
             distance = torch.where(costs.gather(1, proposed).isinf(), torch.inf, distance)
         near, order = distance.topk(self.k, dim=1, largest=False)
         return self.scorer.in_units(near).mean(1), near[:, 0], proposed.gather(1, order[:, :1])[:, 0]
+
+
+class Counts(nn.Module):
+    """Which places count of images of one size, as constants; repeats what `AnomalyScorer` does with `Counted`.
+
+    Args:
+        scorer: The model's.
+        counted: Which places of an image count.
+        grid: Patches down and across.
+        size: Height and width of the input.
+
+    Attributes:
+        pixels: Which pixels of the input count, bool ``(H, W)``.
+    """
+
+    compared: Tensor
+    others: Tensor
+    source: Tensor
+    pixels: Tensor
+    share: Tensor
+    down: Tensor
+    across: Tensor
+
+    def __init__(self, scorer: AnomalyScorer, counted: Counted, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        super().__init__()
+        compared, valid = (each[0] for each in scorer.inside(counted, *grid))
+        pixels = (counted.whole() if scorer.top_share_of == "all" else counted).at(*size)[0]
+        places = torch.arange(valid.numel(), dtype=torch.float64).view(1, *grid)
+        self.register_buffer("compared", compared)
+        self.register_buffer("others", torch.zeros(grid, dtype=torch.float32).masked_fill(~valid, -torch.inf))
+        self.register_buffer("source", continued(places, valid[None]).flatten().long())
+        self.register_buffer("pixels", pixels)
+        for name, side in zip(("down", "across"), size, strict=True):
+            self.register_buffer(name, map_matrix(side, side, scorer.sigma).contiguous())
+        self.register_buffer("share", smoothed(pixels[None].float(), scorer.sigma)[0])
+
+    def marked(self, distances: Tensor) -> Tensor:
+        """Distances ``(B, h, w)``: 0 or -inf where a patch does not count."""
+        return torch.where(self.compared, distances, self.others)
+
+    def continued(self, distances: Tensor) -> Tensor:
+        """Distances ``(B, h, w)``, of the nearest patch that counts where one does not."""
+        return distances.flatten(1).index_select(1, self.source).reshape(distances.shape)
+
+    def smoothed(self, maps: Tensor) -> Tensor:
+        """Smooth maps ``(B, H, W)``, weighing the pixels that count alone; the others are left 0."""
+        maps = torch.matmul(torch.matmul(self.down, maps * self.pixels), self.across.T) / self.share
+        return torch.where(self.pixels, maps, torch.zeros((), dtype=torch.float32))

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 import pl_patchcore
-from pl_patchcore.counted import Counted
 from pl_patchcore.errors import UserError
 from pl_patchcore.export import onnx_file, openvino_file, parity
-from pl_patchcore.export.checks import check_exportable
-from pl_patchcore.export.runtime import Runtime
+from pl_patchcore.export.geometry import Frame
+from pl_patchcore.export.options import FileOptions, check_exportable
+from pl_patchcore.export.rows import FileDtype, Rows
+from pl_patchcore.export.runtime import Member, Runtime
 from pl_patchcore.files import whole_file
-from pl_patchcore.inspection import Inspection, Settings, inspect
 
 if TYPE_CHECKING:
     from pl_patchcore.patchcore import PatchCore
 
 log = logging.getLogger(__name__)
+KINDS: dict[str, ModuleType] = {"onnx": onnx_file, "openvino": openvino_file}
 FORMATS = {"onnx": (".onnx",), "openvino": (".xml", ".bin")}  # name of a format: endings of its files
 
 
@@ -36,15 +39,17 @@ def export(
     format: str = "onnx",
     data: str | Path | Sequence[str | Path] | None = None,
     checkpoint: str | Path | None = None,
+    options: FileOptions | None = None,
 ) -> dict[str, Any]:
     """Write a fitted model as a file that runs without this package, and compare the file with the model.
 
     Args:
         module: The fitted model, on the CPU.
         path: The file; beside it, ``.json`` added to its name, goes what is known of it.
-        format: ``onnx``, or ``openvino``, whose weights go to a ``.bin`` beside the file.
+        format: ``onnx``; ``openvino``, whose weights go to a ``.bin`` beside the file.
         data: Folder of images, or image files, to compare with; None: noise alone.
         checkpoint: File that the model is from, whose hash is noted.
+        options: What the file is to be like; None: as the model.
 
     Returns:
         What is known of the file, as it stands in it and beside it.
@@ -52,63 +57,126 @@ def export(
     Raises:
         UserError: If a package is missing, the model is not one that can be exported, or the file differs from it.
     """
+    options = FileOptions() if options is None else options
     if format not in FORMATS:
         raise UserError(f"format must be {' or '.join(FORMATS)}, got {format!r}.")
     path = Path(path)
     if path.suffix != FORMATS[format][0]:
         raise UserError(f"{path}: the name of a file of {format} ends with {FORMATS[format][0]}.")
-    kind = onnx_file if format == "onnx" else openvino_file
+    kind, changed = KINDS[format], options.changes(module.transform)
     versions = onnx_file.require(kind.PACKAGES, format)
-    check_exportable(module.model, module.transform)
-    files = parity.image_files(data)
+    job = _Job(module, kind, options, parity.image_files(data), checkpoint)
+    if changed and not job.files:
+        raise UserError(
+            f"{' and '.join(changed)} changes scores; give images of the real scene, --data, to measure it."
+        )
     with ExitStack() as made:
         partial = [made.enter_context(whole_file(path.with_suffix(ending))) for ending in FORMATS[format]]
-        try:
-            runtime, found = _written(module, kind, partial, files, look_up=False)
-        except parity.Differs as error:
-            log.info("%s Once more, by a search that is slower and tells smaller distances.", error)
-            runtime, found = _written(module, kind, partial, files, look_up=True)
-        told = _told(module, runtime, checkpoint) | {"versions": _versions() | versions, "parity": found}
+        told = job.written(partial) | {"versions": _versions() | versions}
         kind.tell({name: _text(value) for name, value in told.items()}, *partial)
+        if options.parity_file:
+            beside = made.enter_context(whole_file(path.with_name(f"{path.name}.npz")))
+            with beside.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **job.examples())
     with whole_file(path.with_name(f"{path.name}.json")) as beside:
         beside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     size = sum(path.with_suffix(ending).stat().st_size for ending in FORMATS[format])
-    log.info(
-        "export: %s, %.1f MB; scores differ from the model's by at most %.1g of them, maps by %.1g, verdicts do not.",
-        *(path, size / 1e6, found["score_difference"], found["map_difference"]),
-    )
+    log.info("export: %s, %.1f MB; %s", path, size / 1e6, _sentence(told))
     return told
 
 
-def _written(
-    module: PatchCore, kind: ModuleType, partial: Sequence[Path], files: Sequence[Path], look_up: bool
-) -> tuple[Runtime, dict[str, Any]]:
-    """Write the graph, and compare the file with the model."""
-    runtime = Runtime(module.model, module.transform, look_up).eval()
-    log.info("export: recording the graph (half a minute for a large backbone).")
-    kind.write(runtime, *partial)
-    log.info("export: comparing the file with the model on noise and %d images.", len(files))
-    return runtime, parity.compare(kind.session(*partial), _by_model(module, runtime), runtime, files)
+class _Job:
+    """One export: the model as it will be in the file, and as it is."""
+
+    def __init__(
+        self,
+        module: PatchCore,
+        kind: ModuleType,
+        options: FileOptions,
+        files: list[Path],
+        checkpoint: str | Path | None,
+    ) -> None:
+        self.module, self.kind, self.options, self.files, self.checkpoint = module, kind, options, files, checkpoint
+        self.transform = module.transform
+        if options.resize_in_file:
+            self.transform = replace(self.transform, resize_by="tensors")
+        check_exportable(module.model, self.transform, options)
+        self.in_file = module if options.bank_dtype == "float32" else _with_bank(module, options.bank_dtype)
+        self.runtime = self._runtime(look_up=False)
+
+    def _runtime(self, look_up: bool) -> Runtime:
+        ready = self.transform.resize is not None and self.transform.resize_by == "pillow"
+        frame = Frame(self.transform, ready, self.options.image_size)
+        return Runtime(self.in_file.model, frame, self.options.bank_dtype, self.options.map_at, look_up).eval()
+
+    def written(self, partial: Sequence[Path]) -> dict[str, Any]:
+        """Write the graph, and compare the file with the model; what is known of it."""
+        try:
+            found = self._compared(partial)
+        except parity.Differs as error:
+            log.info("%s Once more, by a search that is slower and tells smaller distances.", error)
+            self.runtime = self._runtime(look_up=True)
+            found = self._compared(partial)
+        told = _told(self.module, self.runtime, self.checkpoint) | {
+            "parity": found,
+            "precision": self.options.precision,
+        }
+        if not (changed := self.options.changes(self.module.transform)):
+            return told
+        run = self.kind.session(*partial, self.options.precision)
+        own = parity.by_model(self.module, self.module.transform, self.runtime)
+        change = parity.changes(run, own, self.runtime, self.files)
+        limit = self.options.max_score_change
+        if limit is not None and not change["score_change_max"] <= limit:
+            raise UserError(
+                f"{' and '.join(changed)} changes a score by {change['score_change_max']:.2g} of it, and "
+                f"max_score_change is {limit:g}; the file is not kept."
+            )
+        return told | {"changed_by": changed, "change": change}
+
+    def _compared(self, partial: Sequence[Path]) -> dict[str, Any]:
+        log.info("export: recording the graph (half a minute for a large backbone).")
+        self.kind.write(self.runtime, *partial)
+        log.info("export: comparing the file with the model on noise and %d images.", len(self.files))
+        return parity.compare(self.kind.session(*partial), self._expected(), self.runtime, self.files)
+
+    def _expected(self) -> parity.ByModel:
+        return parity.by_model(self.in_file, self.transform, self.runtime)
+
+    def examples(self) -> dict[str, np.ndarray]:
+        """What a parity file holds."""
+        return parity.examples(self._expected(), self.runtime, self.files)
 
 
-def _by_model(module: PatchCore, runtime: Runtime) -> parity.Inspect:
-    """Inspect what the file takes, by the model."""
-    transform, settings = parity.remaining(runtime), Settings(module.image_threshold, module.pixel_threshold)
+def _with_bank(module: PatchCore, dtype: FileDtype) -> PatchCore:
+    """A copy of a model whose memory bank's rows are rounded."""
+    copied = copy.deepcopy(module)
+    for member in copied.model.members:
+        bank = member.memory_bank
+        rows, (height, width) = Rows(bank.features, dtype).rounded(), bank.grid.tolist()
+        bank.features = rows[:0]  # whose type it keeps
+        bank.fill(rows, bank.radii, bank.images, bank.places, (height, width))
+    return copied
 
-    def score(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return module.judge(batch["image"], Counted.of(batch, torch.device("cpu")))
 
-    def by_model(images: list[np.ndarray]) -> list[Inspection]:
-        found = inspect(images, transform, score, settings)
-        assert isinstance(found, list)
-        return found
-
-    return by_model
+def _sentence(told: dict[str, Any]) -> str:
+    """How far a file is from its model, for the log."""
+    parity, change = told["parity"], told.get("change")
+    if change is None:
+        return (
+            f"scores differ from the model's by at most {parity['score_difference']:.1g} of them, maps by "
+            f"{parity['map_difference']:.1g}, verdicts do not."
+        )
+    return (
+        f"{' and '.join(told['changed_by'])} changes scores by {change['score_change_median']:.2g} of them in the "
+        f"median, by {change['score_change_max']:.2g} at most, and {change['changed_verdicts']} of {change['images']} "
+        "verdicts."
+    )
 
 
 def _told(module: PatchCore, runtime: Runtime, checkpoint: str | Path | None) -> dict[str, Any]:
     """What is known of a file, as plain values."""
-    calibration, members = module.model.calibration, module.model.members
+    calibration, members = module.model.calibration, cast(list[Member], list(runtime.members))
     known = {
         "input": _input(runtime),
         "outputs": _outputs(runtime),
@@ -117,14 +185,16 @@ def _told(module: PatchCore, runtime: Runtime, checkpoint: str | Path | None) ->
         "false_alarm_rate": module.false_alarm_rate if len(calibration.scores) else None,
         "calibration_images": len(calibration.scores),
         "thresholds_by_hand": sorted(calibration.by_hand),
-        "preprocessing": module.transform.as_dict(),
-        "rows_looked_up": all(member.look_up for member in runtime.members),
+        "preprocessing": runtime.frame.transform.as_dict(),
+        "rows_looked_up": all(member.look_up for member in members),
         "resize_in_file": not runtime.frame.ready,
         "size": runtime.size,
+        "map_at": runtime.map_at,
+        "bank_dtype": members[0].rows.dtype,
         "model": module.model.identity,
         "scoring": [_scoring(member.scorer) for member in members],
-        "bank": [member.bank_shape for member in members],
-        "bank_sha256": [_sha256_of(member.memory_bank.features) for member in members],
+        "bank": [member.bank_shape for member in module.model.members],
+        "bank_sha256": [_sha256_of(member.memory_bank.features) for member in module.model.members],
         "checkpoint_sha256": None if checkpoint is None else _sha256_of_file(Path(checkpoint)),
     }
     plain: dict[str, Any] = json.loads(json.dumps(known))
@@ -161,12 +231,13 @@ def _sides(size: int | tuple[int, int]) -> str:
 
 
 def _outputs(runtime: Runtime) -> dict[str, str]:
+    where = "image" if runtime.map_at == "image" else "the network's input"
     told = {
         "score": "anomaly score, float32 (batch,)",
         "anomalous": "whether the score is above image_threshold, bool (batch,)",
         "p_value": "share of nominal images that score so high, float32 (batch,)",
-        "anomaly_map": "float32 (batch, height, width), on the pixels of image, NaN where the crop has left them out; "
-        "above pixel_threshold a pixel is anomalous",
+        "anomaly_map": f"float32 (batch, height, width), on the pixels of {where}, NaN where they do not count; above "
+        "pixel_threshold a pixel is anomalous",
     }
     return {name: told[name] for name in runtime.outputs}
 

@@ -20,6 +20,7 @@ from test_model import fit
 from pl_patchcore import PatchCore, UserError
 from pl_patchcore.cli import main
 from pl_patchcore.export import export, onnx_file
+from pl_patchcore.export import parity as export_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter itself
 PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
@@ -78,6 +79,103 @@ def ready(image, transform):
     top, left = (height - rows) // 2, (width - columns) // 2
     small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     return small[top : top + rows, left : left + columns]
+
+
+SIZE = (90, 140)  # of the images that these take
+FIXED = {
+    "roi": {"roi": [[20, 10, 120, 80]], "ignore": [[60, 40], [90, 40], [75, 70]], "images": TENSORS},
+    "roi, top mean": {"roi": [10, 10, 70, 85], "image_score": "top_mean", "resize": (40, 56), "crop": (32, 48),
+                      "images": TENSORS},
+    "roi, all patches": {"roi": [10, 10, 70, 85], "image_score": "top_mean", "top_share_of": "all", "images": TENSORS},
+    "roi, no resize": {"resize": None, "roi": [10, 10, 70, 85]},
+    "longer_side": {"resize": 56, "resize_mode": "longer_side", "images": TENSORS},
+    "longer_side, crop": {"resize": 56, "crop": (48, 40), "resize_mode": "longer_side", "images": TENSORS},
+    "shorter_side": {"resize": 40, "resize_mode": "shorter_side", "images": TENSORS | {"crop_multiple": 8}},
+    "roi, ensemble": {"roi": [20, 10, 120, 80], "images": TENSORS,
+                      "ensemble": {"members": [{"layers": ["fine"]}, {"layers": ["coarse"]}]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_images_of_one_size(name, tmp_path):
+    module = made(**FIXED[name])
+    for member in module.model.members:
+        member.input_size.zero_()
+    told = module.export(tmp_path / "m.onnx", image_size=SIZE)
+    assert told["size"] == list(SIZE)
+    check(module, opened(tmp_path / "m.onnx"), [SIZE])
+
+
+def test_maps_of_the_input(tmp_path):
+    module = made(**MODELS["squash"])
+    assert "network's input" in module.export(tmp_path / "m.onnx", map_at="input")["outputs"]["anomaly_map"]
+    images = pictures((257, 128), 3)
+    with torch.inference_mode():
+        scores, maps = module(torch.stack([module.transform(image) for image in images]))
+    found = opened(tmp_path / "m.onnx")(images)
+    np.testing.assert_allclose(found["score"], scores, rtol=1e-5)
+    np.testing.assert_allclose(found["anomaly_map"], maps, rtol=0, atol=1e-4 * float(maps.max()))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder of images."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for i, size in enumerate([(64, 64), (120, 90), (257, 128)]):
+        Image.fromarray(pictures(size, 1)[0]).save(folder / f"{i}.png")
+    return folder
+
+
+CHANGES = {
+    "resize_in_file": (MODELS["ready"], True),
+    "bank_dtype": (MODELS["squash"], "int8"),
+    "bank_dtype, ensemble": (MODELS["ensemble"], "float16"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_scores_is_measured(name, scenes, tmp_path):
+    (options, value), option = CHANGES[name], name.partition(",")[0]
+    module = made(**options)
+    with pytest.raises(UserError, match=f"{option} changes scores; give images"):
+        module.export(tmp_path / "m.onnx", **{option: value})
+    with pytest.raises(UserError, match=r"max_score_change is 1e-09; the file is not kept"):
+        module.export(tmp_path / "m.onnx", data=scenes, max_score_change=1e-9, **{option: value})
+    assert not list(tmp_path.iterdir())
+    told = module.export(tmp_path / "m.onnx", data=scenes, **{option: value})
+    assert told["changed_by"] == [option]
+    files = sorted(scenes.iterdir())
+    levels = [np.asarray(Image.open(file)) for file in files]
+    if not told["resize_in_file"]:
+        levels = [np.asarray(Image.fromarray(each).resize((48, 32), Image.Resampling.BILINEAR)) for each in levels]
+    run = opened(tmp_path / "m.onnx")
+    scores = np.concatenate([run([each])["score"] for each in levels])
+    changes = np.abs(scores / [each.score for each in module.inspect(files)] - 1)
+    assert told["change"]["score_change_max"] == pytest.approx(changes.max(), rel=1e-3)
+    assert told["change"]["score_change_median"] == pytest.approx(np.median(changes), rel=1e-3)
+    assert 0 < changes.max() < 0.02
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 16), ("int8", 8)])
+def test_a_bank_of_fewer_bits(dtype, bits, scenes, tmp_path):
+    module = made(coreset_method="none", resize=(64, 96), images=TENSORS)
+    told = module.export(tmp_path / "m.onnx", data=scenes, bank_dtype=dtype)
+    kept = {each.name: each for each in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert len(kept["members.0.rows.codes"].raw_data) * 8 == np.prod(module.bank_shape) * bits
+    assert told["bank_dtype"] == dtype
+    assert told["parity"]["score_difference"] < 1e-5  # from a model with such a bank
+
+
+def test_parity_file(scenes, tmp_path):
+    module = made(**MODELS["squash"])
+    module.export(tmp_path / "m.onnx", data=scenes, parity_file=True)
+    run, kept = opened(tmp_path / "m.onnx"), np.load(tmp_path / "m.onnx.npz")
+    number = sum(name.startswith("image_") for name in kept)
+    assert number == len(export_parity.SIDES) + export_parity.EXAMPLES
+    for i in range(number):
+        found = run([kept[f"image_{i}"]])
+        for name in ("score", "anomalous", "anomaly_map"):
+            np.testing.assert_allclose(found[name][0], kept[f"{name}_{i}"], rtol=1e-4)
 
 
 def check(module, run, sizes=SIZES, numbers=(1, 2, 7)):
@@ -153,7 +251,7 @@ def move(tensor, by):
 
 
 SPOILT = {  # what is wrong: a change of the graph, given its constants by name
-    "its score by": lambda model, constants: move(constants["members.0.rows"], 1.01),
+    "its score by": lambda model, constants: move(constants["members.0.rows.codes"], 1.01),
     "its map by": lambda model, constants: move(constants["members.0.down"], 1.01),
     "its p-value is": lambda model, constants: move(constants["verdict.scores"], 100.0),
     "its outputs are": lambda model, constants: model.graph.output.pop(1),
