@@ -724,7 +724,7 @@ class PatchCore(L.LightningModule):
 
         Args:
             path: The file.
-            format: ``onnx`` or ``openvino``.
+            format: ``onnx``, ``openvino`` or ``torch``.
             data: Folder of images, or image files, to compare the file with the model on, beside noise.
             options: What the file is to be like, as `export.FileOptions` takes it.
 

@@ -7,7 +7,7 @@ The way of an export, one file a stage::
     rows.py          rows of the memory bank  -> the same in fewer bits
     runtime.py       joins these with the model's parts: images -> scores, verdicts, p-values, maps, as one graph
     onnx_file.py     graph                    -> a file of ONNX, and a session that runs it
-    openvino_file.py the same, of OpenVINO
+    openvino_file.py the same, of OpenVINO; torch_file.py, of torch.export
     parity.py        file, model, images      -> how far they differ; more than stated is refused
     write.py         all of it                -> a file, and what is known of it as JSON; command.py calls it
 """

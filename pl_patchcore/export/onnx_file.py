@@ -40,7 +40,19 @@ def require(packages: tuple[str, ...], extra: str) -> dict[str, str]:
 
 
 def write(runtime: Runtime, path: Path) -> None:
-    """Record the graph, and write it.
+    """Record the graph, and write it; raises as `recorded`."""
+    how = {"dynamo": True, "verbose": False, "input_names": [INPUT], "output_names": runtime.outputs}
+    recorded(torch.onnx.export, runtime, runtime, **how).save(path)
+
+
+def recorded(record: Callable[..., Any], module: torch.nn.Module, runtime: Runtime, **how: Any) -> Any:
+    """Record a graph whose batch is open, and height and width too where the images may have any.
+
+    Args:
+        record: An exporter of torch, that takes a module, example inputs and ``dynamic_shapes``.
+        module: What is recorded.
+        runtime: What it is of.
+        how: More for the exporter.
 
     Raises:
         UserError: If the backbone cannot be recorded.
@@ -50,17 +62,13 @@ def write(runtime: Runtime, path: Path) -> None:
     open_axes = dict.fromkeys(range(1 if runtime.size else 3), torch.export.Dim.DYNAMIC)
     try:
         with _quiet(), torch.no_grad():
-            program: Any = torch.onnx.export(
-                runtime, (example,), dynamo=True, dynamic_shapes=(open_axes,), verbose=False,
-                input_names=[INPUT], output_names=runtime.outputs,
-            )  # fmt: skip
+            return record(module, (example,), dynamic_shapes=(open_axes,), **how)
     except Exception as error:  # of torch's and onnx's own many kinds
         cause = error
         while isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         any_size = "" if runtime.size else "; resize and crop give its images one size, at which more backbones can be"
         raise UserError(f"the graph of this model cannot be recorded ({first_line(cause)}){any_size}.") from error
-    program.save(path)
 
 
 def _any_size(runtime: Runtime) -> tuple[int, int]:
@@ -97,13 +105,8 @@ def tell(told: Mapping[str, str], path: Path) -> None:
 
 
 def session(path: Path, precision: Precision = "float32") -> Run:
-    """Run a file on the CPU.
-
-    Raises:
-        UserError: If ``precision`` is not float32.
-    """
-    if precision != "float32":
-        raise UserError(f"ONNX Runtime computes in float32 on the CPU, not in {precision}; --format openvino does.")
+    """Run a file on the CPU; raises as `refuse_other_than_float32`."""
+    refuse_other_than_float32(precision)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -115,3 +118,13 @@ def session(path: Path, precision: Precision = "float32") -> Run:
         return dict(zip(names, opened.run(None, {INPUT: images}), strict=True))
 
     return run
+
+
+def refuse_other_than_float32(precision: Precision) -> None:
+    """Refuse what this format's runtime does not do on the CPU.
+
+    Raises:
+        UserError: If ``precision`` is not float32.
+    """
+    if precision != "float32":
+        raise UserError(f"this format runs in float32 on the CPU, not in {precision}; format openvino does.")

@@ -18,7 +18,7 @@ import torch
 
 import pl_patchcore
 from pl_patchcore.errors import UserError
-from pl_patchcore.export import onnx_file, openvino_file, parity
+from pl_patchcore.export import onnx_file, openvino_file, parity, torch_file
 from pl_patchcore.export.geometry import Frame
 from pl_patchcore.export.options import FileOptions, check_exportable
 from pl_patchcore.export.rows import FileDtype, Rows
@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from pl_patchcore.patchcore import PatchCore
 
 log = logging.getLogger(__name__)
-KINDS: dict[str, ModuleType] = {"onnx": onnx_file, "openvino": openvino_file}
-FORMATS = {"onnx": (".onnx",), "openvino": (".xml", ".bin")}  # name of a format: endings of its files
+KINDS: dict[str, ModuleType] = {"onnx": onnx_file, "openvino": openvino_file, "torch": torch_file}
+FORMATS = {
+    "onnx": (".onnx",),
+    "openvino": (".xml", ".bin"),
+    "torch": (".pt2",),
+}  # endings of its files
 
 
 def export(
@@ -46,7 +50,7 @@ def export(
     Args:
         module: The fitted model, on the CPU.
         path: The file; beside it, ``.json`` added to its name, goes what is known of it.
-        format: ``onnx``; ``openvino``, whose weights go to a ``.bin`` beside the file.
+        format: ``onnx``; ``openvino``, whose weights go to a ``.bin`` beside the file; ``torch``, of ``torch.export``.
         data: Folder of images, or image files, to compare with; None: noise alone.
         checkpoint: File that the model is from, whose hash is noted.
         options: What the file is to be like; None: as the model.
@@ -59,7 +63,7 @@ def export(
     """
     options = FileOptions() if options is None else options
     if format not in FORMATS:
-        raise UserError(f"format must be {' or '.join(FORMATS)}, got {format!r}.")
+        raise UserError(f"format must be {', '.join(FORMATS)}, got {format!r}.")
     path = Path(path)
     if path.suffix != FORMATS[format][0]:
         raise UserError(f"{path}: the name of a file of {format} ends with {FORMATS[format][0]}.")

@@ -340,6 +340,30 @@ def test_openvino(name, tmp_path):
     check(module, run)
 
 
+def test_bf16_is_measured(scenes, tmp_path):
+    module = made(**MODELS["squash"])
+    with pytest.raises(UserError, match="runs in float32 on the CPU, not in bf16; format openvino does"):
+        module.export(tmp_path / "m.onnx", data=scenes, precision="bf16")
+    told = module.export(tmp_path / "m.xml", "openvino", scenes, precision="bf16")
+    assert told["parity"]["score_difference"] < 1e-5  # of the same file in float32
+    assert (told["precision"], told["changed_by"]) == ("bf16", ["precision"])
+    assert told["change"]["score_change_max"] < 0.1
+
+
+@pytest.mark.parametrize("name", ["squash", "ensemble"])
+def test_torch(name, tmp_path):
+    module = made(**MODELS[name])
+    told = module.export(tmp_path / "m.pt2", "torch")
+    inside = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=inside).module()
+    assert json.loads(json.loads(inside["metadata.json"])["parity"]) == told["parity"]
+
+    def run(images):
+        return {name: value.detach().numpy() for name, value in program(torch.from_numpy(np.stack(images))).items()}
+
+    check(module, run)
+
+
 def test_a_missing_image_is_told_before_work(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.png: no such file"):
         export(made(), tmp_path / "m.onnx", data=[tmp_path / "nothing.png"])
