@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "resize": 224,
     "crop": None,
     "coreset_ratio": 0.01,
+    "calibration": "leave_one_out",
 }
 FORMATS = {"onnx": (onnx_file, ".onnx"), "openvino": (openvino_file, ".xml"), "torch": (torch_file, ".pt2")}
 FILES: dict[str, tuple[ResizeBy, str, dict[str, Any]]] = {  # name: how the model resizes, format, options
