@@ -1,11 +1,12 @@
 """From files to features: what the loader gives, what the backbone takes; and a whole run. `make bench`.
 
-    python tests/benchmarks/bench_pipeline.py [loader] [backbone] [whole]
+    python tests/benchmarks/bench_pipeline.py [loader] [backbone] [scoring] [whole]
 
-Loader and backbone (at their best of some turns) should take about as long: the slower of them sets the pace. ``whole``
-is the command `run` on Magnetic Tile Defects with MobileNetV2, 224 pixels and 1 %: imports, fit, test, figures and
-pictures. Beside it stands the same with a loop that picks one row at a time in place of the selection, timed over 300
-picks and extrapolated. Without the data set, generated images are loaded and the whole run is left out.
+Loader and backbone (at their best of some turns) should take about as long: the slower of them sets the pace.
+``scoring`` is `Trainer.test` and `Trainer.predict` with 1 % memory banks, beside what each part of the work takes
+alone. ``whole`` is the command `run` on Magnetic Tile Defects with MobileNetV2, 224 pixels and 1 %: imports, fit, test,
+figures and pictures. Beside it stands the same with a loop that picks one row at a time in place of the selection,
+timed over 300 picks and extrapolated. Without the data set, generated images are loaded and the whole run is left out.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from bench_coreset import SHARED, compiled_loop, official_loop
 from rich.console import Console
 from rich.table import Table
 
-from pl_patchcore import MTDDataModule, PatchFeatures, Preprocessing, SyntheticDataModule
+from pl_patchcore import MTDDataModule, PatchCore, PatchFeatures, Preprocessing, SyntheticDataModule
 from pl_patchcore.coreset import random_projection
+from pl_patchcore.metrics import AnomalyEvaluation
 
 NETWORKS = {"mobilenet_v2": ["features.6", "features.13"], "wide_resnet50_2": ["layer2", "layer3"]}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -87,6 +90,93 @@ def backbone() -> None:
     console.print(table)
 
 
+class Stopwatch(L.Callback):
+    """Seconds of the batches of a test or predict, the first one left out, which starts the loaders."""
+
+    def __init__(self) -> None:
+        self.began = self.seconds = 0.0
+
+    def begin(self, batch: int) -> None:
+        if batch == 1:
+            self.began = time.perf_counter()
+
+    def on_test_batch_start(self, *given: Any) -> None:
+        self.begin(given[3])
+
+    def on_predict_batch_start(self, *given: Any) -> None:
+        self.begin(given[3])
+
+    def end(self) -> None:
+        self.seconds = time.perf_counter() - self.began
+
+    def on_test_epoch_end(self, *given: Any) -> None:
+        self.end()
+
+    def on_predict_epoch_end(self, *given: Any) -> None:
+        self.end()
+
+
+def scoring() -> None:
+    table = Table("ms an image", *NETWORKS)
+    columns = [scored(name, layers) for name, layers in NETWORKS.items()]
+    for row in columns[0]:
+        table.add_row(row, *(column[row] for column in columns))
+    console.print(table)
+
+
+@torch.inference_mode()
+def scored(name: str, layers: list[str]) -> dict[str, str]:
+    """Milliseconds an image of each part, and of whole runs."""
+    data = data_module(1)
+    data.setup("test")
+    images = [data.test_set[i] for i in range(BATCH)]
+    batch = torch.stack([image["image"] for image in images])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not trained
+        model = PatchCore(name, layers, None, resize=224, crop=None)
+    inner = model.model.members[0]
+    features = inner.patch_features(batch).flatten(0, 2)
+    size = round(0.01 * len(data.train_set) * len(features) / BATCH)
+    pairs = torch.randint(len(features), (2, size), generator=torch.Generator().manual_seed(0))
+    model.memory_bank.fill(features[pairs].float().mean(0))
+    network = inner.patch_features.network.to(memory_format=torch.channels_last)
+    pixels = batch.to(memory_format=torch.channels_last)
+    metric, masks = AnomalyEvaluation(), torch.stack([image["mask"] for image in images])
+    labels = torch.tensor([image["label"] for image in images])
+    scores, maps = model(batch)
+
+    def read() -> None:
+        for i in range(BATCH):
+            data.test_set[i]
+
+    parts: dict[str, Callable[[], object]] = {
+        "reading, resize": read,
+        "backbone": lambda: network(pixels),
+        "patch features, backbone left out": lambda: inner.patch_features(batch),
+        "search": lambda: model.memory_bank(features),
+        "scores and maps": lambda: model(batch),
+        "figures": lambda: metric.update(scores, maps, labels, masks, labels),
+    }
+    seconds = {part: best(call) for part, call in parts.items()}
+    seconds["scores and maps"] -= seconds["patch features, backbone left out"] + seconds["search"]
+    seconds["patch features, backbone left out"] -= seconds["backbone"]
+    found = {part: f"{1e3 * value / BATCH:.1f}" for part, value in seconds.items()}
+    found["sum"] = f"{1e3 * sum(seconds.values()) / BATCH:.1f}"
+    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    for run in ("test", "predict"):
+        watch = Stopwatch()
+        trainer = L.Trainer(accelerator="cpu", callbacks=watch, **quiet)
+        if run == "test":
+            trainer.test(model, data, verbose=False)
+        else:
+            trainer.predict(model, data.test_dataloader(), return_predictions=False)
+        each = watch.seconds / (len(data.test_set) - BATCH)
+        share = seconds["backbone"] / BATCH / each
+        found[f"Trainer.{run} (share of the backbone's own rate)"] = f"{1e3 * each:.1f} ({share:.0%})"
+    found["memory bank"] = f"{size:,} x {features.shape[1]}"
+    return found
+
+
 def whole(share: float = 0.01) -> None:
     if not SHARED.is_dir():
         console.print("whole run left out: Magnetic Tile Defects are not here.")
@@ -128,8 +218,8 @@ def main() -> None:
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     threads = torch.get_num_threads()
     console.print(f"{os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, load before {load}")
-    for name in sys.argv[1:] or ["loader", "backbone", "whole"]:
-        {"loader": loader, "backbone": backbone, "whole": whole}[name]()
+    for name in sys.argv[1:] or ["loader", "backbone", "scoring", "whole"]:
+        {"loader": loader, "backbone": backbone, "scoring": scoring, "whole": whole}[name]()
 
 
 if __name__ == "__main__":
