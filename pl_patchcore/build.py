@@ -85,4 +85,4 @@ def _single(
     )  # fmt: skip
     scorer = AnomalyScorer(**{name: s[name] for name in of_scorer})
     coreset = CoresetOptions(s["coreset_method"], s["coreset_ratio"], s["coreset_size"], s["projection_dim"], seed)
-    return PatchCoreModel(features, bank, scorer, coreset, foreground, mask_references)
+    return PatchCoreModel(features, bank, scorer, coreset, foreground, mask_references, s["inference"])

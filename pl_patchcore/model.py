@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.foreground import ForegroundKind, foreground
 from pl_patchcore.memory_bank import MemoryBank
+from pl_patchcore.numerics import bf16_is_fast
 from pl_patchcore.patch_features import Band, PatchFeatures
 
+Inference = Literal["float32", "bf16", "auto"]
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
@@ -41,6 +43,11 @@ class PatchCoreModel(nn.Module):
         coreset: Which patch features a fit keeps; None: one in ten, greedy.
         foreground: Whether only an object in front of a plain background counts, and by what it is found.
         mask_references: Whether that holds of the images of the memory bank, too.
+        inference: What the backbone computes in when images are scored: ``float32``; ``bf16``; ``auto``: bf16 where
+            the processor multiplies it much faster. Distances are exact for the patch features so computed.
+
+    Raises:
+        UserError: If ``inference`` is none of these.
 
     Attributes:
         input_size: Height and width of the images that it scores, int64 ``(2,)``; zeros: any size.
@@ -69,8 +76,12 @@ class PatchCoreModel(nn.Module):
         coreset: CoresetOptions | None = None,
         foreground: ForegroundKind = "none",
         mask_references: bool = True,
+        inference: Inference = "float32",
     ) -> None:
         super().__init__()
+        if inference not in get_args(Inference):
+            raise UserError(f"inference must be float32, bf16 or auto, got {inference!r}.")
+        self.inference = inference
         self.foreground, self.mask_references = foreground, mask_references
         self.patch_features = patch_features
         self.memory_bank = MemoryBank() if memory_bank is None else memory_bank
@@ -113,23 +124,29 @@ class PatchCoreModel(nn.Module):
             found = [self(*part) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
-        bands: Iterable[Band] = self.patch_features.bands(images)
+        bands: Iterable[Band] = self.patch_features.bands(images, self.in_bf16(images.device))
         if self.foreground != "none":
-            bands, counted = self.in_front(images, counted)
+            bands, counted = self.in_front(images, counted, self.in_bf16(images.device))
         return self.scorer(bands, self.memory_bank, size, counted)  # type: ignore[no-any-return]
 
-    def in_front(self, images: Tensor, counted: Counted | None) -> tuple[Iterable[Band], Counted | None]:
+    def in_bf16(self, device: torch.device) -> bool:
+        """Whether the backbone computes in bfloat16 when images on a device are scored."""
+        return self.inference == "bf16" or (self.inference == "auto" and bf16_is_fast(device.type))
+
+    def in_front(
+        self, images: Tensor, counted: Counted | None, bf16: bool = False
+    ) -> tuple[Iterable[Band], Counted | None]:
         """Patch features of images ``(B, 3, H, W)``, and which places of them count: of an object in front only."""
         if self.foreground == "none":
-            return self.patch_features.bands(images), counted
-        bands: Iterable[Band] = self.patch_features.raw_bands(images)
+            return self.patch_features.bands(images, bf16), counted
+        bands: Iterable[Band] = self.patch_features.raw_bands(images, bf16)
         tiling = self.patch_features.tiling
         if tiling is None or tiling.holds(*images.shape[2:]):
             bands = list(bands)
             features = bands[0].features
         else:  # the features of a large image are never all there: the object is found in a small one
             images = self.patch_features.small(images)
-            features = next(iter(self.patch_features.raw_bands(images))).features
+            features = next(iter(self.patch_features.raw_bands(images, bf16))).features
         found = foreground(self.foreground, images, features)
         if (empty := ~found.flatten(1).any(1)).any():
             if self.scorer.top_share_of == "scored":

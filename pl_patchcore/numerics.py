@@ -16,6 +16,7 @@ from torch.nn import functional as F
 # torch tells of no public way to oneDNN's product with a shift; `torch.addmm` takes a tenth longer, twice on few rows.
 has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
+LEAST_BF16_SPEEDUP = 1.5  # times as fast as float32: products of bf16 for which a backbone is worth rounding
 _lock = threading.Lock()
 _blocks = 0  # that threads are in
 _restore: list[Callable[[], object]] = []  # settings of torch, as they were before the first of them began
@@ -91,6 +92,14 @@ def product_speed(dtype: torch.dtype) -> float:
         seconds.append(min(timeit.repeat(partial(multiply, a, b), number=1, repeat=3)))
     exact = bool((product == product.new_tensor(256 * 127**2)).all())
     return seconds[0] / seconds[1] if exact else 0.0
+
+
+@cache
+def bf16_is_fast(device: str) -> bool:
+    """Whether products of bf16 are much faster than those of float32 on devices of a type; it is measured once."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device == "cpu" and product_speed(torch.bfloat16) >= LEAST_BF16_SPEEDUP
 
 
 def copies_in_order(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ GROUPS: dict[str, type[PatchOptions | ImageOptions | StoreOptions | EnsembleOpti
 MEMBER_ARGUMENTS = (  # of an ensemble; the members share all else
     "backbone", "layers", "weights", "patch_size", "patches", "coreset_method", "coreset_ratio", "coreset_size",
     "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share",
-    "top_share_of", "normalize_features", "position_radius", "search", "bank_dtype",
+    "top_share_of", "normalize_features", "position_radius", "search", "bank_dtype", "inference",
 )  # fmt: skip
 THRESHOLDS = ("image_threshold", "pixel_threshold")  # arguments that set a threshold by hand
 MOST = 2**63 - 1  # of a whole number

@@ -9,6 +9,7 @@ matter: here pooling is first, which takes a tenth of the memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -156,22 +157,27 @@ class PatchFeatures(nn.Module):
         """
         return torch.cat([band.features for band in self.bands(images)], dim=1)
 
-    def bands(self, images: Tensor) -> Iterator[Band]:
-        """The same in bands of patches, from the top; one band, where the images are no larger than a tile."""
-        return map(self.finished, self.raw_bands(images))
+    def bands(self, images: Tensor, bf16: bool = False) -> Iterator[Band]:
+        """The same in bands of patches, from the top; one band, where the images are no larger than a tile.
+
+        Args:
+            images: As `forward`.
+            bf16: Whether the network computes in bfloat16, where it is float32.
+        """
+        return map(self.finished, self.raw_bands(images, bf16))
 
     def finished(self, band: Band) -> Band:
         """A band of `raw_bands` as `bands` gives it."""
         return band._replace(features=F.normalize(band.features, dim=3)) if self.normalize else band
 
-    def raw_bands(self, images: Tensor) -> Iterator[Band]:
+    def raw_bands(self, images: Tensor, bf16: bool = False) -> Iterator[Band]:
         """As `bands`, of patch features before they are divided by their lengths, if they are."""
         tiling, (height, width) = self.tiling, images.shape[-2:]
         if tiling is None or tiling.holds(height, width):
             parts = [images]
             if images.device.type == "cpu" and not torch.compiler.is_compiling():
                 parts = list(images.split(max(1, CPU_PIXELS // (height * width))))
-            found = [features for part in parts for features in self._features(part)]
+            found = [features for part in parts for features in self._features(part, bf16)]
             features = found[0] if len(found) == 1 else torch.cat(found)
             yield Band(features, 0, features.shape[1])
             return
@@ -181,16 +187,18 @@ class PatchFeatures(nn.Module):
             tiles: list[Tensor] = []
             for columns in tiling.batches(spans[1], images.device):
                 cut = torch.cat([tiling.cut(images, row, column) for column in columns])
-                tiles += self._features(cut, [Window(row, column, grids) for column in columns])
+                tiles += self._features(cut, bf16, [Window(row, column, grids) for column in columns])
             yield Band(torch.cat(tiles, 2), row.first, grids[0][0])
 
-    def _features(self, images: Tensor, windows: Sequence[Window | None] = (None,)) -> list[Tensor]:
+    def _features(self, images: Tensor, bf16: bool, windows: Sequence[Window | None] = (None,)) -> list[Tensor]:
         """Patch features of images, or of what is taken from tiles: of as many at each window, float32."""
         if not images.is_floating_point():
             images = self._normalised(images)
         size = (images.shape[2], images.shape[3])
+        device, reduced = images.device.type, bf16 and self.like.dtype == torch.float32
         try:
-            outputs = self.network(images.to(self.like.dtype))
+            with torch.autocast(device, torch.bfloat16) if reduced else nullcontext():
+                outputs = self.network(images.to(self.like.dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
             (height, width), (h, w) = self.only_size or size, size
             if any(side % self.multiple for side in size):

@@ -65,6 +65,7 @@ from pl_patchcore.lightning_parts import (
 )
 from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import MetricsSize, Mode, TestFigures
+from pl_patchcore.model import Inference
 from pl_patchcore.options import (
     MEMBER_ARGUMENTS,
     EnsembleOptions,
@@ -123,6 +124,7 @@ class PatchCore(L.LightningModule):
         search: Exact: ``auto``, what suits machine and bank; ``torch``, by a float32 product; ``int8``, by a filter of
             small integers. Approximate: a factory string of faiss, such as ``HNSW32``.
         bank_dtype: Type that the memory bank is kept and saved in.
+        inference: What the backbone computes in when it scores; ``auto``: bf16 where that is much faster.
         calibration: Nominal images that set thresholds: ``leave_one_out``, training images, each without its own rows
             of the memory bank; ``split``, those that ``calibration_share`` keeps out of it; ``images``, the data
             module's; ``none``. Null: ``split`` where ``calibration_share`` is not 0.
@@ -198,6 +200,7 @@ class PatchCore(L.LightningModule):
         mask_references: bool = True,
         search: str = "auto",
         bank_dtype: BankDtype = "float32",
+        inference: Inference = "float32",
         calibration: CalibrationKind | None = None,
         calibration_share: float = 0.0,
         calibration_images: int = 500,

@@ -70,6 +70,7 @@ REFUSED = {
     "masks by name": ({"ignore": "."}, "ignore is a folder of masks", {"resize_in_file": True}),
     "size, pillow": ({}, "image_size is of images before their resize", {"image_size": SIZE}),
     "foreground": ({"foreground": "brightness"}, "foreground brightness looks"),
+    "inference": ({"inference": "bf16"}, "inference is bf16; load it with inference=float32"),
     "faiss": ({"search": "HNSW32"}, "search HNSW32 is faiss's"),
     "longer_side": (
         {"resize_mode": "longer_side", "images": {"resize_by": "tensors"}},

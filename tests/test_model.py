@@ -110,6 +110,37 @@ def test_casts(model, dtype):
     assert cast.calibration.image_threshold == pytest.approx(model.calibration.image_threshold, rel=1e-2)
 
 
+def test_inference_in_bf16(model, monkeypatch):
+    """The bank stays; scores move a little, and are exact for the patch features so computed."""
+    exact, _ = model(NEW)
+    for member in model.members:
+        member.inference = "bf16"
+    scores, _ = model(NEW)
+    assert 0 < (scores / exact - 1).abs().max() < 0.03
+    (member, *_) = model.members
+    features = torch.cat([band.features for band in member.patch_features.bands(NEW, bf16=True)], 1)
+    assert features.dtype == torch.float32
+    nearest = torch.cdist(features.flatten(1, 2).double(), member.memory_bank.features.double()).amin(2)
+    own, _ = member.scorer.__class__(reweighting_neighbors=1)(
+        member.patch_features.bands(NEW, bf16=True), member.memory_bank, NEW.shape[2:]
+    )
+    torch.testing.assert_close(own.double(), nearest.amax(1), rtol=1e-6, atol=0)
+    refit = copy.deepcopy(model)
+    fit(refit)
+    for ours, theirs in zip(model.members, refit.members, strict=True):
+        assert torch.equal(ours.memory_bank.features, theirs.memory_bank.features)
+    for fast, expected in ((True, scores), (False, exact)):
+        monkeypatch.setattr("pl_patchcore.model.bf16_is_fast", lambda device, fast=fast: fast)
+        for member in model.members:
+            member.inference = "auto"
+        assert torch.equal(model(NEW)[0], expected)
+
+
+def test_inference_of_other_types_is_refused(tiny):
+    with pytest.raises(UserError, match="inference must be float32, bf16 or auto, got 'int8'"):
+        PatchCoreModel(PatchFeatures(tiny, ["fine"], None), inference="int8")
+
+
 def test_state_dict_of_any_size(model):
     """A fitted model's buffers load into an empty one, and into one of another size, strictly."""
     names = {name for name in model.state_dict() if "patch_features" not in name}

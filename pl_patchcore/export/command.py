@@ -92,5 +92,5 @@ def run(words: Sequence[str]) -> None:
     output = Path(given["output"] or Path(checkpoint).with_suffix(FORMATS[kind][0]))
     options = FileOptions(**{name: value for name in _OF_FILE if (value := given[name]) is not None})
     of_model = {name: value for name in _OF_MODEL if (value := given[f"model.{name}"]) is not None}
-    module = PatchCore.load_from_checkpoint(checkpoint, **of_model)
+    module = PatchCore.load_from_checkpoint(checkpoint, inference="float32", **of_model)
     export(module, output, kind, data[0] if data and len(data) == 1 else data, checkpoint, options)
