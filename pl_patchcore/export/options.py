@@ -124,7 +124,7 @@ def _of_model(model: PatchCoreModel | EnsembleModel) -> Iterator[str]:
         if features.like.dtype != torch.float32:
             yield f"its backbone is {features.like.dtype}; export the model as it was loaded, in float32"
         if member.inference != "float32":
-            yield f"its inference is {member.inference}; load it with inference=float32, for precision says it of a file"
+            yield f"its inference is {member.inference}; load it with inference=float32: of a file, precision says it"
         if {each.device.type for each in member.state_dict().values()} != {"cpu"}:
             yield "it is not on the CPU; model.cpu() brings it there"
     size = sum(value.numel() * 4 for value in model.state_dict().values())

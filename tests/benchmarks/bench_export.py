@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.export import onnx_file, openvino_file, torch_file
 from pl_patchcore.metrics import AnomalyEvaluation
+from pl_patchcore.model import Inference
 from pl_patchcore.options import ImageOptions
 from pl_patchcore.preprocessing import ResizeBy
 
@@ -83,14 +84,20 @@ def fitted(resize_by: ResizeBy) -> tuple[PatchCore, Any]:
     return model, data.test_dataloader().dataset
 
 
-def by_model(model: PatchCore, tiles: Any) -> Answers:
+def by_model(model: PatchCore, tiles: Any, inference: Inference = "float32") -> Answers:
+    for member in model.model.members:
+        member.inference = inference
+
     def found() -> Iterable[tuple[Any, torch.Tensor, bool]]:
         for tile in tqdm(tiles, "The model"):
             with torch.inference_mode():
                 outputs = model.judge(tile["image"][None])
             yield outputs["score"][0], outputs["anomaly_map"][0], bool(outputs["anomalous"][0])
 
-    return Answers(found(), tiles)
+    answers = Answers(found(), tiles)
+    for member in model.model.members:
+        member.inference = "float32"
+    return answers
 
 
 def by_file(model: PatchCore, tiles: Any, name: str, folder: str) -> tuple[Answers, float]:
@@ -127,6 +134,7 @@ def main() -> None:
         model, tiles = fitted(resize_by)
         own = by_model(model, tiles)
         rows = {f"checkpoint, resize_by: {resize_by}": ["", *own.row(own)]}
+        rows["the same, inference: bf16"] = ["", *by_model(model, tiles, "bf16").row(own)]
         for name in given.only:
             if FILES[name][0] == resize_by:
                 with tempfile.TemporaryDirectory() as folder:
