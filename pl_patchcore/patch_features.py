@@ -226,7 +226,7 @@ class PatchFeatures(nn.Module):
         for number, window in enumerate(windows):
             parts = pooled
             if window is not None and self.tiling is not None:
-                parts = self.tiling.parts([part.tensor_split(len(windows))[number] for part in pooled], window)
+                parts = self.tiling.parts([part.unflatten(0, (len(windows), -1))[number] for part in pooled], window)
             first = parts[0].shape[-2:]
             for i, part in enumerate(parts):
                 if part.shape[-2:] != first:

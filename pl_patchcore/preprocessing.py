@@ -358,10 +358,10 @@ class Geometry(NamedTuple):
     box: tuple[float, float, float, float]  # top, left, bottom, right of the input in pixels of the original
 
     @property
-    def pixels(self) -> int:
-        """Pixels of the input."""
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input."""
         height, width = (part.stop - part.start + sum(edge) for part, edge in zip(self[1:3], self.edges, strict=True))
-        return int(height * width)
+        return height, width
 
 
 def _cut_out(image: Image.Image, rows: slice, columns: slice, edges: list[tuple[int, int]]) -> np.ndarray:

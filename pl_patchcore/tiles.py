@@ -195,6 +195,10 @@ class Tiling:
             return (height, width) == self.size
         return height <= self.size[0] and width <= self.size[1]
 
+    def number(self, height: int, width: int) -> int:
+        """Tiles of an image of so many pixels."""
+        return 1 if self.holds(height, width) else len(self.along(0, height)) * len(self.along(1, width))
+
     def told(self, height: int, width: int) -> str:
         """What the tiles of an image of so many pixels cost, in a sentence."""
         row, column = self.along(0, height), self.along(1, width)

@@ -60,7 +60,12 @@ def made(tiny, **options):
 
 SIZE = (90, 140)
 REFUSED = {
-    "tile": ({"tile": 32, "resize": None}, "tile cuts"),
+    "tile": ({"tile": 32, "resize": None}, "tile cuts images by their size; give image_size"),
+    "tiles": (
+        {"tile": 16, "resize": None},
+        r"image_size makes \d+ tiles, and a graph holds at most 64; raise tile",
+        {"image_size": SIZE},
+    ),
     "roi": ({"roi": [0, 0, 20, 20], "resize": None}, "roi is in pixels of images of one size; give image_size"),
     "roi, pillow": (
         {"roi": [0, 0, 20, 20]},

@@ -7,6 +7,7 @@ module; batches of it go through PatchCore unchanged. Next: `patchcore.py`, whic
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -207,7 +208,7 @@ class ImageDataset(Dataset[Sample]):
     def mean_pixels(self) -> float | None:
         """Pixels of an input on average, by the headers of a few images; None where all have one size."""
         headers = [] if self.transform.size else [each.check(self.transform) for each in spread(self.records)]
-        pixels = [self.transform.geometry(*header.size).pixels for header in headers if header is not None]
+        pixels = [math.prod(self.transform.geometry(*header.size).size) for header in headers if header is not None]
         return float(np.mean(pixels)) if pixels else None
 
     def __getitem__(self, index: int) -> Sample:

@@ -76,7 +76,8 @@ class Frame(nn.Module):
                 images = images.index_select(dim, torch.arange(axis.count) + axis.first)
             return images.permute(0, 3, 1, 2).float(), axes
         size, first, count = ((getattr(rows, name), getattr(columns, name)) for name in ("fitted", "first", "count"))
-        return resized(images, size, first, count, self.transform.interpolation), axes
+        levels = resized(images, size, first, count, self.transform.interpolation)
+        return levels.round() if self.transform.levels else levels, axes
 
     def axes(self, height: int, width: int) -> tuple[Axis, Axis]:
         """Where the input lies in an image of a size that is open in the graph."""

@@ -17,6 +17,8 @@ from pl_patchcore.export.runtime import MapAt
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.preprocessing import MOST_PIXELS, Preprocessing
 
+MOST_TILES = 64  # for each of which the graph holds the backbone once
+OF_ONE_SIZE = "give image_size, and the file takes images of that size alone"
 Precision = Literal["float32", "bf16"]
 MOST_BYTES = 2**31 - 2**24  # of a file of ONNX: 2 GiB, less what its graph may take
 
@@ -81,7 +83,8 @@ def check_exportable(model: PatchCoreModel | EnsembleModel, transform: Preproces
     Raises:
         UserError: With the reason and, where there is one, the remedy.
     """
-    reasons = itertools.chain(_of_images(transform, options), _of_model(model))
+    image = options.image_size
+    reasons = itertools.chain(_of_images(transform, options), _of_model(model, transform, image))
     for reason in reasons:
         raise UserError(f"this model cannot be exported: {reason}.")
 
@@ -89,26 +92,30 @@ def check_exportable(model: PatchCoreModel | EnsembleModel, transform: Preproces
 def _of_images(transform: Preprocessing, options: FileOptions) -> Iterator[str]:
     resized, mode = transform.resize is not None, transform.resize_mode
     ready = resized and transform.resize_by == "pillow"
-    size = "give image_size, and the file takes images of that size alone"
     for name, where in transform.marks:
         if isinstance(where, str) and Path(where).is_dir():
             yield f"{name} is a folder of masks by the images' names, which a file is not given; inspect uses them"
         if options.image_size is None:
-            yield f"{name} is in pixels of images of one size; {size}"
+            yield f"{name} is in pixels of images of one size; {OF_ONE_SIZE}"
     if transform.marks and ready:
         yield f"{transform.marks[0][0]} needs the resize in the file; give resize_in_file"
     if resized and mode == "longer_side":
         if ready:
             yield "resize_mode longer_side needs the resize in the file; give resize_in_file"
         if options.image_size is None:
-            yield f"resize_mode longer_side fills images up, and what is filled does not count; {size}"
+            yield f"resize_mode longer_side fills images up, and what is filled does not count; {OF_ONE_SIZE}"
     if resized and not ready and transform.size is None and options.image_size is None:
-        yield f"resize_mode shorter_side without a crop gives inputs of many shapes; set crop and fit again, or {size}"
+        yield f"resize_mode shorter_side without a crop gives inputs of many shapes; set crop, or {OF_ONE_SIZE}"
     if options.image_size is not None and ready:
         yield "image_size is of images before their resize, which Pillow does before the file; give resize_in_file"
 
 
-def _of_model(model: PatchCoreModel | EnsembleModel) -> Iterator[str]:
+def _of_model(
+    model: PatchCoreModel | EnsembleModel, transform: Preprocessing, image: tuple[int, int] | None
+) -> Iterator[str]:
+    size = transform.size
+    if image is not None:
+        size = transform.geometry(*image).size
     if not model.fitted:
         yield "its memory bank is empty; fit it first"
     if isinstance(model, EnsembleModel) and model.combine == "test_range":
@@ -116,7 +123,10 @@ def _of_model(model: PatchCoreModel | EnsembleModel) -> Iterator[str]:
     for member in model.members:
         features = member.patch_features
         if features.tiling is not None:
-            yield "tile cuts each image into a number of tiles of its own, which a graph has no loop for"
+            if size is None:
+                yield f"tile cuts images by their size; {OF_ONE_SIZE}"
+            elif (number := features.tiling.number(*size)) > MOST_TILES:
+                yield f"image_size makes {number} tiles, and a graph holds at most {MOST_TILES}; raise tile"
         if member.foreground != "none":
             yield f"foreground {member.foreground} looks for an object in each image, which a graph cannot"
         if member.memory_bank.approximate:
@@ -127,6 +137,6 @@ def _of_model(model: PatchCoreModel | EnsembleModel) -> Iterator[str]:
             yield f"its inference is {member.inference}; load it with inference=float32: of a file, precision says it"
         if {each.device.type for each in member.state_dict().values()} != {"cpu"}:
             yield "it is not on the CPU; model.cpu() brings it there"
-    size = sum(value.numel() * 4 for value in model.state_dict().values())
-    if size > MOST_BYTES:
-        yield f"backbone and memory bank take {size / 2**30:.1f} GiB, a file of ONNX 2; a smaller coreset_size cuts it"
+    total = sum(value.numel() * 4 for value in model.state_dict().values())
+    if total > MOST_BYTES:
+        yield f"backbone and memory bank take {total / 2**30:.1f} GiB, a file of ONNX 2; a smaller coreset_size cuts it"

@@ -189,21 +189,22 @@ class Member(nn.Module):
             self.register_buffer("company", torch.cat([bank(block.float(), b)[1] for block in blocks]).int())  # (M, b)
         self.by_position = bank.position_radius is not None
         if bank.position_radius is not None:  # the reach grows where it holds fewer than k rows
-            height, width = bank.grid.tolist()
-            at = Places.of_rows(1, 0, height, (height, width), torch.device("cpu")).at
-            cells = [(place - bank.places).abs().amax(1) for place in at]  # (M,) each
-            far = torch.stack([each.topk(self.k, largest=False).values[-1] for each in cells])
+            high, wide = bank.grid.tolist()
+            at = Places.of_rows(1, 0, high, (high, wide), torch.device("cpu")).at
+            apart = [(place - bank.places).abs().amax(1) for place in at]  # (M,) each
+            far = torch.stack([each.topk(self.k, largest=False).values[-1] for each in apart])
             self.register_buffer("at", at)
             self.register_buffer("places", bank.places.long())
             self.register_buffer("reach", far.clamp(min=bank.position_radius))
         self.counts: Counts | None = None
         if size is not None:
             with torch.inference_mode(False), torch.no_grad():
-                h, w = model.patch_features(torch.zeros(1, 3, *size)).shape[1:3]
-                for name, pixels, cells in (("down", size[0], h), ("across", size[1], w)):
+                bands = list(model.patch_features.bands(torch.zeros(1, 3, *size)))
+                patches = bands[0].rows, bands[0].features.shape[2]
+                for name, pixels, cells in zip(("down", "across"), size, patches, strict=True):
                     self.register_buffer(name, map_matrix(pixels, cells, self.sigma_of(counted)).contiguous())
                 if counted is not None:
-                    self.counts = Counts(model.scorer, counted, (h, w), size)
+                    self.counts = Counts(model.scorer, counted, patches, size)
 
     def sigma_of(self, counted: Counted | None) -> float:
         """Of the Gaussian that follows at once: none where pixels are left out before it."""
@@ -224,35 +225,56 @@ class Member(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``(B,)`` and patch distances ``(B, h, w)`` of normalised images ``(B, 3, H, W)``."""
-        features = self.patch_features(pixels)
-        batch, h, w, d = features.shape
-        rows = self.rows()
-        queries = features.reshape(batch * h * w, d) - self.rows.centre
-        costs = self.halves - F.linear(
-            queries.to(self.product), rows.to(self.product)
-        )  # (Q, M): half of (square - query's own square)
-        if self.by_position:
-            far = (self.at[:, None] - self.places).abs().amax(2) > self.reach[:, None]  # (h w, M)
-            costs = torch.where(far, torch.inf, costs.reshape(batch, h * w, -1)).reshape(batch * h * w, -1)
-        if self.look_up:
-            distances = self.nearest(queries, costs)[0]
-        else:
-            squares = queries.square().sum(1) + 2 * costs.amin(1)
-            distances = self.scorer.in_units(squares.clamp(min=0).sqrt())
-        distances = distances.reshape(batch, h, w)
-        if self.counts is not None:
-            distances = self.counts.marked(distances)
+        rows = self.rows().to(self.product)
+        parts, highest, patches, cells = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        for features, top, _ in self.patch_features.bands(pixels):
+            batch, h, w, d = features.shape
+            queries = features.reshape(batch, h * w, d) - self.rows.centre
+            distances = self.compared(queries, rows, torch.arange(top * w, (top + h) * w)).reshape(batch, h, w)
+            if self.counts is not None:
+                distances = self.counts.marked(distances, top)
+            patch = distances.flatten(1).argmax(1)
+            parts.append(distances)
+            highest.append(distances.flatten(1).amax(1))
+            patches.append(queries[torch.arange(batch), patch])
+            cells.append(patch + top * w)
+        distances = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if self.scorer.image_score == "top_mean":
             taken = distances if self.scorer.top_share_of == "scored" else distances.clamp(min=0)
             return top_mean(taken, self.scorer.top_share), distances
-        worst = torch.arange(batch) * (h * w) + distances.flatten(1).argmax(1)
-        scores, own, row = self.nearest(queries[worst], costs[worst])
+        query, cell = patches[0], cells[0]
+        if len(parts) > 1:
+            best, images = torch.stack(highest).argmax(0), torch.arange(pixels.shape[0])
+            query, cell = torch.stack(patches)[best, images], torch.stack(cells)[best, images]
+        scores, own, row = self.nearest(query, self.costs(query, rows, cell))
         if self.weighted:
             company = self.rows.taken(F.embedding(row, self.company))  # (B, b, D)
-            beside = torch.linalg.vector_norm(queries[worst][:, None] - company, dim=2)
+            beside = torch.linalg.vector_norm(query[:, None] - company, dim=2)
             shares = torch.exp(beside - own[:, None]).sum(1)
             scores = scores * (1 - 1 / shares).clamp(0, 1)
         return scores, distances
+
+    def costs(self, queries: Tensor, rows: Tensor, cells: Tensor) -> Tensor:
+        """Half of (squared distance - query's own square) to each row, infinite out of reach: ``(..., Q, M)``.
+
+        Args:
+            queries: Centred, ``(..., Q, D)``.
+            rows: Likewise, ``(M, D)``.
+            cells: Number of each query's place on the grid, ``(Q,)``.
+        """
+        costs = self.halves - F.linear(queries.to(self.product), rows)
+        if self.by_position:
+            far = (self.at[cells][:, None] - self.places).abs().amax(2) > self.reach[cells][:, None]  # (Q, M)
+            costs = torch.where(far, torch.inf, costs)
+        return costs
+
+    def compared(self, queries: Tensor, rows: Tensor, cells: Tensor) -> Tensor:
+        """Distances ``(B Q,)``, as the score has them, of queries ``(B, Q, D)``; see `costs`."""
+        costs = self.costs(queries, rows, cells)
+        if self.look_up:
+            return self.nearest(queries.flatten(0, 1), costs.flatten(0, 1))[0]
+        squares = queries.square().sum(2) + 2 * costs.amin(2)
+        return self.scorer.in_units(squares.clamp(min=0).sqrt())
 
     def nearest(self, queries: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Distances ``(Q,)`` as the score has them; Euclidean ones to the nearest row, and its number.
@@ -288,8 +310,6 @@ class Counts(nn.Module):
     source: Tensor
     pixels: Tensor
     share: Tensor
-    down: Tensor
-    across: Tensor
 
     def __init__(self, scorer: AnomalyScorer, counted: Counted, grid: tuple[int, int], size: tuple[int, int]) -> None:
         super().__init__()
@@ -300,13 +320,13 @@ class Counts(nn.Module):
         self.register_buffer("others", torch.zeros(grid, dtype=torch.float32).masked_fill(~valid, -torch.inf))
         self.register_buffer("source", continued(places, valid[None]).flatten().long())
         self.register_buffer("pixels", pixels)
-        for name, side in zip(("down", "across"), size, strict=True):
-            self.register_buffer(name, map_matrix(side, side, scorer.sigma).contiguous())
         self.register_buffer("share", smoothed(pixels[None].float(), scorer.sigma)[0])
+        self.sigma = scorer.sigma
 
-    def marked(self, distances: Tensor) -> Tensor:
-        """Distances ``(B, h, w)``: 0 or -inf where a patch does not count."""
-        return torch.where(self.compared, distances, self.others)
+    def marked(self, distances: Tensor, top: int) -> Tensor:
+        """Distances ``(B, h', w)`` of rows from ``top`` on: 0 or -inf where a patch does not count."""
+        rows = slice(top, top + distances.shape[1])
+        return torch.where(self.compared[rows], distances, self.others[rows])
 
     def continued(self, distances: Tensor) -> Tensor:
         """Distances ``(B, h, w)``, of the nearest patch that counts where one does not."""
@@ -314,5 +334,5 @@ class Counts(nn.Module):
 
     def smoothed(self, maps: Tensor) -> Tensor:
         """Smooth maps ``(B, H, W)``, weighing the pixels that count alone; the others are left 0."""
-        maps = torch.matmul(torch.matmul(self.down, maps * self.pixels), self.across.T) / self.share
+        maps = smoothed(maps * self.pixels, self.sigma) / self.share
         return torch.where(self.pixels, maps, torch.zeros((), dtype=torch.float32))
