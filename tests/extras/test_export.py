@@ -1,10 +1,8 @@
 """Exported files: their answers are the model's, run without torch; one that differs is not kept."""
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +12,7 @@ import pytest
 import timm
 import torch
 from networks import TinyBackbone
+from pages import code
 from PIL import Image
 from test_model import fit
 
@@ -23,7 +22,6 @@ from pl_patchcore.export import export, onnx_file
 from pl_patchcore.export import parity as export_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter itself
-PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
 TENSORS = {"resize_by": "tensors"}
 MODELS = {
     "ready": {"resize": (40, 56), "crop": (32, 48)},
@@ -317,12 +315,10 @@ def test_command(exported, tmp_path):
 
 def test_consumer_of_the_page_runs_without_torch(exported):
     module, folder = exported
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     files = sorted((folder / "images" / "inner").iterdir())
     banned = "import sys; sys.modules['torch'] = sys.modules['pl_patchcore'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-c", banned + code, folder / "m.onnx", *files], capture_output=True, text=True, check=True
-    )
+    program = [sys.executable, "-c", banned + code("Without PyTorch"), folder / "m.onnx", *files]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
     for line, expected in zip(done.stdout.splitlines(), module.inspect(files), strict=True):
         found = json.loads(line)
         assert found["score"] == pytest.approx(expected.score, rel=1e-4)
