@@ -41,9 +41,9 @@ PatchCore.load_from_checkpoint("model.ckpt").inspect("images/image.png").score
 
 def files(folder: Path) -> None:
     """Write a fitted MobileNetV2 with random weights and bank, and an image; the times do not depend on them."""
-    settings = {"backbone": "mobilenet_v2", "layers": ["features.6", "features.13"], "resize": SIDE, "crop": None}
-    model = PatchCore(weights=None, save_backbone=True, **settings)
-    model.memory_bank.fill(torch.randn(ROWS, model.model.patch_features.dimension))
+    layers = ["features.6", "features.13"]
+    model = PatchCore("mobilenet_v2", layers, weights=None, resize=SIDE, crop=None, save_backbone=True)
+    model.memory_bank.fill(torch.randn(ROWS, model.patch_features.dimension))
     model.model.calibration.fill(torch.rand(20), torch.rand(20))
     model.save(folder / "model.ckpt")
     (folder / "images").mkdir()
