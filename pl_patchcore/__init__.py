@@ -84,6 +84,10 @@ _MODULES = {  # name: module it is from
 __all__ = list(_MODULES)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

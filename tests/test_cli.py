@@ -21,6 +21,7 @@ import torch
 import torchvision
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from PIL import Image
 
 import pl_patchcore.__main__
 from pl_patchcore import FolderDataModule, PatchCore, SyntheticDataModule, __version__
@@ -596,10 +597,29 @@ def test_what_needs_no_torch_imports_none(tmp_path):
         assert done.stdout.startswith(expected)
 
 
-@pytest.mark.slow
-def test_what_few_need_is_imported_where_it_is_used():
-    code = "import sys, pl_patchcore.cli; assert not {'av', 'faiss', 'skimage'} & {*sys.modules}"
+def test_the_package_names_all_and_imports_nothing():
+    code = """
+import sys, pl_patchcore, pl_patchcore.errors, pl_patchcore.published
+heavy = {"torch", "lightning", "torchvision", "scipy", "matplotlib", "numpy", "PIL"} & {*sys.modules}
+assert not heavy, heavy
+assert {*pl_patchcore.__all__, "__version__", "errors"} <= {*dir(pl_patchcore)}
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_what_few_need_is_imported_where_it_is_used(ran, tmp_path):
+    """Not even `predict` needs it."""
+    code = """
+import sys, pl_patchcore.cli
+pl_patchcore.cli.main(sys.argv[1:])
+few = {"av", "faiss", "skimage", "onnx", "pl_patchcore.export", "pl_patchcore.benchmark"} & {*sys.modules}
+assert not few, few
+"""
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    words = ["predict", "--ckpt_path", str(Path(checkpoint_of(ran[0])).absolute()), "--data.predict=.", *HERE]
+    subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=tmp_path)
+    assert (tmp_path / "out" / "predictions.csv").is_file()
 
 
 HOLDING = """
