@@ -304,9 +304,11 @@ class PatchCore(L.LightningModule):
 
     # Scoring
 
-    def forward(self, images: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, counted: Counted | None = None, map_size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score images: see `PatchCoreModel.forward`."""
-        return self.model(images, counted)  # type: ignore[no-any-return]
+        return self.model(images, counted, map_size)  # type: ignore[no-any-return]
 
     def judge(self, images: Tensor, counted: Counted | None = None) -> dict[str, Tensor]:
         """Score images ``(B, 3, H, W)``, normalised, on the model's device.
