@@ -60,6 +60,7 @@ def recipe_of(**changes):
     """The recipe at a size of tests, with a network of tests."""
     settings = recipe("anomalydino_448") | {"resize": 100}
     assert settings.pop("reference_rotations") == 8  # which the turned images test
+    assert settings.pop("patches") == {"position_embedding": "dinov2"}  # which the backbones' tests test
     return settings | {"backbone": Tokens(), "layers": ["norm"], "weights": None} | changes
 
 

@@ -1,12 +1,18 @@
 """Backbones by name of timm's, and modules of transformers, with random weights: the smallest of each family."""
 
+import copy
+import math
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
@@ -130,6 +136,91 @@ def test_weights_from_a_file_are_resized_as_timm_does(tmp_path, suffix):
     torch.save({"blocks.0.norm1.weight": torch.ones(192)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"weights do not fit timm/vit_tiny_patch16_224: Missing key.*cls_token"):
         PatchFeatures(f"timm/{name}", ["last"], str(tmp_path / "other.pth"))
+
+
+def resized_by_authors(embedding, grid, offset=0.1):
+    """Position embeddings ``(M, M, C)`` resized as in DINOv2's code, float64: cubic convolution, a = -0.75, no filter."""
+
+    def cubic(t):
+        a, t = -0.75, abs(t)
+        if t <= 1:
+            return (a + 2) * t**3 - (a + 3) * t**2 + 1
+        return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+    for axis, cells in enumerate(grid):
+        side = embedding.shape[axis]
+        matrix = np.zeros((cells, side))
+        for i in range(cells):
+            place = (i + 0.5) * side / (cells + offset) - 0.5
+            for k in range(math.floor(place) - 1, math.floor(place) + 3):
+                matrix[i, min(max(k, 0), side - 1)] += cubic(place - k)
+        embedding = np.moveaxis(np.tensordot(matrix, embedding, (1, axis)), 0, axis)
+    return embedding
+
+
+DINOV2 = {"patch_size": 1, "position_embedding": "dinov2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_small_patch14_dinov2", (448, 672)),
+        ("vit_small_patch14_dinov2", (518, 518)),
+        ("vit_small_patch14_dinov2", (518, 112)),
+        ("vit_small_patch14_reg4_dinov2", (448, 336)),
+    ],
+)
+def test_position_embeddings_resized_as_dinov2s_authors_do(name, size, tmp_path):
+    """Of a model without registers; with registers they do as timm does. Weights are those of the authors' file."""
+    torch.manual_seed(0)
+    network, grid = timm.create_model(name, depth=1).eval(), (size[0] // 14, size[1] // 14)
+    nn.init.normal_(network.pos_embed, std=0.5)
+    whole = timm.create_model(name)
+    state = whole.state_dict() | network.state_dict()
+    torch.save(state | {"mask_token": torch.zeros(1, 384)}, tmp_path / "w.pth")  # of which timm knows the authors' file
+    found = PatchFeatures(f"timm/{name}", ["blocks.0"], str(tmp_path / "w.pth"), image_size=size, **DINOV2)
+    extra = network.pos_embed.shape[1] - 37 * 37
+    own = network.pos_embed.detach()[0, extra:].view(37, 37, -1)
+    if grid != (37, 37) and extra:
+        own = torch.from_numpy(resized_by_authors(own.double().numpy(), grid)).float()
+    else:
+        own = resample_abs_pos_embed(network.pos_embed.detach()[:, extra:], list(grid), num_prefix_tokens=0)[0]
+    network.set_input_size(size)
+    network.pos_embed.data[0, extra:] = own.reshape(-1, 384)
+    with torch.no_grad():
+        (expected,) = network.forward_intermediates(images_of(size), 1, norm=False, intermediates_only=True)
+    torch.testing.assert_close(found(images_of(size)), expected.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+    timms = PatchFeatures(f"timm/{name}", ["blocks.0"], str(tmp_path / "w.pth"), patch_size=1, image_size=size)
+    alike = torch.allclose(timms(images_of(size)), found(images_of(size)), atol=1e-3)
+    assert alike == (extra == 0 or grid == (37, 37))
+
+
+def test_position_embeddings_are_part_of_the_identity(trainer, tmp_path):
+    """A checkpoint knows how they were resized, refuses the other way, and one from before has timm's."""
+    options = {"backbone": "timm/vit_small_patch14_dinov2", "layers": ["blocks.0"], "weights": None, "resize": None}
+    options |= {"crop": (112, 126), "patch_size": 1, "coreset_ratio": 0.2, "save_backbone": True}
+    for rule in ("dinov2", "timm"):
+        module, runner = PatchCore(**options, patches={"position_embedding": rule}), trainer(max_epochs=1)
+        runner.fit(module, DataLoader(images_of((112, 126)), batch_size=2))
+        path = tmp_path / f"{rule}.ckpt"
+        runner.save_checkpoint(path)
+        copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module.model)), PatchCore.load_from_checkpoint(path)
+        images = images_of((112, 126)) + 0.1
+        for other in copies:
+            torch.testing.assert_close(other(images), module(images))
+        with pytest.raises(UserError, match="position_embedding"):
+            other_rule = {"position_embedding": "timm" if rule == "dinov2" else "dinov2"}
+            PatchCore.load_from_checkpoint(path, patches=other_rule)
+    file = torch.load(path, weights_only=True)
+    del file["patchcore"]["identity"]["position_embedding"], file["hyper_parameters"]["patches"]["position_embedding"]
+    torch.save(file, tmp_path / "older.ckpt")
+    torch.testing.assert_close(PatchCore.load_from_checkpoint(tmp_path / "older.ckpt")(images), module(images))
+
+
+@pytest.mark.parametrize("name", ["timm/resnet10t", "timm/eva02_tiny_patch14_224", "resnet18"])
+def test_position_embeddings_of_another_kind(name):
+    with pytest.raises(UserError, match=f"position_embedding .*{name}; set it to timm"):
+        PatchFeatures(name, ["last"], None, **DINOV2)
 
 
 @pytest.mark.parametrize(
