@@ -137,7 +137,7 @@ def _keep_output(name: str, wanted: int, module: nn.Module, inputs: Any, output:
     """Forward hook of a layer; stops the call after the last of the layers ``wanted``."""
     if (found := _layer_outputs.get()) is not None:
         found[name] = output
-        if len(found) == wanted:
+        if len(found) == wanted and not torch.compiler.is_compiling():  # a graph is recorded of calls that return
             raise _LastLayerSeen
 
 

@@ -139,7 +139,7 @@ def test_weights_from_a_file_are_resized_as_timm_does(tmp_path, suffix):
 
 
 def resized_by_authors(embedding, grid, offset=0.1):
-    """Position embeddings ``(M, M, C)`` resized as in DINOv2's code, float64: cubic convolution, a = -0.75, no filter."""
+    """Position embeddings ``(M, M, C)`` as DINOv2's code resizes them, float64: cubic convolution, a = -0.75."""
 
     def cubic(t):
         a, t = -0.75, abs(t)
@@ -208,8 +208,8 @@ def test_position_embeddings_are_part_of_the_identity(trainer, tmp_path):
         images = images_of((112, 126)) + 0.1
         for other in copies:
             torch.testing.assert_close(other(images), module(images))
+        other_rule = {"position_embedding": "timm" if rule == "dinov2" else "dinov2"}
         with pytest.raises(UserError, match="position_embedding"):
-            other_rule = {"position_embedding": "timm" if rule == "dinov2" else "dinov2"}
             PatchCore.load_from_checkpoint(path, patches=other_rule)
     file = torch.load(path, weights_only=True)
     del file["patchcore"]["identity"]["position_embedding"], file["hyper_parameters"]["patches"]["position_embedding"]
@@ -299,10 +299,21 @@ def test_modules_of_transformers_give_their_hidden_states(trainer, make):
     torch.testing.assert_close(loaded(images), module(images))
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "pvt_v2_b0"])
-def test_exports_with_a_dynamic_batch(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet10t", {}),
+        ("vit_tiny_patch16_224", {}),
+        ("pvt_v2_b0", {}),
+        ("vit_tiny_patch16_224", {"layers": ["blocks.1.mlp"]}),  # timm gives no such layer, nor can it be traced: hooks
+        ("eva02_tiny_patch14_224", {"layers": ["blocks.1.mlp"]}),
+        ("vit_small_patch14_dinov2", {"layers": ["blocks.0"], "image_size": (112, 126), **DINOV2}),
+    ],
+)
+def test_exports_with_a_dynamic_batch(name, options):
     layers, size = FAMILIES[name]
-    features = PatchFeatures(f"timm/{name}", layers, None, image_size=size)
+    options = {"layers": layers, "image_size": size} | options
+    features, size = PatchFeatures(f"timm/{name}", weights=None, **options), options["image_size"]
     program = torch.export.export(features, (images_of(size),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     images = torch.rand(3, 3, *size)
     torch.testing.assert_close(program.module()(images), features(images), rtol=1e-4, atol=1e-5)
