@@ -37,7 +37,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 import pl_patchcore.data
 from pl_patchcore.backbone import UntrainedBackboneWarning
-from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings
+from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings, without_weights
 from pl_patchcore.commands import COMMANDS, HELP_INDENT, answered, fail, shorten
 from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
 from pl_patchcore.data import AnomalyDataModule
@@ -373,7 +373,7 @@ class PatchCoreCLI(LightningCLI):
             settings[name] = {**settings.get(name, {}), **vars(value)} if name in GROUPS else values[name]
         with warnings.catch_warnings():
             if self.brings_weights:
-                settings["weights"] = None  # the checkpoint's own are loaded over the random ones
+                settings = without_weights(settings)  # the checkpoint's own are loaded over the random ones
                 warnings.simplefilter("ignore", UntrainedBackboneWarning)
             return with_settings(kind, settings)
 

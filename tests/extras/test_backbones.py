@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from pl_patchcore import PatchCore, PatchFeatures, UserError
+from pl_patchcore.tiles import TileOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages
 
@@ -319,6 +321,52 @@ def test_exports_with_a_dynamic_batch(name, options):
     torch.testing.assert_close(program.module()(images), features(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "tile", "options"),
+    [
+        ("vit_tiny_patch16_224", (64, 96), {}),
+        ("vit_small_patch14_dinov2", (56, 84), DINOV2),
+        ("swin_tiny_patch4_window7_224", (112, 112), {}),
+    ],
+)
+def test_tiles(name, tile, options):
+    """Patches at the outer corner of an image are those of its first tile."""
+    layers = ["layers.0" if "swin" in name else "blocks.0"]
+    options = {"patch_size": 1} | options
+    tiled = PatchFeatures(f"timm/{name}", layers, None, tiles=TileOptions(tile, 0), **options)
+    alone = PatchFeatures(f"timm/{name}", layers, None, image_size=tile, **options)
+    images = images_of((2 * tile[0], 2 * tile[1]))
+    found, expected = tiled(images), alone(images[:, :, -tile[0] :, : tile[1]])
+    h, w = expected.shape[1:3]
+    assert found.shape == (2, 2 * h, 2 * w, expected.shape[3])
+    torch.testing.assert_close(found[:, -h:, :w], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"fails on images of 50x50 .*or tile, to multiples of|make both multiples of"):
+        PatchFeatures(f"timm/{name}", layers, None, tiles=TileOptions(50), **options)(images)
+
+
+def test_ensemble_with_torchvisions(trainer, tmp_path):
+    """Members are what they are alone; update, copies, and a file that brings the weights."""
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "w.pth")
+    of_timm = {"backbone": "timm/resnet10t", "layers": ["layer2"], "weights": str(tmp_path / "w.pth")}
+    members = [{"backbone": "timm/vit_tiny_patch16_224", "layers": ["blocks.0"], "patch_size": 1}, of_timm, {}]
+    shared = {"backbone": "resnet18", "layers": ["layer1"], "weights": None, "resize": 64, "crop": None}
+    shared |= {"coreset_ratio": 0.1, "save_backbone": True}
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ensemble = PatchCore(**shared, ensemble={"members": members})
+    trainer(max_epochs=1).fit(ensemble, DataLoader(images, batch_size=2))
+    for member, own in zip(ensemble.model.members, members, strict=True):
+        alone = PatchCore(**(shared | own))
+        trainer(max_epochs=1).fit(alone, DataLoader(images, batch_size=2))
+        assert torch.equal(member.memory_bank.features, alone.memory_bank.features)
+    ensemble.update(trainer(max_epochs=1), DataLoader(images + 0.1, batch_size=2))
+    ensemble.save(tmp_path / "model.ckpt")
+    (tmp_path / "w.pth").unlink()
+    loaded = PatchCore.load_from_checkpoint(tmp_path / "model.ckpt")
+    for other in (loaded, copy.deepcopy(ensemble)):
+        torch.testing.assert_close(other(images + 0.2), ensemble(images + 0.2))
+    assert loaded.hparams["ensemble"] == ensemble.hparams["ensemble"]
+
+
 def test_by_command(tmp_path):
     (tmp_path / "timm.yaml").write_text("""
 data: {class_path: SyntheticDataModule, init_args: {image_size: 64, train_images: 3, test_nominal: 2,
@@ -335,6 +383,12 @@ report: {pictures: 0}
     loaded = PatchCore.load_from_checkpoint(path)
     assert loaded.hparams["backbone"] == "timm/vit_tiny_patch16_224"
     assert loaded.model.patch_features.layers == ["blocks.11"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.default_root_dir=two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run([*run, *two], check=True, cwd=tmp_path, timeout=300, capture_output=True, env=environment)
+    (path,) = (tmp_path / "two").rglob("*.ckpt")
+    bank = PatchCore.load_from_checkpoint(path).memory_bank
+    torch.testing.assert_close(bank.features, loaded.memory_bank.features)
     refused = subprocess.run([*run, "--model.resize=70"], cwd=tmp_path, timeout=300, capture_output=True, text=True)
     assert "fails on images of 70x70 pixels" in refused.stderr
     assert refused.stderr.count("multiples of 16, such as 64x64 or 80x80") == 1
