@@ -66,8 +66,7 @@ def build(
             name, pretrained=True, pretrained_cfg_overlay={"state_dict": heads | fitting}, **options
         )
     except Exception as error:  # each family has code of its own to rename and resize
-        told = " ".join(str(error).partition(":\n\t")[2].split()) or first_line(error)
-        raise UserError(f"weights do not fit timm/{name}: {told[:300]}; give those of this backbone.") from error
+        raise UserError(f"weights do not fit timm/{name}: {_told(error)}; give those of this backbone.") from error
     network.pretrained_cfg.pop("state_dict", None)  # a second copy of them
     return network  # type: ignore[no-any-return]
 
@@ -158,13 +157,20 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
     place = config.url or config.file
     if config.hf_hub_id:
         place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
+    remedy = f"fetch {place} on a machine with a network and give its path as weights."
     try:
-        return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
+        network: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # of the hub's client, or the network's, in many kinds
-        raise UserError(
-            f"weights of timm/{name} cannot be had ({first_line(error)}); fetch {place} on a machine with a network "
-            "and give its path as weights."
-        ) from error
+        fault = "do not fit it" if "loading state_dict" in str(error) else "cannot be had"
+        raise UserError(f"weights of timm/{name} {fault} ({_told(error)}); {remedy}") from error
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise UserError(f"weights of timm/{name} hold NaN or infinity; {remedy}")
+    return network
+
+
+def _told(error: Exception) -> str:
+    """What an error says, in one line; of weights that do not fit, which."""
+    return (" ".join(str(error).partition(":\n\t")[2].split()) or first_line(error))[:300]
 
 
 def feature_layers(network: nn.Module) -> list[str]:

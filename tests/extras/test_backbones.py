@@ -1,17 +1,21 @@
 """Backbones by name of timm's, and modules of transformers, with random weights: the smallest of each family."""
 
 import copy
+import hashlib
+import http.server
 import math
 import os
 import pickle
 import subprocess
 import sys
+import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -260,6 +264,72 @@ def test_weights_that_cannot_be_had(monkeypatch):
             UserError, match=r"cannot be had \(no network\); fetch https://huggingface.co/timm/resnet10t"
         ):
             PatchFeatures("timm/resnet10t.c3_in1k", ["layer1"], weights)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as huggingface.co does for files of models."""
+
+    files: ClassVar = {}
+
+    def do_GET(self):
+        content = self.files.get(self.path.partition("/resolve/main/")[0].removeprefix("/timm/"))
+        self.send_response(404 if content is None or "safetensors" not in self.path else 200)
+        content = content or b""
+        headers = {"ETag": hashlib.sha256(content).hexdigest(), "X-Repo-Commit": "0" * 40}
+        for name, value in (headers | {"Content-Length": len(content)}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+FETCH = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from pl_patchcore import PatchFeatures, UserError
+for name in sys.argv[1:]:
+    try:
+        print(PatchFeatures(f"timm/{name}", ["last"], "pretrained").weights_sha256)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_pretrained_weights_from_a_hub(tmp_path):
+    """The right file, one of another network, a part of one, one with NaN, none; then from the cache, without a hub."""
+    torch.manual_seed(1)
+    state = {name: value.contiguous() for name, value in timm.create_model("test_vit").state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    right = (tmp_path / "w.safetensors").read_bytes()
+    names = [f"test_{name}.r160_in1k" for name in ("vit", "resnet", "vit2", "efficientnet", "vit3")]
+    spoilt = save({name: value / 0 for name, value in timm.create_model("test_vit2").state_dict().items()})
+    Hub.files = dict(zip(names, (right, right, spoilt, right[:5000]), strict=False))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        options = {"check": True, "capture_output": True, "text": True, "timeout": 300}
+        fetch = [sys.executable, "-c", FETCH]
+        lines = subprocess.run([*fetch, *names], env=environment, **options).stdout.splitlines()
+        server.shutdown()
+    own = PatchFeatures("timm/test_vit", ["last"], str(tmp_path / "w.safetensors")).weights_sha256
+    assert lines[0] == own
+    for line, name, fault in zip(
+        lines[1:],
+        names[1:],
+        ("do not fit it (Missing key", "hold NaN", "cannot be had (Error", "cannot be had ("),
+        strict=True,
+    ):
+        assert line.startswith(f"weights of timm/{name} {fault}")
+        assert f"fetch https://huggingface.co/timm/{name}/resolve/main/model.safetensors on a machine" in line
+    environment["HF_HUB_OFFLINE"] = "1"
+    lines = subprocess.run([*fetch, names[0], names[-1]], env=environment, **options).stdout.splitlines()
+    assert lines[0] == own
+    assert f"weights of timm/{names[-1]} cannot be had (" in lines[1]
 
 
 def vit():
