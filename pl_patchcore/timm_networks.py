@@ -101,11 +101,11 @@ def resize_as_authors(network: nn.Module, name: str) -> None:
     With registers, the authors resize as timm does, and nothing changes.
 
     Raises:
-        UserError: If the network is none that was built for images of any size, with position embeddings.
+        UserError: If the network is no transformer for images of any size, with position embeddings of a square grid.
     """
-    kind, transformer = type(network), _timm().models.VisionTransformer
     vit: Any = network
-    if kind is not transformer or vit.pos_embed is None or not vit.dynamic_img_size:
+    kind = type(network) is _timm().models.VisionTransformer
+    if not (kind and vit.pos_embed is not None and vit.dynamic_img_size and len({*vit.patch_embed.grid_size}) == 1):
         raise UserError(
             f"patches.position_embedding dinov2 is for DINOv2 of timm, such as timm/vit_small_patch14_dinov2, got "
             f"{PREFIX}{name}; set it to timm."
