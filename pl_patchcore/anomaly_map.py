@@ -91,12 +91,12 @@ class AnomalyScorer(nn.Module):
         size: tuple[int, int],
         counted: Counted | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compare patch features of images of ``size`` (height, width) with the memory bank.
+        """Compare patch features of images with the memory bank.
 
         Args:
             bands: Patch features ``(B, h', w, D)``, from the top, as `PatchFeatures.bands` gives them.
             bank: The memory bank.
-            size: Height and width of the images, pixels.
+            size: Height and width of the maps, pixels.
             counted: Which places of the images count; None: all.
 
         Returns:

@@ -28,6 +28,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from pl_patchcore import timm_networks
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import nearest
+from pl_patchcore.timm_networks import PositionRule
 from pl_patchcore.weights_file import first_line, load_weights, read_weights, weights_path
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,12 @@ class CutNetwork(NamedTuple):
 
 
 def cut_network(
-    backbone: str | nn.Module, layers: Sequence[str], weights: str | None, seed: int, size: tuple[int, int] | None
+    backbone: str | nn.Module,
+    layers: Sequence[str],
+    weights: str | None,
+    seed: int,
+    size: tuple[int, int] | None,
+    position_embedding: PositionRule = "timm",
 ) -> CutNetwork:
     """Build a network, load its weights, freeze it, and cut it behind the last of the layers; see `PatchFeatures`.
 
@@ -71,11 +77,14 @@ def cut_network(
     name = backbone if isinstance(backbone, str) else type(backbone).__qualname__
     path = weights_path(weights)
     state = None if path is None else read_weights(path)
+    of_timm = isinstance(backbone, str) and name.startswith(timm_networks.PREFIX)
+    if position_embedding != "timm" and not of_timm:
+        raise UserError(f"patches.position_embedding is for backbones timm/..., got {name}; set it to timm.")
     if isinstance(backbone, str):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if name.startswith(timm_networks.PREFIX):
-                whole, state = _of_timm(name, weights, state, size), None
+            if of_timm:
+                whole, state = _of_timm(name, weights, state, size, position_embedding), None
             else:
                 whole = _of_torchvision(name, weights if path is None else None)
         if weights is None:
@@ -91,7 +100,7 @@ def cut_network(
         raise UserError(f"weights {weights!r} name torchvision's own; for a module give a path or null.")
     else:
         whole = copy.deepcopy(backbone)
-    own = timm_networks.feature_layers(whole) if name.startswith(timm_networks.PREFIX) else []
+    own = timm_networks.feature_layers(whole) if of_timm else []
     found = _resolved(whole.eval(), layers, own, name, size)
     for module in whole.modules():
         if getattr(module, "inplace", False):  # would overwrite a layer's output after it was collected
@@ -128,7 +137,7 @@ def _keep_output(name: str, wanted: int, module: nn.Module, inputs: Any, output:
     """Forward hook of a layer; stops the call after the last of the layers ``wanted``."""
     if (found := _layer_outputs.get()) is not None:
         found[name] = output
-        if len(found) == wanted:
+        if len(found) == wanted and not torch.compiler.is_compiling():  # a graph is recorded of calls that return
             raise _LastLayerSeen
 
 
@@ -155,12 +164,17 @@ class _HookedNetwork(nn.Module):
 
 
 def _of_timm(
-    name: str, weights: str | None, state: Mapping[str, Tensor] | None, size: tuple[int, int] | None
+    name: str,
+    weights: str | None,
+    state: Mapping[str, Tensor] | None,
+    size: tuple[int, int] | None,
+    position_embedding: PositionRule,
 ) -> nn.Module:
     """A network of timm's, with its weights."""
     if state is None and weights not in (None, PAPER_WEIGHTS, PRETRAINED):
         raise UserError(f"weights {weights!r} are unknown for {name}; give {PRETRAINED}, a path or null.")
-    return timm_networks.build(name.removeprefix(timm_networks.PREFIX), state, weights is not None, size)
+    own_name = name.removeprefix(timm_networks.PREFIX)
+    return timm_networks.build(own_name, state, weights is not None, size, position_embedding)
 
 
 def _of_torchvision(name: str, weights: str | None) -> nn.Module:

@@ -30,6 +30,7 @@ import yaml
 from rich.table import Column, Table
 from tqdm import tqdm
 
+from pl_patchcore.configs import with_category
 from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import plain_console, whole_file
@@ -95,10 +96,12 @@ def plan(
     categories: Sequence[str] | None = None,
     shots: Sequence[int | None] | None = None,
     seeds: Sequence[int | None] | None = None,
+    by_category: Mapping[str, Any] | None = None,
 ) -> list[Job]:
     """List the rows: one for each category, number of shots and seed (see `cli.Trainer.benchmark`).
 
     ``settings`` is the configuration of ``pl-patchcore run`` that all share: ``model``, ``data``, ``trainer`` and more.
+    ``by_category`` are settings of the model that differ.
     """
     kind, known = type(datamodule), datamodule.categories()
     if strange := [name for name in categories or [] if name not in (*known, kind.category_all)]:
@@ -107,6 +110,7 @@ def plan(
     for category, number, seed in product(names, shots or [None], seeds or [None]):
         job, name = copy.deepcopy(settings), str(category)
         options = job["data"].setdefault("init_args", {})
+        job["model"] = with_category(job["model"], by_category, name)
         if known and kind.category_argument is not None:
             options[kind.category_argument] = category
         if number is not None:

@@ -73,6 +73,7 @@ def _single(
         transform.std,
         patches.combine,
         s["normalize_features"],
+        patches.position_embedding,
     )
     if s["position_radius"] is not None and transform.size is None:
         raise UserError(

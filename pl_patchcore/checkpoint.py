@@ -236,10 +236,19 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
     with warnings.catch_warnings():
         if brings_weights:
             warnings.simplefilter("ignore", UntrainedBackboneWarning)
-        module = with_settings(kind, arguments | ({"weights": None} if brings_weights else {}) | dict(overrides))
+        module = with_settings(kind, (without_weights(arguments) if brings_weights else arguments) | dict(overrides))
     if brings_weights:
-        module.hparams["weights"] = arguments["weights"]
+        kept = arguments.keys() & {"weights", "ensemble"} - overrides.keys()
+        module.hparams.update({name: arguments[name] for name in kept})
     return module
+
+
+def without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with random weights, of an ensemble's members too: those of a checkpoint are loaded over them."""
+    found, ensemble = {**settings, "weights": None}, settings.get("ensemble") or {}
+    if members := ensemble.get("members"):
+        found["ensemble"] = {**ensemble, "members": [{**member, "weights": None} for member in members]}
+    return found
 
 
 def with_settings(kind: type[M], settings: Mapping[str, Any]) -> M:

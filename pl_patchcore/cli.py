@@ -16,7 +16,8 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 import pl_patchcore.data
 from pl_patchcore.backbone import UntrainedBackboneWarning
-from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings
+from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings, without_weights
 from pl_patchcore.commands import COMMANDS, HELP_INDENT, answered, fail, shorten
 from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
 from pl_patchcore.data import AnomalyDataModule
@@ -45,7 +46,7 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.files import check_output, hold, output_folder, plain_console, whole_file
 from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.option_errors import in_one_line
-from pl_patchcore.options import GROUPS, refuse_rate_beside_threshold
+from pl_patchcore.options import GROUPS, check_arguments, options_of, refuse_rate_beside_threshold, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport, TrainingImagesReport
 from pl_patchcore.weights_file import weights_path
@@ -59,6 +60,7 @@ class Trainer(L.Trainer):
     """Lightning's Trainer with ``run``, ``update``, ``calibrate`` and ``benchmark``."""
 
     settings: dict[str, Any]  # of the whole command, which ``benchmark`` hands on; set by the command line
+    by_category: dict[str, dict[str, Any]]  # settings of the model that differ; likewise
 
     def run(self, model: PatchCore, datamodule: AnomalyDataModule) -> None:
         """Fit, then test where there are test images, in one process.
@@ -151,7 +153,7 @@ class Trainer(L.Trainer):
         if datasets is not None:
             raise UserError("datasets: give it on the command line, as --datasets '[data/mvtec,data/visa]'.")
         datamodule.download_data()
-        jobs = benchmark.plan(self.settings, datamodule, Path(folder), categories, shots, seeds)
+        jobs = benchmark.plan(self.settings, datamodule, Path(folder), categories, shots, seeds, self.by_category)
         data = type(datamodule).__name__
         beside, others = published.published_for(data, self.settings["model"]), published.others_had(data)
         failed = benchmark.run_jobs(jobs, processes, restart)
@@ -183,6 +185,7 @@ class _ConfigFile(ActionConfigFile):
         before: dict[str, Any] = {}
         if is_recipe(values):  # it is the published model: `PatchCore` as it is by default, but for what the file says
             before, cfg["model"] = dict(cfg["model"].items()), parser.get_defaults()["model"]
+            cfg["by_category"] = None
         try:
             super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
             parser.validate(cfg, skip_required=True)  # here, where it is known which file is wrong
@@ -251,11 +254,13 @@ class PatchCoreCLI(LightningCLI):
         parser.set_defaults({"trainer.max_epochs": 1, "trainer.enable_model_summary": self.verbose})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the reports and their options."""
+        """Add the reports and their options, and settings by category."""
         parser.add_lightning_class_args(TestReport, "report")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CoverageReport, "coverage")
         parser.add_lightning_class_args(TrainingImagesReport, "training")
+        told = "Settings of the model that differ, by category: ``{screw: {reference_rotations: 8}}``."
+        parser.add_argument("--by_category", type=dict[str, dict[str, Any]] | None, default=None, help=told)
         self.command_parser = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -283,6 +288,9 @@ class PatchCoreCLI(LightningCLI):
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
         named = {word.partition("=")[0].removeprefix("--model.") for word in self.arguments}
         refuse_rate_beside_threshold([name for name, value in self.chosen["model"].items() if name in named and value])
+        self.by_category = self._by_category(named)
+        if command in ("fit", "run"):
+            self._take_category()
         own = [
             word for word in self.arguments[1:]
             if not (word.startswith("--config=") and comes_with_the_package(word.removeprefix("--config=")))
@@ -300,6 +308,36 @@ class PatchCoreCLI(LightningCLI):
                 raise UserError(f"{command} needs ckpt_path, the checkpoint of a fitted model: the path of its file.")
             self._read_checkpoint(parser, self.ckpt_path)
         parser.add_instantiator(self._make_data, AnomalyDataModule)
+
+    def _by_category(self, named: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Settings of the model by category, checked, but for those that are given as options, by these names."""
+        found, known = self.chosen.pop("by_category", None) or {}, signature(PatchCore.__init__).parameters
+        for category, settings in found.items():
+            refuse_unknown(settings, known, "the model", f"by_category.{category}.")
+            check_arguments(PatchCore.__init__, settings, f"by_category.{category}.")
+            for name in GROUPS.keys() & settings.keys():
+                options_of(GROUPS[name], settings[name])
+        options = {name.partition(".")[0] for name in named}
+        return {
+            category: {name: value for name, value in settings.items() if name not in options}
+            for category, settings in found.items()
+        }
+
+    def _take_category(self) -> None:
+        """Put the settings of the category that the data module selects over those of the model."""
+        module, _, name = self.chosen["data"]["class_path"].rpartition(".")
+        argument = getattr(import_module(module), name).category_argument
+        category = None if argument is None else (self.chosen["data"].get("init_args") or {}).get(argument)
+        differ = self.by_category.get(str(category), {})
+        for name, value in differ.items():
+            if name in GROUPS:
+                vars(self.chosen["model"][name]).update(value)
+            else:
+                self.chosen["model"][name] = value
+        if differ:
+            log.info(
+                "by_category: %s has %s.", category, ", ".join(f"{name} {value}" for name, value in differ.items())
+            )
 
     def _make_data(self, kind: type[AnomalyDataModule], *_: Any, **values: Any) -> AnomalyDataModule:
         """Make the data module, and list its images before a backbone is fetched."""
@@ -335,7 +373,7 @@ class PatchCoreCLI(LightningCLI):
             settings[name] = {**settings.get(name, {}), **vars(value)} if name in GROUPS else values[name]
         with warnings.catch_warnings():
             if self.brings_weights:
-                settings["weights"] = None  # the checkpoint's own are loaded over the random ones
+                settings = without_weights(settings)  # the checkpoint's own are loaded over the random ones
                 warnings.simplefilter("ignore", UntrainedBackboneWarning)
             return with_settings(kind, settings)
 
@@ -399,6 +437,7 @@ class PatchCoreCLI(LightningCLI):
         text = self.command_parser.dump(self.chosen, skip_none=False, skip_validation=True)
         own = ("folder", "categories", "shots", "seeds", "processes", "restart", "datasets", "config")
         self.trainer.settings = {name: value for name, value in yaml.safe_load(text).items() if name not in own}
+        self.trainer.by_category = self.by_category
 
 
 def _benchmark_sets(words: Sequence[str], verbose: bool) -> None:

@@ -6,14 +6,14 @@ them. In the repository they lie in ``configs/``; the wheel holds them as packag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.options import nearest
+from pl_patchcore.options import GROUPS, nearest
 
 _HERE = Path(__file__).parent
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
@@ -63,8 +63,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def recipe(name: str) -> dict[str, Any]:
+def recipe(name: str, category: str | None = None) -> dict[str, Any]:
     """The arguments of `PatchCore` that a recipe sets.
+
+    Args:
+        name: The recipe's.
+        category: Category of a data set, for which it may set others.
 
     Raises:
         UserError: If there is no such recipe.
@@ -72,12 +76,33 @@ def recipe(name: str) -> dict[str, Any]:
     Example:
         >>> recipe("mstc")["layers"]
         ['layer3', 'layer4']
+        >>> [recipe("anomalydino_448_informed", each)["reference_rotations"] for each in ("pill", "screw")]
+        [1, 8]
     """
     names = config_names("recipes")
     if name not in names:
         raise UserError(f"recipe {name!r} is unknown; choose one of {', '.join(names)}.")
-    model: dict[str, Any] = read_config(CONFIGS / "recipes" / f"{name}.yaml").get("model") or {}
-    return model
+    content = read_config(CONFIGS / "recipes" / f"{name}.yaml")
+    return with_category(content.get("model") or {}, content.get("by_category"), category)
+
+
+def with_category(
+    model: Mapping[str, Any], by_category: Mapping[str, Any] | None, category: str | None
+) -> dict[str, Any]:
+    """Settings of a model with those of a category over them.
+
+    Args:
+        model: Arguments of `PatchCore`; groups of options as dicts.
+        by_category: Those that differ, by category: the key ``by_category`` of a configuration file.
+        category: The category; None, or one that is not named: nothing differs.
+
+    Example:
+        >>> with_category({"sigma": 4.0, "resize": 448}, {"screw": {"resize": 672}}, "screw")
+        {'sigma': 4.0, 'resize': 672}
+    """
+    differ = (by_category or {}).get(category or "") or {}
+    groups = {name: {**(model.get(name) or {}), **differ[name]} for name in GROUPS if name in differ}
+    return {**model, **differ, **groups}
 
 
 def ordered(words: Sequence[str]) -> list[str]:

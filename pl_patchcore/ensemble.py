@@ -59,9 +59,11 @@ class EnsembleModel(nn.Module):
         """The models that it consists of."""
         return cast(list[PatchCoreModel], list(self.models))
 
-    def forward(self, images: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, counted: Counted | None = None, map_size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score images: combined anomaly scores ``(B,)`` and maps ``(B, H, W)``, as `PatchCoreModel`."""
-        return self.combined([model(images, counted) for model in self.models])
+        return self.combined([model(images, counted, map_size) for model in self.models])
 
     def combined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Bring the scores and maps of the members to one scale, and average them."""

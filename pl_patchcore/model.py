@@ -91,12 +91,15 @@ class PatchCoreModel(nn.Module):
         self.register_buffer("input_size", torch.zeros(2, dtype=torch.int64))
         self.train(False)
 
-    def forward(self, images: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, counted: Counted | None = None, map_size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score images.
 
         Args:
             images: ``(B, 3, H, W)``, of any floating type, normalised; or uint8 levels.
             counted: Which places of the images count; None: all.
+            map_size: Height and width of the maps, in whose pixels they are smoothed; None: those of the images.
 
         Returns:
             Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, feature distances: 0 and up,
@@ -121,13 +124,13 @@ class PatchCoreModel(nn.Module):
                 none = images.new_zeros(0, *size, dtype=torch.float32)
                 return none.flatten(1).sum(1), none
         if self.patch_features.tiling is not None and len(images) > 1:  # one at a time: each may be many tiles
-            found = [self(*part) for part in one_by_one(images, counted)]
+            found = [self(*part, map_size) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
         bands: Iterable[Band] = self.patch_features.bands(images, self.in_bf16(images.device))
         if self.foreground != "none":
             bands, counted = self.in_front(images, counted, self.in_bf16(images.device))
-        return self.scorer(bands, self.memory_bank, size, counted)  # type: ignore[no-any-return]
+        return self.scorer(bands, self.memory_bank, map_size or size, counted)  # type: ignore[no-any-return]
 
     def in_bf16(self, device: torch.device) -> bool:
         """Whether the backbone computes in bfloat16 when images on a device are scored."""

@@ -46,6 +46,7 @@ class PatchOptions(_Group):
             many, as in the authors' code; with ``feature_dim``.
         feature_dim: Adaptive pooling of all layers together to so many numbers.
         combine: How to join layers; ``mean``: of as many channels each.
+        position_embedding: How a timm model resizes it: as ``timm``, or as ``dinov2``'s authors.
     """
 
     group: ClassVar[str] = "patches"
@@ -53,6 +54,7 @@ class PatchOptions(_Group):
     layer_dim: int | None = None
     feature_dim: int | None = None
     combine: Literal["concatenate", "mean"] = "concatenate"
+    position_embedding: Literal["timm", "dinov2"] = "timm"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,6 +20,7 @@ from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, layer_out
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
+from pl_patchcore.timm_networks import PositionRule
 
 # Pixels that the network is given at once on the CPU: two images of 224 x 224. A batch of 32 makes its outputs so large
 # that the C library maps fresh memory for each, which can take longer than the convolutions.
@@ -56,6 +57,7 @@ class PatchFeatures(nn.Module):
         feature_dim: With ``layer_dim``: the pooled layers together are adaptively pooled to so many.
         combine: ``concatenate`` the layers, or take their ``mean``, of layers with as many channels each.
         normalize: Whether `forward` and `bands` divide each patch feature by its length; one of zeros stays as it is.
+        position_embedding: How a timm transformer's is resized to images: as ``timm`` does, or as ``dinov2``'s authors.
         seed: Seed of random weights.
         image_size: Height and width of the images to come, if known; tried where a network does not take any size.
         tiles: How larger images are cut into tiles; None: they are given to the network whole.
@@ -89,15 +91,16 @@ class PatchFeatures(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
         combine: Combine = "concatenate",
         normalize: bool = False,
+        position_embedding: PositionRule = "timm",
     ) -> None:
         super().__init__()
         if patch_size < 1 or patch_size % 2 == 0:
             raise UserError(f"patch_size must be odd and at least 1, got {patch_size}.")
         self.patch_size, self.patch_stride = patch_size, patch_stride
         self.layer_dim, self.feature_dim = layer_dim, feature_dim
-        self.combine, self.normalize = combine, normalize
+        self.combine, self.normalize, self.position_embedding = combine, normalize, position_embedding
         size = image_size if tiles is None else tiles.size
-        cut = cut_network(backbone, layers, weights, seed, size)
+        cut = cut_network(backbone, layers, weights, seed, size, position_embedding)
         self.network, self.backbone_name, self.layers = cut.network, cut.name, cut.layers
         self.layouts, self.channels, self.strides = cut.layouts, cut.channels, cut.strides
         self.multiple, self.only_size = cut.multiple, cut.size
@@ -278,5 +281,6 @@ class PatchFeatures(nn.Module):
         later = {  # as files from before these options have it, which name neither, where it is the default
             "combine": None if self.combine == "concatenate" else self.combine,
             "normalize_features": self.normalize or None,
+            "position_embedding": None if self.position_embedding == "timm" else self.position_embedding,
         }
         return own | {name: getattr(self, name) for name in names} | later

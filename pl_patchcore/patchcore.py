@@ -263,17 +263,18 @@ class PatchCore(L.LightningModule):
         self._own_images = OwnImages(None, 0, 1)  # of the loader under way
 
     @classmethod
-    def from_recipe(cls, name: str, **overrides: Any) -> PatchCore:
+    def from_recipe(cls, name: str, category: str | None = None, **overrides: Any) -> PatchCore:
         """Build a model from a named recipe, some of its choices overridden.
 
         Args:
             name: Name of a file in ``configs/recipes``, such as ``paper``, ``official_wr50_224_10`` or ``mstc``.
+            category: Category of a data set, for which the recipe may set others.
             overrides: Arguments of `PatchCore`.
 
         Raises:
             UserError: If the recipe is unknown.
         """
-        return cls(**(recipe(name) | overrides))
+        return cls(**(recipe(name, category) | overrides))
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -307,9 +308,11 @@ class PatchCore(L.LightningModule):
 
     # Scoring
 
-    def forward(self, images: Tensor, counted: Counted | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, counted: Counted | None = None, map_size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score images: see `PatchCoreModel.forward`."""
-        return self.model(images, counted)  # type: ignore[no-any-return]
+        return self.model(images, counted, map_size)  # type: ignore[no-any-return]
 
     def judge(self, images: Tensor, counted: Counted | None = None) -> dict[str, Tensor]:
         """Score images ``(B, 3, H, W)``, normalised, on the model's device.

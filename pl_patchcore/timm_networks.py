@@ -1,25 +1,36 @@
 """Name of a timm model -> the network, with weights, and its layers as ``(B, C, h, w)``; `backbone.py` uses it.
 
 timm is imported only where a backbone is named ``timm/...``. Its own code fits weights to the network: it renames
-those of a model's authors, and resizes position embeddings to the images.
+those of a model's authors, and resizes position embeddings to the images. The authors of DINOv2 resize theirs in
+another way (`PositionEmbedding`): without antialiasing, a little too far apart.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import nearest
 from pl_patchcore.weights_file import first_line
 
+PositionRule = Literal["timm", "dinov2"]
 PREFIX = "timm/"
+HUB_OFFSET = 0.1  # cells by which DINOv2's code says that the grid of patches is larger than it is
 
 
-def build(name: str, state: Mapping[str, Tensor] | None, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
+def build(
+    name: str,
+    state: Mapping[str, Tensor] | None,
+    pretrained: bool,
+    size: tuple[int, int] | None,
+    position_embedding: PositionRule = "timm",
+) -> nn.Module:
     """Build a network of timm's for images of a size.
 
     Args:
@@ -27,10 +38,16 @@ def build(name: str, state: Mapping[str, Tensor] | None, pretrained: bool, size:
         state: Weights to load; None: random ones, or timm's.
         pretrained: Whether to load timm's.
         size: Height and width, pixels; None: any, or those that timm makes the model for.
+        position_embedding: How it is resized to images: as ``timm`` does, or as the authors of ``dinov2`` do.
 
     Raises:
-        UserError: If timm is missing, the name is unknown, or weights cannot be had or do not fit.
+        UserError: If timm is missing, the name is unknown, or weights cannot be had or do not fit; if position
+            embeddings cannot be resized so.
     """
+    if position_embedding == "dinov2":  # at the size that they are made for, or timm would resize them
+        network = build(name, state, pretrained, None)
+        resize_as_authors(network, name)
+        return network
     timm = _timm()
     known = {*timm.list_models(), *timm.list_pretrained()}
     if name not in known:
@@ -49,10 +66,57 @@ def build(name: str, state: Mapping[str, Tensor] | None, pretrained: bool, size:
             name, pretrained=True, pretrained_cfg_overlay={"state_dict": heads | fitting}, **options
         )
     except Exception as error:  # each family has code of its own to rename and resize
-        told = " ".join(str(error).partition(":\n\t")[2].split()) or first_line(error)
-        raise UserError(f"weights do not fit timm/{name}: {told[:300]}; give those of this backbone.") from error
+        raise UserError(f"weights do not fit timm/{name}: {_told(error)}; give those of this backbone.") from error
     network.pretrained_cfg.pop("state_dict", None)  # a second copy of them
     return network  # type: ignore[no-any-return]
+
+
+class PositionEmbedding(nn.Module):
+    """Adds position embeddings to patches, resized as DINOv2's code on torch.hub does for models without registers.
+
+    Bicubic without antialiasing; the step from place to place is that of a grid which is `HUB_OFFSET` cells larger.
+
+    Args:
+        embedding: Of a square grid of patches, ``(1, M * M, C)``.
+    """
+
+    def __init__(self, embedding: Tensor) -> None:
+        super().__init__()
+        side = math.isqrt(embedding.shape[1])
+        self.weight = nn.Parameter(embedding.detach().unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous())
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches ``(B, h, w, C)`` with the embeddings of their places."""
+        grid, side = patches.shape[1:3], self.weight.shape[2]
+        embedding: Tensor = self.weight
+        if grid != (side, side):
+            factors = [(cells + HUB_OFFSET) / side for cells in grid]
+            embedding = F.interpolate(embedding.float(), scale_factor=factors, mode="bicubic").to(patches.dtype)
+        return patches + embedding.permute(0, 2, 3, 1)
+
+
+def resize_as_authors(network: nn.Module, name: str) -> None:
+    """Have a DINOv2 of timm's resize its position embeddings as the code of its authors does.
+
+    With registers, the authors resize as timm does, and nothing changes.
+
+    Raises:
+        UserError: If the network is no transformer for images of any size, with position embeddings of a square grid.
+    """
+    vit: Any = network
+    kind = type(network) is _timm().models.VisionTransformer
+    if not (kind and vit.pos_embed is not None and vit.dynamic_img_size and len({*vit.patch_embed.grid_size}) == 1):
+        raise UserError(
+            f"patches.position_embedding dinov2 is for DINOv2 of timm, such as timm/vit_small_patch14_dinov2, got "
+            f"{PREFIX}{name}; set it to timm."
+        )
+    if vit.num_reg_tokens:
+        return
+    extra = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    vit.patch_embed.norm = nn.Sequential(vit.patch_embed.norm, PositionEmbedding(vit.pos_embed[:, extra:]))
+    if extra:
+        vit.cls_token.data += vit.pos_embed.data[:, :1]
+    vit.pos_embed = None
 
 
 def _timm() -> Any:
@@ -93,13 +157,20 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
     place = config.url or config.file
     if config.hf_hub_id:
         place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
+    remedy = f"fetch {place} on a machine with a network and give its path as weights."
     try:
-        return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
+        network: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # of the hub's client, or the network's, in many kinds
-        raise UserError(
-            f"weights of timm/{name} cannot be had ({first_line(error)}); fetch {place} on a machine with a network "
-            "and give its path as weights."
-        ) from error
+        fault = "do not fit it" if "loading state_dict" in str(error) else "cannot be had"
+        raise UserError(f"weights of timm/{name} {fault} ({_told(error)}); {remedy}") from error
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise UserError(f"weights of timm/{name} hold NaN or infinity; {remedy}")
+    return network
+
+
+def _told(error: Exception) -> str:
+    """What an error says, in one line; of weights that do not fit, which."""
+    return (" ".join(str(error).partition(":\n\t")[2].split()) or first_line(error))[:300]
 
 
 def feature_layers(network: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import pl_patchcore
-from pl_patchcore import AnomalyDataModule, MTDDataModule, MVTecAD2DataModule, MVTecDataModule, UserError
+from pl_patchcore import AnomalyDataModule, MTDDataModule, MVTecAD2DataModule, MVTecDataModule, PatchCore, UserError
 from pl_patchcore.benchmark import Job, _start, plan, run_jobs, table_lines, write_overview, write_table
 from pl_patchcore.cli import main
 from pl_patchcore.configs import recipe
@@ -219,6 +219,90 @@ def test_plan(tmp_path):
     assert alone.settings["data"] == settings["data"]
     assert alone.settings["model"] == settings["model"]
     assert settings["trainer"] == {}
+    a, b = plan(
+        settings, MVTecDataModule(root), tmp_path, by_category={"b": {"seed": 1, "images": {"bits": 12}}, "c": {}}
+    )
+    assert (a.settings["model"], b.settings["model"]) == ({"seed": 7}, {"seed": 1, "images": {"bits": 12}})
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Models and rows that a command comes to, in place of their fits."""
+    found = []
+
+    def run(self, model: PatchCore, datamodule: AnomalyDataModule) -> None:
+        """Fit and test."""
+        found.append(model)
+
+    monkeypatch.setattr("pl_patchcore.cli.Trainer.run", run)
+    monkeypatch.setattr("pl_patchcore.benchmark.run_jobs", lambda jobs, *_: found.extend(jobs) or {})
+    monkeypatch.setattr("pl_patchcore.benchmark.write_table", lambda *_: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_settings_by_category(made, tmp_path, monkeypatch, caplog, capsys):
+    """Weaker than options, stronger than files; of the category that ``run`` and each row of a benchmark take."""
+    monkeypatch.chdir(tmp_path)
+    root = str(fakes.mvtec(tmp_path / "data", ["a", "b"]))
+    by_category = {"b": {"sigma": 2.0, "layers": ["layer2"], "images": {"bits": 12}}}
+    data = {"class_path": "MVTecDataModule", "init_args": {"root": root}}
+    settings = {"model": MODEL | {"sigma": 1.0, "images": {"interpolation": "bicubic"}}, "data": data}
+    Path("own.yaml").write_text(yaml.safe_dump(settings | {"by_category": by_category}))
+    caplog.set_level(logging.INFO)
+    for words in (["--data.category", "b"], ["--data.category=b", "--model.sigma=3"], ["--data.category", "a"]):
+        main(["run", "--config", "own.yaml", *words])
+    assert [model.model.scorer.sigma for model in made] == [2.0, 3.0, 1.0]
+    assert [model.patch_features.layers for model in made] == [["layer2"], ["layer2"], ["layer1"]]
+    assert [(model.transform.interpolation, model.transform.bits) for model in made] == [
+        ("bicubic", 12), ("bicubic", 12), ("bicubic", None)
+    ]  # fmt: skip
+    assert "by_category: b has images {'bits': 12}, layers ['layer2'], sigma 2.0." in caplog.text
+    made.clear()
+    main(["benchmark", "--config", "own.yaml", "--model.sigma=3"])
+    models = [job.settings["model"] for job in made]
+    assert [(model["sigma"], model["layers"], model["images"]["bits"]) for model in models] == [
+        (3.0, ["layer1"], None), (3.0, ["layer2"], 12)
+    ]  # fmt: skip
+    assert all("by_category" not in job.settings for job in made)
+    for wrong, message in (
+        ("{b: {sigmas: 1}}", "no argument 'by_category.b.sigmas'; did you mean 'by_category.b.sigma'?"),
+        ("{b: {sigma: wide}}", "by_category.b.sigma must be a finite number, got 'wide'"),
+        ("{b: {images: {bit: 1}}}", "images has no argument 'bit'; did you mean 'bits'?"),
+        ("{b: 3}", "by_category"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["benchmark", "--config", "own.yaml", f"--by_category={wrong}"])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_settings_of_a_category_end_with_their_recipe(made, tmp_path):
+    root = str(fakes.mvtec(tmp_path / "data", ["bottle"]))
+    words = ["--model.backbone=resnet18", "--model.weights=null", "--model.layers=[layer1]", f"--data.root={root}"]
+    words += ["--data.category=bottle"]
+    for name in ("anomalydino_448", "anomalydino_448_informed"):
+        main(["run", f"--config=recipes/{name}", *words, "--model.patches.position_embedding=timm"])
+    main(["run", "--config=recipes/anomalydino_448", "--config=recipes/paper", *words])
+    assert [model.model.foreground for model in made] == ["none", "none", "none"]
+    assert [model.references.rotations for model in made] == [8, 1, 1]
+
+
+def test_categories_of_anomalydino():
+    """Those that the authors mask and turn, by name of their data sets."""
+    masked = {"capsule", "hazelnut", "pill", "screw", "toothbrush", "candle", "pcb1", "macaroni2", "pipe_fryum"}
+    plain = ["bottle", "cable", "carpet", "grid", "leather", "metal_nut", "tile", "transistor", "wood", "zipper"]
+    for size in (448, 672):
+        for name, turned in (
+            (f"anomalydino_{size}", {*masked, *plain}),
+            (f"anomalydino_{size}_informed", {"hazelnut", "screw"}),
+        ):
+            for category in (*masked, *plain):
+                found = recipe(name, category)
+                assert found["resize"] == size
+                assert found["foreground"] == ("anomalydino" if category in masked else "none")
+                assert found["reference_rotations"] == (8 if category in turned else 1)
 
 
 @pytest.fixture

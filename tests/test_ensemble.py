@@ -56,6 +56,9 @@ def test_members_are_what_they_are_alone(fitted, images):
     torch.testing.assert_close(
         maps[1], sum(m[1] / k for (_, m), k in zip(parts, ensemble.model.scale, strict=True)) / 2
     )
+    _, maps = ensemble(images, map_size=(70, 90))
+    parts = [model(images, map_size=(70, 90))[1] for model in alone]
+    torch.testing.assert_close(maps, sum(m / k for m, k in zip(parts, ensemble.model.scale, strict=True)) / 2)
 
 
 def test_scale_is_the_mean_distance_of_nominal_patches(fitted):

@@ -60,6 +60,7 @@ def recipe_of(**changes):
     """The recipe at a size of tests, with a network of tests."""
     settings = recipe("anomalydino_448") | {"resize": 100}
     assert settings.pop("reference_rotations") == 8  # which the turned images test
+    assert settings.pop("patches") == {"position_embedding": "dinov2"}  # which the backbones' tests test
     return settings | {"backbone": Tokens(), "layers": ["norm"], "weights": None} | changes
 
 
@@ -128,9 +129,10 @@ def test_anomalydino_step_by_step(trainer, masked, references):
         assert not masked or 0.1 < mask.mean() < 0.9  # or nothing is tested
         expected, distances = score_of(own, mask, bank)
         np.testing.assert_allclose(score.numpy(), [expected], rtol=1e-4)
-        heat = reference.bilinear(distances, sample["image"].shape[1:])
-        heat = scipy.ndimage.gaussian_filter(heat, 4.0)
-        np.testing.assert_allclose(maps[0].numpy(), heat, rtol=1e-4, atol=1e-6)
+        original = image.size[::-1]
+        for size, found in ((maps.shape[1:], maps), (original, model(sample["image"][None], map_size=original)[1])):
+            heat = scipy.ndimage.gaussian_filter(reference.bilinear(distances, size), 4.0)
+            np.testing.assert_allclose(found[0].numpy(), heat, rtol=1e-4, atol=1e-6)
 
 
 def test_the_middle_tells_which_side_is_the_object():
