@@ -76,8 +76,8 @@ def recipe(name: str, category: str | None = None) -> dict[str, Any]:
     Example:
         >>> recipe("mstc")["layers"]
         ['layer3', 'layer4']
-        >>> [recipe("anomalydino_448_informed", each)["reference_rotations"] for each in ("pill", "screw")]
-        [1, 8]
+        >>> [recipe("anomalydino_448", each)["foreground"] for each in ("pill", "tile")]
+        ['anomalydino', 'none']
     """
     names = config_names("recipes")
     if name not in names:

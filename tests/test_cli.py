@@ -153,7 +153,7 @@ def test_every_config_is_parsed(name, tmp_path, monkeypatch, capsys):
         if option == "data.class_path":
             assert whole[option].endswith(f".{value}")
         elif value != {}:
-            assert whole[option] == value != plain[option], option
+            assert whole[option] == value != plain.get(option), option
     assert not re.findall(r"^ +(?!class_path)\w+: [^#\n]+$", text, re.MULTILINE), "no reason behind it"
 
 
