@@ -195,9 +195,11 @@ class Tiling:
             return (height, width) == self.size
         return height <= self.size[0] and width <= self.size[1]
 
-    def number(self, height: int, width: int) -> int:
-        """Tiles of an image of so many pixels."""
-        return 1 if self.holds(height, width) else len(self.along(0, height)) * len(self.along(1, width))
+    def calls(self, height: int, width: int, device: torch.device) -> int:
+        """How often the network is called for an image of so many pixels."""
+        if self.holds(height, width):
+            return 1
+        return len(self.along(0, height)) * len(list(self.batches(self.along(1, width), device)))
 
     def told(self, height: int, width: int) -> str:
         """What the tiles of an image of so many pixels cost, in a sentence."""

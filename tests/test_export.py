@@ -63,7 +63,7 @@ REFUSED = {
     "tile": ({"tile": 32, "resize": None}, "tile cuts images by their size; give image_size"),
     "tiles": (
         {"tile": 16, "resize": None},
-        r"image_size makes \d+ tiles, and a graph holds at most 64; raise tile",
+        "tiles call the backbone 187 times, and a graph 16; raise tile_batch, or tile",
         {"image_size": SIZE},
     ),
     "roi": ({"roi": [0, 0, 20, 20], "resize": None}, "roi is in pixels of images of one size; give image_size"),

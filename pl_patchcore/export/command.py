@@ -45,7 +45,7 @@ _OF_FILE: dict[str, dict[str, Any]] = {
         "help": "Write images and what the model says of them beside the file, as .npz, for tests elsewhere.",
     },
 }
-_OF_MODEL = ("weights", "image_threshold", "pixel_threshold", "false_alarm_rate")
+_OF_MODEL = ("weights", "tile_batch", "image_threshold", "pixel_threshold", "false_alarm_rate")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +68,7 @@ def _parser() -> _Parser:
         "noise."
     )  # fmt: skip
     parser.add_argument("--model.weights", help="Path of the backbone's weights, where they lie elsewhere.")
+    parser.add_argument("--model.tile_batch", type=int, help="Tiles that the backbone is given at once in the file.")
     parser.add_argument("--model.image_threshold", type=float, help="Threshold for anomaly scores set by hand.")
     parser.add_argument("--model.pixel_threshold", type=float, help="The same for anomaly maps.")
     parser.add_argument(

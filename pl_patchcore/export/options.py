@@ -17,7 +17,7 @@ from pl_patchcore.export.runtime import MapAt
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.preprocessing import MOST_PIXELS, Preprocessing
 
-MOST_TILES = 64  # for each of which the graph holds the backbone once
+MOST_CALLS = 16  # of the backbone, which the graph holds as often; with 16 it takes a minute or two to record
 OF_ONE_SIZE = "give image_size, and the file takes images of that size alone"
 Precision = Literal["float32", "bf16"]
 MOST_BYTES = 2**31 - 2**24  # of a file of ONNX: 2 GiB, less what its graph may take
@@ -125,8 +125,8 @@ def _of_model(
         if features.tiling is not None:
             if size is None:
                 yield f"tile cuts images by their size; {OF_ONE_SIZE}"
-            elif (number := features.tiling.number(*size)) > MOST_TILES:
-                yield f"image_size makes {number} tiles, and a graph holds at most {MOST_TILES}; raise tile"
+            elif (number := features.tiling.calls(*size, features.like.device)) > MOST_CALLS:
+                yield f"its tiles call the backbone {number} times, and a graph {MOST_CALLS}; raise tile_batch, or tile"
         if member.foreground != "none":
             yield f"foreground {member.foreground} looks for an object in each image, which a graph cannot"
         if member.memory_bank.approximate:

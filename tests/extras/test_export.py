@@ -89,7 +89,7 @@ FIXED = {
     "longer_side": {"resize": 56, "resize_mode": "longer_side", "images": TENSORS},
     "longer_side, crop": {"resize": 56, "crop": (48, 40), "resize_mode": "longer_side", "images": TENSORS},
     "shorter_side": {"resize": 40, "resize_mode": "shorter_side", "images": TENSORS | {"crop_multiple": 8}},
-    "tiles": {"resize": None, "tile": (48, 64), "tile_overlap": 16},
+    "tiles": {"resize": None, "tile": (48, 64), "tile_overlap": 16, "tile_batch": 2},
     "tiles, roi": {"resize": None, "tile": 48, "roi": [[20, 10, 120, 80]], "image_score": "top_mean", "top_share": 0.1},
     "tiles of an ensemble": {
         "resize": (64, 96), "tile": 48, "tile_overlap": 32, "images": TENSORS, "num_neighbors": 2,
