@@ -67,7 +67,8 @@ def recorded(record: Callable[..., Any], module: torch.nn.Module, runtime: Runti
         cause = error
         while isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
-        any_size = "" if runtime.size else "; resize and crop give its images one size, at which more backbones can be"
+        one_size = runtime.size or runtime.frame.transform.size
+        any_size = "" if one_size else "; resize and crop give its images one size, at which more backbones can be"
         raise UserError(f"the graph of this model cannot be recorded ({first_line(cause)}){any_size}.") from error
 
 
