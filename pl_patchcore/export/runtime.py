@@ -262,7 +262,8 @@ class Member(nn.Module):
             rows: Likewise, ``(M, D)``.
             cells: Number of each query's place on the grid, ``(Q,)``.
         """
-        costs = self.halves - F.linear(queries.to(self.product), rows)
+        flat = queries.reshape(-1, queries.shape[-1])  # a product of two matrices, or the file holds the rows twice
+        costs = (self.halves - F.linear(flat.to(self.product), rows)).reshape(*queries.shape[:-1], -1)
         if self.by_position:
             far = (self.at[cells][:, None] - self.places).abs().amax(2) > self.reach[cells][:, None]  # (Q, M)
             costs = torch.where(far, torch.inf, costs)
