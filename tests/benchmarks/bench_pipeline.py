@@ -31,6 +31,7 @@ from rich.table import Table
 from pl_patchcore import MTDDataModule, PatchCore, PatchFeatures, Preprocessing, SyntheticDataModule
 from pl_patchcore.coreset import random_projection
 from pl_patchcore.metrics import AnomalyEvaluation
+from pl_patchcore.patch_features import CPU_PIXELS
 
 NETWORKS = {"mobilenet_v2": ["features.6", "features.13"], "wide_resnet50_2": ["layer2", "layer3"]}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -109,10 +110,10 @@ class Stopwatch(L.Callback):
     def end(self) -> None:
         self.seconds = time.perf_counter() - self.began
 
-    def on_test_epoch_end(self, *given: Any) -> None:
+    def on_test_batch_end(self, *given: Any) -> None:
         self.end()
 
-    def on_predict_epoch_end(self, *given: Any) -> None:
+    def on_predict_batch_end(self, *given: Any) -> None:
         self.end()
 
 
@@ -151,7 +152,7 @@ def scored(name: str, layers: list[str]) -> dict[str, str]:
 
     parts: dict[str, Callable[[], object]] = {
         "reading, resize": read,
-        "backbone": lambda: network(pixels),
+        "backbone": lambda: [network(part) for part in pixels.split(CPU_PIXELS // 224**2)],
         "patch features, backbone left out": lambda: inner.patch_features(batch),
         "search": lambda: model.memory_bank(features),
         "scores and maps": lambda: model(batch),
