@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.export.options import Precision
@@ -42,7 +44,19 @@ def require(packages: tuple[str, ...], extra: str) -> dict[str, str]:
 def write(runtime: Runtime, path: Path) -> None:
     """Record the graph, and write it; raises as `recorded`."""
     how = {"dynamo": True, "verbose": False, "input_names": [INPUT], "output_names": runtime.outputs}
-    recorded(torch.onnx.export, runtime, runtime, **how).save(path)
+    with _AttentionOfFourAxes():
+        recorded(torch.onnx.export, runtime, runtime, **how).save(path)
+
+
+class _AttentionOfFourAxes(TorchFunctionMode):
+    """Attention within windows, as of Hiera, has five axes, and the exporter takes four."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and args[0].ndim > 4:
+            outer = args[0].shape[:-3]
+            found = func(*(each.flatten(0, -4) for each in args[:3]), *args[3:], **(kwargs or {}))
+            return found.unflatten(0, outer)
+        return func(*args, **(kwargs or {}))
 
 
 def recorded(record: Callable[..., Any], module: torch.nn.Module, runtime: Runtime, **how: Any) -> Any:

@@ -229,6 +229,29 @@ def test_transformer_of_timm(tmp_path):
     check(module, opened(tmp_path / "m.onnx"))
 
 
+class Windows(torch.nn.Module):
+    """Attention within windows of 8 patches: five axes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.mixed = torch.nn.Conv2d(3, 24, 8, 8), torch.nn.Conv2d(24, 16, 1)
+
+    def forward(self, images):
+        patches = self.patches(images)  # (B, 24, h, w)
+        found = patches.flatten(2).unflatten(2, (-1, 8)).unflatten(1, (3, 2, 4))  # (B, 3, heads, 4, windows, 8)
+        query, key, value = found.permute(1, 0, 4, 2, 5, 3)  # (B, windows, heads, 8, 4) each
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (B, 8, h w)
+        return self.mixed(torch.cat([mixed.unflatten(2, patches.shape[2:]), patches[:, :16]], 1))
+
+
+def test_attention_within_windows(tmp_path):
+    module = made(Windows(), layers=["mixed"], images=TENSORS)
+    module.export(tmp_path / "m.onnx")
+    check(module, opened(tmp_path / "m.onnx"), numbers=(1, 2))
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A model, and its graph as a file."""
