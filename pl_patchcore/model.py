@@ -127,9 +127,7 @@ class PatchCoreModel(nn.Module):
             found = [self(*part, map_size) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
-        bands: Iterable[Band] = self.patch_features.bands(images, self.in_bf16(images.device))
-        if self.foreground != "none":
-            bands, counted = self.in_front(images, counted, self.in_bf16(images.device))
+        bands, counted = self.in_front(images, counted, self.in_bf16(images.device))
         return self.scorer(bands, self.memory_bank, map_size or size, counted)  # type: ignore[no-any-return]
 
     def in_bf16(self, device: torch.device) -> bool:

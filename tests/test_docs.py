@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
 # what two cores without a network cannot run: several processes, a whole data set, hundreds of megabytes
 PARSED = ("benchmark", "trainer/ddp", "trainer/slurm", "differnet_train_filenames")
-ELSEWHERE = "deploy"  # a page whose Python tests/extras/test_export.py runs, as it needs another package
+ELSEWHERE = "deploy"  # a page whose Python tests/extras runs, as it needs other packages
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of Lightning, about small data sets
     pytest.mark.slow,

@@ -94,9 +94,10 @@ REFUSED = {
 def test_what_a_file_cannot_repeat_is_refused(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pl_patchcore.export.onnx_file.require", lambda *names: {})
     options, reason, *of_file = REFUSED[name]
+    Image.new("RGB", SIZE[::-1]).save(picture := tmp_path / "picture.png")
     with pytest.raises(UserError, match=reason):
-        made(tiny, **options).export(tmp_path / "m.onnx", data=[__file__], **dict(*of_file))
-    assert not list(tmp_path.iterdir())
+        made(tiny, **options).export(tmp_path / "m.onnx", data=picture, **dict(*of_file))
+    assert list(tmp_path.iterdir()) == [picture]
 
 
 def test_wrong_use_is_refused(tiny, tmp_path, monkeypatch):
@@ -107,6 +108,13 @@ def test_wrong_use_is_refused(tiny, tmp_path, monkeypatch):
         module.export(tmp_path / "m.onnx", image_size=(3, 0))
     with pytest.raises(UserError, match="max_score_change must be at least 0"):
         module.export(tmp_path / "m.onnx", max_score_change=-1)
+    with pytest.raises(UserError, match="onnx runs in float32 on the CPU, not in bf16; openvino does"):
+        module.export(tmp_path / "m.onnx", precision="bf16")
+    Image.new("RGB", (30, 20)).save(image := tmp_path / "image.png")
+    with pytest.raises(UserError, match=r"image\.png: has 20x30 pixels, and image_size is 9x8"):
+        module.export(tmp_path / "m.onnx", data=image, image_size=(9, 8))
+    with pytest.raises(UserError, match="bank_dtype changes scores; give images of the real scene"):
+        module.export(tmp_path / "m.onnx", bank_dtype="int8")
     with pytest.raises(UserError, match="format must be"):
         export(module, tmp_path / "m.onnx", "onyx")
     with pytest.raises(UserError, match=r"ends with \.onnx"):

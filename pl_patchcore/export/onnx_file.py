@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.export.options import Precision
 from pl_patchcore.export.runtime import Runtime
 from pl_patchcore.weights_file import first_line
 
@@ -119,9 +118,8 @@ def tell(told: Mapping[str, str], path: Path) -> None:
     onnx.save(model, path)
 
 
-def session(path: Path, precision: Precision = "float32") -> Run:
-    """Run a file on the CPU; raises as `refuse_other_than_float32`."""
-    refuse_other_than_float32(precision)
+def session(path: Path) -> Run:
+    """Run a file on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -133,13 +131,3 @@ def session(path: Path, precision: Precision = "float32") -> Run:
         return dict(zip(names, opened.run(None, {INPUT: images}), strict=True))
 
     return run
-
-
-def refuse_other_than_float32(precision: Precision) -> None:
-    """Refuse what this format's runtime does not do on the CPU.
-
-    Raises:
-        UserError: If ``precision`` is not float32.
-    """
-    if precision != "float32":
-        raise UserError(f"this format runs in float32 on the CPU, not in {precision}; format openvino does.")

@@ -22,7 +22,7 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.export.onnx_file import Run
 from pl_patchcore.export.runtime import MapAt, Runtime
 from pl_patchcore.inspection import Settings, inspect
-from pl_patchcore.preprocessing import Preprocessing, check_file
+from pl_patchcore.preprocessing import Preprocessing, check_image
 
 if TYPE_CHECKING:
     from pl_patchcore.patchcore import PatchCore
@@ -75,31 +75,37 @@ def noise(runtime: Runtime) -> Iterator[np.ndarray]:
         yield rng.integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-def image_files(data: str | Path | Sequence[str | Path] | None) -> list[Path]:
+def image_files(
+    data: str | Path | Sequence[str | Path] | None, transform: Preprocessing, size: tuple[int, int] | None = None
+) -> list[Path]:
     """Image files to compare with, those of a folder.
 
+    Args:
+        data: A folder, a file, or files; None: none.
+        transform: Preprocessing of the model.
+        size: Height and width that they must have; None: any.
+
     Raises:
-        UserError: If there is none, or a file is missing.
+        UserError: If there is none, one is missing, no image, or of another size.
     """
     if data is None:
         return []
-    if isinstance(data, str | Path):
-        if is_folder(Path(data)):
-            return list_images(Path(data), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to compare with", True)
-        data = [data]
-    files = [Path(each) for each in data]
+    if isinstance(data, str | Path) and is_folder(Path(data)):
+        files = list_images(Path(data), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to compare with", True)
+    else:
+        files = [Path(each) for each in ([data] if isinstance(data, str | Path) else data)]
     for file in files:
-        check_file(file)
+        found = check_image(file, transform.bits, transform.max_pixels).size
+        if size is not None and found != size:
+            raise UserError(f"{file}: has {_sides(found)} pixels, and image_size is {_sides(size)}.")
     return files
 
 
 def levels_of(path: Path, runtime: Runtime) -> np.ndarray:
     """An image file as the exported file takes it, uint8 ``(H, W, 3)``."""
-    transform, size = runtime.frame.transform, runtime.size
+    transform = runtime.frame.transform
     image = transform.read(path)
     if not runtime.frame.ready:
-        if size is not None and size != (image.height, image.width):
-            raise UserError(f"{path}: has {image.height}x{image.width} pixels, and the file takes {size[0]}x{size[1]}.")
         return np.array(image)
     return replace(transform, levels=True).apply(image)["image"].permute(1, 2, 0).contiguous().numpy()
 
@@ -200,10 +206,10 @@ def compare(run: Run, expected: ByModel, runtime: Runtime, files: Sequence[Path]
         if isinstance(image, Path):
             found += _compared(run, expected, runtime, str(image), levels_of(image, runtime), scale)
         else:
-            found += _compared(run, expected, runtime, f"noise of {_sides(image)} pixels", image, scale)
+            found += _compared(run, expected, runtime, f"noise of {_sides(image.shape)} pixels", image, scale)
     return {
         "images": len(files),
-        "noise": [_sides(image) for image in drawn],
+        "noise": [_sides(image.shape) for image in drawn],
         "batches": [1, 3],
         "score_difference": max(each.score for each in found),
         "score_tolerance": SCORE_TOLERANCE,
@@ -213,8 +219,8 @@ def compare(run: Run, expected: ByModel, runtime: Runtime, files: Sequence[Path]
     }
 
 
-def _sides(image: np.ndarray) -> str:
-    return f"{image.shape[0]}x{image.shape[1]}"
+def _sides(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _compared(

@@ -157,7 +157,6 @@ class Member(nn.Module):
         look_up: See `Runtime`.
     """
 
-    centre: Tensor
     halves: Tensor
     company: Tensor
     at: Tensor
@@ -201,14 +200,11 @@ class Member(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 bands = list(model.patch_features.bands(torch.zeros(1, 3, *size)))
                 patches = bands[0].rows, bands[0].features.shape[2]
+                sigma = self.scorer.sigma if counted is None else 0.0  # else pixels are left out before the Gaussian
                 for name, pixels, cells in zip(("down", "across"), size, patches, strict=True):
-                    self.register_buffer(name, map_matrix(pixels, cells, self.sigma_of(counted)).contiguous())
+                    self.register_buffer(name, map_matrix(pixels, cells, sigma).contiguous())
                 if counted is not None:
                     self.counts = Counts(model.scorer, counted, patches, size)
-
-    def sigma_of(self, counted: Counted | None) -> float:
-        """Of the Gaussian that follows at once: none where pixels are left out before it."""
-        return self.scorer.sigma if counted is None else 0.0
 
     def map(self, distances: Tensor, pixels: Tensor, back: tuple[Tensor, Tensor] | None) -> Tensor:
         """Anomaly maps of patch distances ``(B, h, w)``, on the input or, by the matrices ``back``, on the image."""

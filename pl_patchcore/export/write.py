@@ -30,11 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 KINDS: dict[str, ModuleType] = {"onnx": onnx_file, "openvino": openvino_file, "torch": torch_file}
-FORMATS = {
-    "onnx": (".onnx",),
-    "openvino": (".xml", ".bin"),
-    "torch": (".pt2",),
-}  # endings of its files
+FORMATS = {"onnx": (".onnx",), "openvino": (".xml", ".bin"), "torch": (".pt2",)}  # name: endings of its files
 
 
 def export(
@@ -67,13 +63,15 @@ def export(
     path = Path(path)
     if path.suffix != FORMATS[format][0]:
         raise UserError(f"{path}: the name of a file of {format} ends with {FORMATS[format][0]}.")
-    kind, changed = KINDS[format], options.changes(module.transform)
-    versions = onnx_file.require(kind.PACKAGES, format)
-    job = _Job(module, kind, options, parity.image_files(data), checkpoint)
-    if changed and not job.files:
+    if options.precision != "float32" and format != "openvino":
+        raise UserError(f"format {format} runs in float32 on the CPU, not in {options.precision}; openvino does.")
+    kind, files = KINDS[format], parity.image_files(data, module.transform, options.image_size)
+    if (changed := options.changes(module.transform)) and not files:
         raise UserError(
             f"{' and '.join(changed)} changes scores; give images of the real scene, --data, to measure it."
         )
+    versions = onnx_file.require(kind.PACKAGES, format)
+    job = _Job(module, kind, options, files, checkpoint)
     with ExitStack() as made:
         partial = [made.enter_context(whole_file(path.with_suffix(ending))) for ending in FORMATS[format]]
         told = job.written(partial) | {"versions": _versions() | versions}
@@ -127,7 +125,9 @@ class _Job:
         }
         if not (changed := self.options.changes(self.module.transform)):
             return told
-        run = self.kind.session(*partial, self.options.precision)
+        run = self.kind.session(*partial)
+        if self.options.precision != "float32":
+            run = openvino_file.session(partial[0], partial[1], self.options.precision)
         own = parity.by_model(self.module, self.module.transform, self.runtime)
         change = parity.changes(run, own, self.runtime, self.files)
         limit = self.options.max_score_change

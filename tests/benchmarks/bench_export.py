@@ -14,30 +14,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
+from bench_options import LARGER, SHARED, fitted
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pl_patchcore import MTDDataModule, PatchCore
+from pl_patchcore import PatchCore
 from pl_patchcore.export import onnx_file, openvino_file, torch_file
 from pl_patchcore.metrics import AnomalyEvaluation
 from pl_patchcore.model import Inference
 from pl_patchcore.options import ImageOptions
 from pl_patchcore.preprocessing import ResizeBy
 
-SHARED = (Path(__file__).parents[2] / ".." / "shared").resolve()
-SETTINGS: dict[str, Any] = {
-    "backbone": "mobilenet_v2",
-    "layers": ["features.6", "features.13"],
-    "weights": str(SHARED / "weights" / "mobilenet_v2.pth"),
-    "resize": 224,
-    "crop": None,
-    "coreset_ratio": 0.01,
-    "calibration": "leave_one_out",
-}
 FORMATS = {"onnx": (onnx_file, ".onnx"), "openvino": (openvino_file, ".xml"), "torch": (torch_file, ".pt2")}
 FILES: dict[str, tuple[ResizeBy, str, dict[str, Any]]] = {  # name: how the model resizes, format, options
     "ONNX": ("tensors", "onnx", {}),
@@ -70,18 +60,6 @@ class Answers:
         figures = [f"{self.figures[name]:.4f}" for name in FIGURES]
         shown = [f"{each:.1g}" if each > LEAST_TIES else "0" for each in (np.median(changes), changes.max())]
         return [*figures, *shown, str(flips)]
-
-
-def fitted(resize_by: ResizeBy) -> tuple[PatchCore, Any]:
-    """A model, and the test tiles."""
-    mtd = SHARED / "data" / "mtd"
-    data = MTDDataModule(str(mtd), train_files=str(mtd / "differnet_train_filenames.txt"), num_workers=0)
-    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, **quiet)
-    model = PatchCore(**SETTINGS, images=ImageOptions(resize_by=resize_by))
-    trainer.fit(model, data)
-    data.setup("test")
-    return model, data.test_dataloader().dataset
 
 
 def by_model(model: PatchCore, tiles: Any, inference: Inference = "float32") -> Answers:
@@ -131,7 +109,9 @@ def main() -> None:
     columns = ("MB", *FIGURES, "score change, median", "largest", "other verdicts")
     table = Table("what scores", *columns, title="Magnetic tiles, 583")
     for resize_by in dict.fromkeys(FILES[name][0] for name in given.only):
-        model, tiles = fitted(resize_by)
+        model, data, _ = fitted(LARGER | {"images": ImageOptions(resize_by=resize_by), "calibration": "leave_one_out"})
+        data.setup("test")
+        tiles = data.test_dataloader().dataset
         own = by_model(model, tiles)
         rows = {f"checkpoint, resize_by: {resize_by}": ["", *own.row(own)]}
         rows["the same, inference: bf16"] = ["", *by_model(model, tiles, "bf16").row(own)]

@@ -44,14 +44,20 @@ ROWS: dict[str, dict[str, Any]] = {
 FIGURES = ("image_auroc", "pixel_auroc", "pro")
 
 
-def figures_of(options: dict[str, Any]) -> list[str]:
-    """Rows of the memory bank, and figures, of a fit and a test with these options."""
+def fitted(options: dict[str, Any]) -> tuple[PatchCore, MTDDataModule, L.Trainer]:
+    """A model with these options, and what it was fitted with."""
     mtd = SHARED / "data" / "mtd"
     data = MTDDataModule(str(mtd), train_files=str(mtd / "differnet_train_filenames.txt"), num_workers=0)
     quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, **quiet)
     model = PatchCore(**(SHARED_SETTINGS | options))
     trainer.fit(model, data)
+    return model, data, trainer
+
+
+def figures_of(options: dict[str, Any]) -> list[str]:
+    """Rows of the memory bank, and figures, of a fit and a test with these options."""
+    model, data, trainer = fitted(options)
     trainer.test(model, data, verbose=False)
     return [f"{model.memory_bank.size:,}", *(f"{model.figures['all'][name]:.4f}" for name in FIGURES)]
 
