@@ -392,10 +392,11 @@ def _stride(cells: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
     return (sizes[1][1] - sizes[0][1]) // (cells[1] - cells[0])
 
 
-def as_grid(output: Tensor, layout: Layout, size: Sequence[int], name: str) -> Tensor:
-    """A layer's output as ``(B, C, h, w)``, of images of ``size`` (height, width)."""
-    kind, side, extra = layout
-    values = output
+def as_grid(outputs: Mapping[str, Any], name: str, layout: Layout, size: Sequence[int]) -> Tensor:
+    """A layer's output as ``(B, C, h, w)``, of images of ``size`` (height, width), among those of the network."""
+    (kind, side, extra), values = layout, outputs.get(name)
+    if not isinstance(values, Tensor):
+        values = layer_output(outputs, name)
     if kind == "tokens":
         h, w = size[0] // side, size[1] // side
         values = values[:, extra:]
@@ -405,5 +406,4 @@ def as_grid(output: Tensor, layout: Layout, size: Sequence[int], name: str) -> T
                 f"its patches are {side}x{side}: make the image a multiple of that."
             )
         values = values.unflatten(1, (h, w))
-    grid: Tensor = values if kind == "bchw" else values.permute(0, 3, 1, 2)
-    return grid
+    return values if kind == "bchw" else values.permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
 """Training images -> a fitted model: the companion of `PatchCoreModel` and `EnsembleModel` while they are fitted.
 
-Collects patch features batch by batch, selects each member's coreset, fills the memory banks, and scores images for
-calibration: those that were held out, or training images without their own rows. Plain torch; `patchcore.py` drives it
-from Lightning's hooks. The features are kept by `coreset/collection.py`.
+Collects patch features batch by batch, selects each member's coreset, fills the memory banks, and has images scored for
+calibration by `leave_one_out.py`. Plain torch; `patchcore.py` drives it from Lightning's hooks. The features are kept
+by `coreset/collection.py`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from pl_patchcore.anomaly_map import peaks
 from pl_patchcore.calibration import draw_held_out, draw_one_of_each, is_held_out
-from pl_patchcore.coreset.collection import Collection, ExpectedImages, StoredImage
+from pl_patchcore.coreset.collection import Collection, ExpectedImages
 from pl_patchcore.counted import Counted, Geometry, one_by_one
 from pl_patchcore.data.base import ImageDataset
 from pl_patchcore.data.batch import same_size_parts
 from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
-from pl_patchcore.memory_bank import ForeignRows, MemoryBank
+from pl_patchcore.leave_one_out import ImageLayout, NominalScore, TrainingScorer
+from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
-from pl_patchcore.patch_features import Band
 from pl_patchcore.references import ReferenceViews
 from pl_patchcore.suspicious import TrainingImage, stands_out_above, tell, worst_groups
 
@@ -38,20 +36,25 @@ log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 RAW_LEVEL = 64.0  # an image that reaches it was hardly normalised: by ImageNet's mean and deviation, white is 2.6
-BAND_PATCHES = 1 << 14  # of an image, that are read again at once
-PROBES = 64  # patches of an image that `_is_copied` looks at
-COPY_DISTANCE = 0.5  # of a patch to the nearest foreign row, in distances to the nearest one of yet another image
-COPY_PATCHES = 0.15  # share of an image's patches that are so near, where the image has a near-copy
 MOST_COPIED = 0.1  # share of the images that may have a near-copy without a warning
 
 
-class _Layout(NamedTuple):
-    """How the patches of an image lie."""
+class _Earlier(NamedTuple):
+    """What a memory bank held before an update; nothing before a fit."""
 
-    size: tuple[int, int]  # height and width of the image, pixels
-    grids: list[tuple[int, int]]  # patches down and across, of each member
-    counted: Counted | None  # which places count; None: all
-    stored: Counted | None  # of which the patch features are kept; None: all
+    features: Tensor  # (M, D), float32, on the CPU
+    places: Tensor  # of the rows' patches, (M, 2); (0, 2) where not known
+    images: list[int]  # number of the image of each row, -1 where not known
+    seen: int  # patch features that the rows were selected from
+
+    @classmethod
+    def of(cls, bank: MemoryBank, *, update: bool) -> _Earlier:
+        if not update:
+            return cls(torch.empty(0, dtype=torch.float32), bank.places[:0].cpu(), [], 0)
+        if bank.position_radius is not None and len(bank.places) != bank.size:
+            raise UserError("position_radius: the memory bank does not know the places of its rows; fit again.")
+        images = bank.images.tolist() or [-1] * bank.size
+        return cls(bank.features.float().cpu(), bank.places.clone().cpu(), images, int(bank.seen))
 
 
 class _Part(NamedTuple):
@@ -61,16 +64,6 @@ class _Part(NamedTuple):
     counted: Counted | None
     places: Sequence[int]  # of the images in the batch
     again: Sequence[bool]  # whether it is a further view of an image
-
-
-class _Scored(NamedTuple):
-    """An image scored for calibration."""
-
-    image: int  # its index in the data set
-    score: float
-    peak: float  # of its anomaly map
-    copied: bool  # whether the memory bank holds a near-copy of it
-    name: str
 
 
 class Fitting:
@@ -127,22 +120,15 @@ class Fitting:
         self.held_out = None if images is None else draw_held_out(images, calibration_share, seed)
         self.collections: list[Collection] = []
         self.size: tuple[int, ...] = ()  # of the first image
-        self.layouts: dict[int, _Layout] = {}  # of images that may be scored
+        self.layouts: dict[int, ImageLayout] = {}  # of images that may be scored
         self.count = self.batch = 0  # images so far, and of the first batch
         banks, calibration, self.update = [member.memory_bank for member in self.members], model.calibration, update
-        self.earlier = [
-            bank.features.float().cpu() if update else torch.empty(0, dtype=torch.float32) for bank in banks
-        ]
-        if update and any(bank.position_radius is not None and len(bank.places) != bank.size for bank in banks):
-            raise UserError("position_radius: the memory bank does not know the places of its rows; fit again.")
-        self.earlier_places = [bank.places.clone().cpu() for bank in banks]
-        self.grids = [
-            (int(bank.grid[0]), int(bank.grid[1])) if update else (0, 0) for bank in banks
-        ]  # of the bank's images
-        self.earlier_images = [bank.images.tolist() or [-1] * bank.size for bank in banks] if update else [[]]
+        self.earlier = [_Earlier.of(bank, update=update) for bank in banks]
         self.earlier_scores = (calibration.scores.clone(), calibration.peaks.clone()) if update else None
+        self.grids = [  # of the bank's images
+            (int(bank.grid[0]), int(bank.grid[1])) if update else (0, 0) for bank in banks
+        ]
         self.numbers: dict[int, int] = {}  # of each image's group, in the memory bank
-        self.seen = [int(bank.seen) if update else 0 for bank in banks]
         self.fixed = self.members[0].input_size.tolist() if update else [0, 0]
         self._forget()
 
@@ -204,7 +190,7 @@ class Fitting:
         if self.leave_one_out or self.share:
             for i, number in enumerate(index.tolist()):
                 own = [None if each is None else each[i : i + 1].packed() for each in (counted, stored)]
-                self.layouts[number] = _Layout((images.shape[2], images.shape[3]), grids, *own)
+                self.layouts[number] = ImageLayout((images.shape[2], images.shape[3]), grids, *own)
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Take in a batch as `OwnImages` gives it, of images of one size or several."""
@@ -376,7 +362,7 @@ class Fitting:
             scale = torch.tensor(scales, dtype=torch.float32, device=self.model.scale.device)
             self.model.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
 
-    def _find_suspicious(self, scored: list[_Scored]) -> None:
+    def _find_suspicious(self, scored: list[NominalScore]) -> None:
         """Find the images that stand out, and which are to be left out."""
         earlier = [] if self.earlier_scores is None else self.earlier_scores[0].tolist()
         above = stands_out_above([*earlier, *(each.score for each in scored)])
@@ -395,20 +381,22 @@ class Fitting:
         groups: dict[int, int] = {}
         for part in self.processes.objects(self.groups):
             groups |= part
-        first, found = 1 + max([-1, *(number for images in self.earlier_images for number in images)]), dict[int, int]()
+        first = 1 + max([-1, *(number for bank in self.earlier for number in bank.images)])
+        found: dict[int, int] = {}
         return {image: first + found.setdefault(groups[image], len(found)) for image in sorted(groups)}
 
     def _fill(self, member: PatchCoreModel, place: int, shown: bool) -> None:
         start, bank, collection = time.perf_counter(), member.memory_bank, self.collections[place]
         device = bank.features.device
-        rows, radii = collection.select(self.earlier[place], self.seen[place], self.processes, shown=shown)
-        earlier = self.earlier_images[place] if self.update else []
+        earlier = self.earlier[place]
+        rows, radii = collection.select(earlier.features, earlier.seen, self.processes, shown=shown)
         images = [
-            earlier[-1 - source] if source < 0 else self.numbers[source] for source in collection.sources.tolist()
+            earlier.images[-1 - source] if source < 0 else self.numbers[source]
+            for source in collection.sources.tolist()
         ]
         placed = self._places(place, member) if bank.position_radius is not None else (None, None)
         bank.fill(rows.to(device), radii, torch.tensor(images, dtype=torch.int32), *placed)
-        bank.seen = torch.full_like(bank.seen, self.seen[place] + collection.total)
+        bank.seen = torch.full_like(bank.seen, earlier.seen + collection.total)
         bank.recall(collection.sample().to(device))
         if member.scorer.num_neighbors > bank.size:
             log.warning(
@@ -419,7 +407,7 @@ class Fitting:
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
             *(
                 bank.size,
-                len(self.earlier[place]) + collection.total,
+                len(earlier.features) + collection.total,
                 collection.dimension,
                 time.perf_counter() - start,
             ),
@@ -427,7 +415,7 @@ class Fitting:
 
     def _places(self, place: int, member: PatchCoreModel) -> tuple[Tensor, tuple[int, int]]:
         """Row and column of the patch of each selected row, ``(M, 2)``, and the grid."""
-        collection, earlier = self.collections[place], self.earlier_places[place]
+        collection, earlier = self.collections[place], self.earlier[place].places
         for grid in self.processes.objects(self.grids[place]):
             if any(grid):
                 self._look_at_grid(place, grid)
@@ -449,14 +437,18 @@ class Fitting:
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
         return float(member.scorer.in_units(distance).mean())
 
-    def _score(self, shown: bool) -> list[_Scored]:
+    def _score(self, shown: bool) -> list[NominalScore]:
         """Score the images that calibration needs, one of each group, on all processes; in the data set's order."""
-        own = list(self._score_held_out() if self.share else self._score_without_own_rows(shown))
+        scorer, own = TrainingScorer(self.model, self.collections, self.layouts, self.names), list[NominalScore]()
+        if self.share:
+            own = list(scorer.held_out())
+        elif self.leave_one_out:
+            own = list(scorer.without_own_rows(self.numbers, self.leave_one_out, self.seed, shown=shown))
         scored = sorted(each for part in self.processes.objects(own) for each in part)
         drawn = draw_one_of_each({each.image: self.numbers[each.image] for each in scored}, self.seed)
         return [each for each in scored if each.image in drawn]
 
-    def _calibrate(self, scored: list[_Scored]) -> None:
+    def _calibrate(self, scored: list[NominalScore]) -> None:
         """Take in the scores; keep what an earlier fit found."""
         scores, peaks = (torch.tensor([each[at] for each in scored], dtype=torch.float32) for at in (1, 2))
         self.model.calibration.fill(scores, peaks, torch.tensor([each.image for each in scored]))
@@ -472,68 +464,6 @@ class Fitting:
                 *(copied, len(scored)),
             )
 
-    def _score_held_out(self) -> Iterator[_Scored]:
-        for images in zip(*(collection.held_out_images() for collection in self.collections), strict=True):
-            yield self._scored(images, [member.memory_bank for member in self.members])
-
-    def _score_without_own_rows(self, shown: bool) -> Iterator[_Scored]:
-        """Score one image of each group without the group's rows, of at most ``leave_one_out`` groups."""
-        banks = [member.memory_bank for member in self.members]
-        if not self.leave_one_out:
-            return
-        numbers = {*self.numbers.values()}
-        if any(int(bank.images[0]) in numbers and (bank.images == bank.images[0]).all() for bank in banks):
-            log.warning(
-                "leave_one_out needs rows of two images (or groups of images) in the memory bank, and all are of one; "
-                "there are no thresholds from these images."
-            )
-            return
-        if banks[0].approximate:
-            log.info(
-                "leave_one_out searches exactly; %s finds larger distances, by as much as is said above.",
-                banks[0].search,
-            )
-        drawn = draw_one_of_each(self.numbers, self.seed, self.leave_one_out)
-        searches = [bank.exact() for bank in banks]
-        images, own = zip(*(each.bank_images(drawn) for each in self.collections), strict=True), drawn & {*self.groups}
-        with tqdm(images, "Leave one out", len(own), unit=" images", disable=not shown, mininterval=0.5) as bar:
-            start = time.perf_counter()
-            for place, image in enumerate(bar):
-                number = self.numbers[image[0].image]
-                rows = [ForeignRows(bank, number, search) for bank, search in zip(banks, searches, strict=True)]
-                scored = self._scored(image, rows)
-                if not place:
-                    log.info(
-                        "leave_one_out: scoring %d of %d training images without their own rows, about %.0f s.",
-                        *(len(drawn), len(self.numbers), (time.perf_counter() - start) * len(own)),
-                    )
-                yield scored._replace(copied=_is_copied(image[0], banks[0], rows[0]))
-
-    def _scored(self, image: Sequence[StoredImage], banks: Sequence[MemoryBank] | Sequence[ForeignRows]) -> _Scored:
-        """Score an image by its patch features of each member."""
-        index = image[0].image
-        size, grids, counted, kept = self.layouts[index]
-        parts = [
-            member.scorer(self._bands(stored, grid, kept), bank, size, counted)
-            for member, stored, grid, bank in zip(self.members, image, grids, banks, strict=True)
-        ]
-        score, maps = self.model.combined(parts) if isinstance(self.model, EnsembleModel) else parts[0]
-        return _Scored(index, float(score), float(peaks(maps)), False, self.names.get(index, str(index)))
-
-    def _bands(self, image: StoredImage, grid: tuple[int, int], counted: Counted | None) -> Iterator[Band]:
-        """The bands of patch features of an image, read again."""
-        (h, w), device, done = grid, self.members[0].input_size.device, 0
-        inside = torch.ones(h, w, dtype=torch.bool) if counted is None else counted.at(h, w)[0].cpu()
-        rows = max(1, BAND_PATCHES // w)
-        for top in range(0, h, rows):
-            part = inside[top : top + rows].flatten()
-            number = int(part.sum())
-            read = image.take(torch.arange(done, done + number))
-            features = read.new_zeros(len(part), read.shape[1])
-            features[part] = read
-            yield Band(features.view(1, -1, w, read.shape[1]).to(device), top, h)
-            done += number
-
     def close(self) -> None:
         """Free the patch features."""
         for collection in self.collections:
@@ -545,48 +475,6 @@ def tell_tiles(model: PatchCoreModel | EnsembleModel, images: Tensor) -> None:
     """Log what the tiles of images ``(B, 3, H, W)`` cost, of a model that cuts them."""
     if (tiling := model.members[0].patch_features.tiling) is not None:
         log.info(tiling.told(*images.shape[2:]))
-
-
-@torch.no_grad()
-def score_without_rows(
-    model: PatchCoreModel | EnsembleModel, images: Tensor, group: int | None, counted: Counted | None = None
-) -> tuple[Tensor, Tensor]:
-    """Score images as a fitted model does, but without the memory banks' rows of one group of images.
-
-    Args:
-        model: The model.
-        images: ``(B, 3, H, W)``, normalised.
-        group: Number in `MemoryBank.images`; None leaves nothing out.
-        counted: Which places of the images count; None: all.
-
-    Returns:
-        Anomaly scores ``(B,)`` and maps ``(B, H, W)``, float32.
-    """
-    if group is None:
-        return model(images, counted)  # type: ignore[no-any-return]
-    parts = []
-    for member in model.members:
-        bank = member.memory_bank
-        rows = ForeignRows(bank, group, bank.exact())
-        bands, inside = member.in_front(images, counted)
-        parts.append(member.scorer(bands, rows, images.shape[2:], inside))
-    return model.combined(parts) if isinstance(model, EnsembleModel) else parts[0]
-
-
-def _is_copied(image: StoredImage, bank: MemoryBank, foreign: ForeignRows) -> bool:
-    """Whether an image has a near-copy in the memory bank.
-
-    The distance to the nearest foreign row is compared with that to the nearest one of yet another image (or to the
-    8th nearest row, where all of them are of one image). Images of different things are about as far from the one as
-    from the other.
-    """
-    probes = image.take(torch.arange(0, image.number, max(1, image.number // PROBES))).to(bank.features.device)
-    distance, rows = foreign(probes, 8)
-    other = bank.images[rows] != bank.images[rows[:, :1]]
-    other[:, -1] = True
-    second = distance.gather(1, other.int().argmax(1, keepdim=True))[:, 0]
-    near = distance[:, 0] < COPY_DISTANCE * second
-    return bool(near.float().mean() >= COPY_PATCHES)
 
 
 def start_fitting(

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.calibration import Calibration
@@ -127,12 +128,9 @@ class PatchCoreModel(nn.Module):
             found = [self(*part, map_size) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
-        bands, counted = self.in_front(images, counted, self.in_bf16(images.device))
+        bf16 = self.inference == "bf16" or (self.inference == "auto" and bf16_is_fast(images.device.type))
+        bands, counted = self.in_front(images, counted, bf16)
         return self.scorer(bands, self.memory_bank, map_size or size, counted)  # type: ignore[no-any-return]
-
-    def in_bf16(self, device: torch.device) -> bool:
-        """Whether the backbone computes in bfloat16 when images on a device are scored."""
-        return self.inference == "bf16" or (self.inference == "auto" and bf16_is_fast(device.type))
 
     def in_front(
         self, images: Tensor, counted: Counted | None, bf16: bool = False
@@ -140,21 +138,23 @@ class PatchCoreModel(nn.Module):
         """Patch features of images ``(B, 3, H, W)``, and which places of them count: of an object in front only."""
         if self.foreground == "none":
             return self.patch_features.bands(images, bf16), counted
-        bands: Iterable[Band] = self.patch_features.raw_bands(images, bf16)
+        bands: Iterable[Band] = self.patch_features.bands(images, bf16, raw=True)
         tiling = self.patch_features.tiling
         if tiling is None or tiling.holds(*images.shape[2:]):
             bands = list(bands)
             features = bands[0].features
         else:  # the features of a large image are never all there: the object is found in a small one
             images = self.patch_features.small(images)
-            features = next(iter(self.patch_features.raw_bands(images, bf16))).features
+            features = next(self.patch_features.bands(images, bf16, raw=True)).features
         found = foreground(self.foreground, images, features)
         if (empty := ~found.flatten(1).any(1)).any():
             if self.scorer.top_share_of == "scored":
                 found[empty] = True
             else:
                 log.warning("no object is found in %d of %d images, which score 0.", int(empty.sum()), len(empty))
-        return map(self.patch_features.finished, bands), Counted.of_objects(images, counted, found)
+        if self.patch_features.normalize:
+            bands = (band._replace(features=F.normalize(band.features, dim=3)) for band in bands)
+        return bands, Counted.of_objects(images, counted, found)
 
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, layer_output, weights_sha256
+from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, weights_sha256
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
@@ -134,10 +134,7 @@ class PatchFeatures(nn.Module):
     def _layers(self, images: Tensor) -> list[Tensor]:
         """Layers ``(B, C, h, w)`` of images."""
         outputs, size = self.network(images), images.shape[2:]
-        return [
-            as_grid(layer_output(outputs, name), layout, size, name)
-            for name, layout in zip(self.layers, self.layouts, strict=True)
-        ]
+        return [as_grid(outputs, *layer, size) for layer in zip(self.layers, self.layouts, strict=True)]
 
     @property
     def pixels_per_patch(self) -> int:
@@ -160,21 +157,14 @@ class PatchFeatures(nn.Module):
         """
         return torch.cat([band.features for band in self.bands(images)], dim=1)
 
-    def bands(self, images: Tensor, bf16: bool = False) -> Iterator[Band]:
+    def bands(self, images: Tensor, bf16: bool = False, raw: bool = False) -> Iterator[Band]:
         """The same in bands of patches, from the top; one band, where the images are no larger than a tile.
 
         Args:
             images: As `forward`.
             bf16: Whether the network computes in bfloat16, where it is float32.
+            raw: Whether features stay as long as they are, whatever ``normalize`` says.
         """
-        return map(self.finished, self.raw_bands(images, bf16))
-
-    def finished(self, band: Band) -> Band:
-        """A band of `raw_bands` as `bands` gives it."""
-        return band._replace(features=F.normalize(band.features, dim=3)) if self.normalize else band
-
-    def raw_bands(self, images: Tensor, bf16: bool = False) -> Iterator[Band]:
-        """As `bands`, of patch features before they are divided by their lengths, if they are."""
         tiling, (height, width) = self.tiling, images.shape[-2:]
         if tiling is None or tiling.holds(height, width):
             parts = [images]
@@ -182,6 +172,7 @@ class PatchFeatures(nn.Module):
                 parts = list(images.split(max(1, CPU_PIXELS // (height * width))))
             found = [features for part in parts for features in self._features(part, bf16)]
             features = found[0] if len(found) == 1 else torch.cat(found)
+            features = F.normalize(features, dim=3) if self.normalize and not raw else features
             yield Band(features, 0, features.shape[1])
             return
         spans = tiling.along(0, height), tiling.along(1, width)
@@ -191,7 +182,9 @@ class PatchFeatures(nn.Module):
             for columns in tiling.batches(spans[1], images.device):
                 cut = torch.cat([tiling.cut(images, row, column) for column in columns])
                 tiles += self._features(cut, bf16, [Window(row, column, grids) for column in columns])
-            yield Band(torch.cat(tiles, 2), row.first, grids[0][0])
+            features = torch.cat(tiles, 2)
+            features = F.normalize(features, dim=3) if self.normalize and not raw else features
+            yield Band(features, row.first, grids[0][0])
 
     def _features(self, images: Tensor, bf16: bool, windows: Sequence[Window | None] = (None,)) -> list[Tensor]:
         """Patch features of images, or of what is taken from tiles: of as many at each window, float32."""
@@ -217,7 +210,7 @@ class PatchFeatures(nn.Module):
         p, s = self.patch_size, self.patch_stride
         pooled: list[Tensor] = []
         for name, layout in zip(self.layers, self.layouts, strict=True):
-            layer = as_grid(layer_output(outputs, name), layout, size, name).float()  # (B, C, h, w)
+            layer = as_grid(outputs, name, layout, size).float()  # (B, C, h, w)
             if self.layer_dim is None:
                 layer = F.avg_pool2d(layer, p, s, p // 2)
             else:

@@ -725,13 +725,16 @@ class PatchCore(L.LightningModule):
         with whole_file(Path(path)) as partial:
             write_checkpoint(self, partial)
 
-    def export(self, path: str | Path, format: str = "onnx", data: Any = None, **options: Any) -> dict[str, Any]:
+    def export(
+        self, path: str | Path, format: str = "onnx", data: Any = None, calibration: Any = None, **options: Any
+    ) -> dict[str, Any]:
         """Write a fitted model as one file that runs without this package: see `export.export`.
 
         Args:
             path: The file.
             format: ``onnx``, ``openvino`` or ``torch``.
             data: Folder of images, or image files, to compare the file with the model on, beside noise.
+            calibration: Nominal images that set the file's thresholds, likewise; None: it has the model's.
             options: What the file is to be like, as `export.FileOptions` takes it.
 
         Returns:
@@ -739,7 +742,7 @@ class PatchCore(L.LightningModule):
         """
         from pl_patchcore.export import FileOptions, export
 
-        return export(self, path, format, data, options=FileOptions(**options))
+        return export(self, path, format, data, options=FileOptions(**options), calibration=calibration)
 
     def _saved(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but the frozen backbone, unless it is to be saved."""

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_patchcore import MemoryBank, PatchCore, UserError
 from pl_patchcore.ensemble import EnsembleModel
-from pl_patchcore.fitting import score_without_rows
+from pl_patchcore.leave_one_out import score_without_rows
 from pl_patchcore.memory_bank import ForeignRows
 from pl_patchcore.search.by_position import Places
 

@@ -10,8 +10,9 @@ from pl_patchcore import PatchCoreModel, PatchFeatures, UserError
 from pl_patchcore.anomaly_map import AnomalyScorer, anomaly_map
 from pl_patchcore.coreset import CoresetOptions
 from pl_patchcore.counted import Counted
-from pl_patchcore.fitting import Fitting, score_without_rows
+from pl_patchcore.fitting import Fitting
 from pl_patchcore.foreground import object_in
+from pl_patchcore.leave_one_out import score_without_rows
 from pl_patchcore.patch_features import Band
 from pl_patchcore.tiles import TileOptions
 

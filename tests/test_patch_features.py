@@ -82,7 +82,7 @@ def test_torchvision_backbones_give_what_hooks_see(name):
         features = PatchFeatures(name, LAYERS[name], None, seed=0)
         found = features.network(images)
     for layer, layout in zip(LAYERS[name], features.layouts, strict=True):
-        output = as_grid(found[layer], layout, size, layer)
+        output = as_grid(found, layer, layout, size)
         expected = seen[layer]
         if name == "swin_t":
             expected = expected.permute(0, 3, 1, 2)

@@ -17,7 +17,8 @@ from pl_patchcore import MemoryBankCallback, PatchCore, UserError
 from pl_patchcore.checkpoint import write_checkpoint
 from pl_patchcore.counted import Counted, Turn
 from pl_patchcore.data.base import collate
-from pl_patchcore.fitting import Fitting, score_without_rows
+from pl_patchcore.fitting import Fitting
+from pl_patchcore.leave_one_out import score_without_rows
 from pl_patchcore.references import ReferenceViews, turned
 
 SIDE = 32

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pl_patchcore import FolderDataModule, MemoryBankCallback, PatchCore, UserError
 from pl_patchcore.files import spreadsheet_cell
-from pl_patchcore.fitting import score_without_rows
+from pl_patchcore.leave_one_out import score_without_rows
 from pl_patchcore.report import TrainingImagesReport
 from pl_patchcore.suspicious import stands_out_above, worst_groups
 

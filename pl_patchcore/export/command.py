@@ -67,6 +67,10 @@ def _parser() -> _Parser:
         "--data", nargs="+", help="Folder of images, or image files, to compare the file with the model on, beside "
         "noise."
     )  # fmt: skip
+    parser.add_argument(
+        "--calibration", nargs="+", help="Folder of nominal images that are not in the memory bank, or image files, "
+        "whose scores by the file itself set its thresholds."
+    )  # fmt: skip
     parser.add_argument("--model.weights", help="Path of the backbone's weights, where they lie elsewhere.")
     parser.add_argument("--model.tile_batch", type=int, help="Tiles that the backbone is given at once in the file.")
     parser.add_argument("--model.image_threshold", type=float, help="Threshold for anomaly scores set by hand.")
@@ -89,9 +93,10 @@ def run(words: Sequence[str]) -> None:
         UserError: If one is wrong, or as `export`.
     """
     given: dict[str, Any] = vars(_parser().parse_args(words))
-    checkpoint, kind, data = given["ckpt_path"], given["format"], given["data"]
+    checkpoint, kind = given["ckpt_path"], given["format"]
+    data, nominal = (each[0] if each and len(each) == 1 else each for each in (given["data"], given["calibration"]))
     output = Path(given["output"] or Path(checkpoint).with_suffix(FORMATS[kind][0]))
     options = FileOptions(**{name: value for name in _OF_FILE if (value := given[name]) is not None})
     of_model = {name: value for name in _OF_MODEL if (value := given[f"model.{name}"]) is not None}
     module = PatchCore.load_from_checkpoint(checkpoint, inference="float32", **of_model)
-    export(module, output, kind, data[0] if data and len(data) == 1 else data, checkpoint, options)
+    export(module, output, kind, data, checkpoint, options, nominal)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import pl_patchcore
+from pl_patchcore.calibration import Calibration
 from pl_patchcore.errors import UserError
 from pl_patchcore.export import onnx_file, openvino_file, parity, torch_file
 from pl_patchcore.export.geometry import Frame
@@ -40,6 +42,7 @@ def export(
     data: str | Path | Sequence[str | Path] | None = None,
     checkpoint: str | Path | None = None,
     options: FileOptions | None = None,
+    calibration: str | Path | Sequence[str | Path] | None = None,
 ) -> dict[str, Any]:
     """Write a fitted model as a file that runs without this package, and compare the file with the model.
 
@@ -50,6 +53,8 @@ def export(
         data: Folder of images, or image files, to compare with; None: noise alone.
         checkpoint: File that the model is from, whose hash is noted.
         options: What the file is to be like; None: as the model.
+        calibration: Folder of nominal images that are not in the memory bank, or image files: what the file itself
+            scores them sets its thresholds; None: it has the model's.
 
     Returns:
         What is known of the file, as it stands in it and beside it.
@@ -65,7 +70,8 @@ def export(
         raise UserError(f"{path}: the name of a file of {format} ends with {FORMATS[format][0]}.")
     if options.precision != "float32" and format != "openvino":
         raise UserError(f"format {format} runs in float32 on the CPU, not in {options.precision}; openvino does.")
-    kind, files = KINDS[format], parity.image_files(data, module.transform, options.image_size)
+    kind, taken = KINDS[format], (module.transform, options.image_size)
+    files, nominal = parity.image_files(data, *taken), parity.image_files(calibration, *taken)
     if (changed := options.changes(module.transform)) and not files:
         raise UserError(
             f"{' and '.join(changed)} changes scores; give images of the real scene, --data, to measure it."
@@ -74,7 +80,7 @@ def export(
     job = _Job(module, kind, options, files, checkpoint)
     with ExitStack() as made:
         partial = [made.enter_context(whole_file(path.with_suffix(ending))) for ending in FORMATS[format]]
-        told = job.written(partial) | {"versions": _versions() | versions}
+        told = job.written(partial, nominal) | {"versions": _versions() | versions}
         kind.tell({name: _text(value) for name, value in told.items()}, *partial)
         if options.parity_file:
             beside = made.enter_context(whole_file(path.with_name(f"{path.name}.npz")))
@@ -104,32 +110,46 @@ class _Job:
             self.transform = replace(self.transform, resize_by="tensors")
         check_exportable(module.model, self.transform, options)
         self.in_file = module if options.bank_dtype == "float32" else _with_bank(module, options.bank_dtype)
-        self.runtime = self._runtime(look_up=False)
+        self.look_up = False
+        self.runtime = self._runtime()
 
-    def _runtime(self, look_up: bool) -> Runtime:
+    def _runtime(self) -> Runtime:
         ready = self.transform.resize is not None and self.transform.resize_by == "pillow"
         frame = Frame(self.transform, ready, self.options.image_size)
-        return Runtime(self.in_file.model, frame, self.options.bank_dtype, self.options.map_at, look_up).eval()
+        return Runtime(self.in_file.model, frame, self.options.bank_dtype, self.options.map_at, self.look_up).eval()
 
-    def written(self, partial: Sequence[Path]) -> dict[str, Any]:
-        """Write the graph, and compare the file with the model; what is known of it."""
+    def _run(self, partial: Sequence[Path]) -> onnx_file.Run:
+        """Run the file as it is meant to be run."""
+        if self.options.precision != "float32":
+            return openvino_file.session(partial[0], partial[1], self.options.precision)
+        run: onnx_file.Run = self.kind.session(*partial)
+        return run
+
+    def written(self, partial: Sequence[Path], nominal: Sequence[Path]) -> dict[str, Any]:
+        """Write the graph, and compare the file with the model; what is known of it.
+
+        Args:
+            partial: The files to write.
+            nominal: Images by which the file is calibrated; none: it keeps the model's thresholds.
+        """
         try:
             found = self._compared(partial)
         except parity.Differs as error:
             log.info("%s Once more, by a search that is slower and tells smaller distances.", error)
-            self.runtime = self._runtime(look_up=True)
+            self.look_up = True
+            self.runtime = self._runtime()
             found = self._compared(partial)
-        told = _told(self.module, self.runtime, self.checkpoint) | {
+        if nominal:
+            self._calibrate(partial, nominal)
+            found = self._compared(partial)
+        told = _told(self.module, self.in_file.model.calibration, self.runtime, self.checkpoint) | {
             "parity": found,
             "precision": self.options.precision,
         }
         if not (changed := self.options.changes(self.module.transform)):
             return told
-        run = self.kind.session(*partial)
-        if self.options.precision != "float32":
-            run = openvino_file.session(partial[0], partial[1], self.options.precision)
         own = parity.by_model(self.module, self.module.transform, self.runtime)
-        change = parity.changes(run, own, self.runtime, self.files)
+        change = parity.changes(self._run(partial), own, self.runtime, self.files)
         limit = self.options.max_score_change
         if limit is not None and not change["score_change_max"] <= limit:
             raise UserError(
@@ -137,6 +157,17 @@ class _Job:
                 f"max_score_change is {limit:g}; the file is not kept."
             )
         return told | {"changed_by": changed, "change": change}
+
+    def _calibrate(self, partial: Sequence[Path], nominal: Sequence[Path]) -> None:
+        """Set the thresholds by what the written file scores nominal images."""
+        run, found = self._run(partial), list[tuple[float, float]]()
+        for path in tqdm(nominal, "Calibrating the file", delay=2, leave=False, unit=" images"):
+            outputs = run(parity.levels_of(path, self.runtime)[None])
+            found.append((float(outputs["score"][0]), float(np.nanmax(outputs["anomaly_map"]))))
+        self.in_file = copy.deepcopy(self.in_file)
+        self.in_file.model.calibration.fill(*torch.tensor(found, dtype=torch.float32).unbind(1))
+        self.in_file.model.calibration.tell("images")
+        self.runtime = self._runtime()
 
     def _compared(self, partial: Sequence[Path]) -> dict[str, Any]:
         log.info("export: recording the graph (half a minute for a large backbone).")
@@ -178,15 +209,17 @@ def _sentence(told: dict[str, Any]) -> str:
     )
 
 
-def _told(module: PatchCore, runtime: Runtime, checkpoint: str | Path | None) -> dict[str, Any]:
+def _told(
+    module: PatchCore, calibration: Calibration, runtime: Runtime, checkpoint: str | Path | None
+) -> dict[str, Any]:
     """What is known of a file, as plain values."""
-    calibration, members = module.model.calibration, cast(list[Member], list(runtime.members))
+    members = cast(list[Member], list(runtime.members))
     known = {
         "input": _input(runtime),
         "outputs": _outputs(runtime),
-        "image_threshold": module.image_threshold,
-        "pixel_threshold": module.pixel_threshold,
-        "false_alarm_rate": module.false_alarm_rate if len(calibration.scores) else None,
+        "image_threshold": calibration.image_threshold,
+        "pixel_threshold": calibration.pixel_threshold,
+        "false_alarm_rate": calibration.false_alarm_rate if len(calibration.scores) else None,
         "calibration_images": len(calibration.scores),
         "thresholds_by_hand": sorted(calibration.by_hand),
         "preprocessing": runtime.frame.transform.as_dict(),

@@ -16,8 +16,8 @@ from pl_patchcore.counted import Counted
 from pl_patchcore.data.batch import as_batch, same_size_parts
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import output_folder, plain_console, spreadsheet_cell, whole_file
-from pl_patchcore.fitting import score_without_rows
 from pl_patchcore.inspection import with_strip
+from pl_patchcore.leave_one_out import score_without_rows
 from pl_patchcore.report.pictures import Shown, colour_scale, overlay
 from pl_patchcore.suspicious import TrainingImage
 

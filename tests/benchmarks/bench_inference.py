@@ -4,7 +4,8 @@ The model itself in torch, and the files that `export` makes of it, in ONNX Runt
 network's size. Networks have random weights, memory banks are patch features of noise and mixtures of these: times of
 the files do not depend on them. With anomalib installed (``pip install 'anomalib[openvino]'``) its model, with the same
 network and memory bank, stands beside it, in torch and as its own OpenVINO file, whose batch is fixed at two: one frame
-then takes a call of two; batches are its calls on pairs. All ways take turns; medians.
+then takes a call of two; batches are its calls on pairs. All ways take turns, with a pause and a call that is
+not counted before each; medians.
 """
 
 import argparse
@@ -36,7 +37,8 @@ CONFIGS = {  # network, layers, pixels of a side, rows of the memory bank
     "WideResNet-50, 224, 10,000": ("wide_resnet50_2", ["layer2", "layer3"], 224, 10_000),
     "WideResNet-50, 224, 50,000": ("wide_resnet50_2", ["layer2", "layer3"], 224, 50_000),
 }
-BATCH, TURNS = 8, 9
+BATCH = 8
+PAUSE = 0.1  # seconds, until the threads of the way before no longer spin
 FIRST = "torch"
 NOISE = 4  # images whose patch features the bank is made of
 
@@ -116,11 +118,13 @@ def theirs(model: PatchCore, name: str, layers: list[str], side: int, folder: Pa
     return calls
 
 
-def medians(calls: dict[str, Call], images: np.ndarray) -> dict[str, float]:
+def medians(calls: dict[str, Call], images: np.ndarray, turns: int) -> dict[str, float]:
     """Milliseconds an image, in turns."""
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(TURNS + 1):  # the first one warms up
+    for turn in range(turns + 1):  # the first one warms up
         for name, call in calls.items():
+            time.sleep(PAUSE)
+            call(images)
             began = time.perf_counter()
             call(images)
             if turn:
@@ -128,25 +132,26 @@ def medians(calls: dict[str, Call], images: np.ndarray) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def rows(chosen: list[str]) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
+def rows(chosen: list[str], turns: int) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
     for config in chosen:
         name, layers, side, size = CONFIGS[config]
         model = made(name, layers, side, size)
         with tempfile.TemporaryDirectory() as folder:
             calls = ours(model, Path(folder)) | theirs(model, name, layers, side, Path(folder))
-            yield config, medians(calls, frames(side, 1)), medians(calls, frames(side, BATCH))
+            yield config, medians(calls, frames(side, 1), turns), medians(calls, frames(side, BATCH), turns)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=CONFIGS, default=[*CONFIGS], help="rows to measure")
+    parser.add_argument("--turns", type=int, default=9, help="calls of each way that count")
     given = parser.parse_args()
     logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # of random weights
     console = Console(width=150)
     console.print(f"{torch.get_num_threads()} threads; ms an image: one frame at a time / in batches of {BATCH}")
     table: Table | None = None
-    for config, alone, together in rows(given.only):
+    for config, alone, together in rows(given.only, given.turns):
         if table is None:
             table = Table("network, pixels, memory bank", *alone)
         cells = [f"{alone[name]:.1f} / {together[name]:.1f}" for name in alone]

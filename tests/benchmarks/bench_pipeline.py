@@ -37,6 +37,7 @@ NETWORKS = {"mobilenet_v2": ["features.6", "features.13"], "wide_resnet50_2": ["
 CONFIGS = Path(__file__).parents[2] / "configs"
 WEIGHTS = SHARED / "weights" / "mobilenet_v2.pth"
 BATCH, TURNS = 16, 4
+BANK_IMAGES = 160  # whose patch features the bank of `scoring` is drawn from
 console = Console(width=120)
 
 
@@ -134,12 +135,14 @@ def scored(name: str, layers: list[str]) -> dict[str, str]:
     batch = torch.stack([image["image"] for image in images])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not trained
-        model = PatchCore(name, layers, None, resize=224, crop=None)
+        weights = str(WEIGHTS) if WEIGHTS.stem == name and WEIGHTS.is_file() else None
+        model = PatchCore(name, layers, weights, resize=224, crop=None)
     inner = model.model.members[0]
     features = inner.patch_features(batch).flatten(0, 2)
     size = round(0.01 * len(data.train_set) * len(features) / BATCH)
-    pairs = torch.randint(len(features), (2, size), generator=torch.Generator().manual_seed(0))
-    model.memory_bank.fill(features[pairs].float().mean(0))
+    nominal = torch.stack([data.train_set[i]["image"] for i in range(BANK_IMAGES)])
+    rows = torch.cat([inner.patch_features(part).flatten(0, 2) for part in nominal.split(BATCH)])
+    model.memory_bank.fill(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:size]])
     network = inner.patch_features.network.to(memory_format=torch.channels_last)
     pixels = batch.to(memory_format=torch.channels_last)
     metric, masks = AnomalyEvaluation(), torch.stack([image["mask"] for image in images])

@@ -160,6 +160,20 @@ def test_what_changes_scores_is_measured(name, scenes, tmp_path):
     assert 0 < changes.max() < 0.02
 
 
+def test_thresholds_by_the_file_itself(scenes, tmp_path):
+    module = made(**MODELS["squash"], false_alarm_rate=0.5)
+    told = module.export(tmp_path / "m.onnx", data=scenes, calibration=scenes, bank_dtype="int8")
+    run = opened(tmp_path / "m.onnx")
+    found = [run([np.asarray(Image.open(file))]) for file in sorted(scenes.iterdir())]
+    scores = np.sort([each["score"][0] for each in found])
+    assert told["image_threshold"] == scores[1]  # of 3, with 2 of 4 allowed above
+    assert told["pixel_threshold"] == np.sort([np.nanmax(each["anomaly_map"]) for each in found])[1]
+    assert told["calibration_images"] == 3
+    assert np.sort([each["p_value"][0] for each in found]).tolist() == [0.5, 0.75, 1.0]
+    assert sum(each["anomalous"][0] for each in found) == 1
+    assert module.image_threshold != told["image_threshold"]
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 16), ("int8", 8)])
 def test_a_bank_of_fewer_bits(dtype, bits, scenes, tmp_path):
     module = made(coreset_method="none", resize=(64, 96), images=TENSORS)
