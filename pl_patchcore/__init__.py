@@ -13,8 +13,8 @@ The way of an image, one file a stage::
     memory_bank.py      rows kept (M, D)         -> nearest neighbours of queries, with search/
     anomaly_map.py      distances (B, h, w)      -> anomaly scores (B,), anomaly maps (B, H, W)
     model.py            joins these: PatchCoreModel, a plain module; ensemble.py several of it
-    fitting.py          training images          -> a model with a memory bank; leave_one_out.py their scores without
-                        their own rows of it
+    fitting.py          training images          -> a model with a memory bank
+    leave_one_out.py    training images          -> their scores without their own rows of the memory bank
     calibration.py      scores of nominal images -> thresholds; suspicious.py the training images that stand out
     inspection.py       images of any kind       -> verdicts, and by regions.py where, on the original image
     patchcore.py        the model in Lightning: fit, test, predict; checkpoint.py what is saved, foreign.py what is

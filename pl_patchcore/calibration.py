@@ -379,7 +379,7 @@ class Calibration(nn.Module):
         if threshold <= 0:
             raise UserError(
                 f"the threshold is {threshold:g}: {_NAMES[kind]} score 0, as copies of training images do; give images "
-                "that differ, or set calibration to none."
+                "that differ, or do without calibration."
             )
         earlier = f", {old} of them scored before the update" if (old := int((self.images < 0).sum())) else ""
         log.info(

@@ -734,7 +734,7 @@ class PatchCore(L.LightningModule):
             path: The file.
             format: ``onnx``, ``openvino`` or ``torch``.
             data: Folder of images, or image files, to compare the file with the model on, beside noise.
-            calibration: Nominal images that set the file's thresholds, likewise; None: it has the model's.
+            calibration: Nominal images whose scores by the file set its thresholds, likewise; None: it has the model's.
             options: What the file is to be like, as `export.FileOptions` takes it.
 
         Returns:

@@ -69,7 +69,7 @@ def _parser() -> _Parser:
     )  # fmt: skip
     parser.add_argument(
         "--calibration", nargs="+", help="Folder of nominal images that are not in the memory bank, or image files, "
-        "whose scores by the file itself set its thresholds."
+        "whose scores by the file itself set its thresholds. One set by hand stays."
     )  # fmt: skip
     parser.add_argument("--model.weights", help="Path of the backbone's weights, where they lie elsewhere.")
     parser.add_argument("--model.tile_batch", type=int, help="Tiles that the backbone is given at once in the file.")

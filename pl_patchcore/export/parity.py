@@ -76,38 +76,68 @@ def noise(runtime: Runtime) -> Iterator[np.ndarray]:
 
 
 def image_files(
-    data: str | Path | Sequence[str | Path] | None, transform: Preprocessing, size: tuple[int, int] | None = None
+    given: str | Path | Sequence[str | Path] | None,
+    purpose: str,
+    transform: Preprocessing,
+    size: tuple[int, int] | None = None,
 ) -> list[Path]:
-    """Image files to compare with, those of a folder.
+    """Image files that an export is given, those of a folder.
 
     Args:
-        data: A folder, a file, or files; None: none.
+        given: A folder, a file, or files; None: none.
+        purpose: What they are for, such as ``compare``.
         transform: Preprocessing of the model.
         size: Height and width that they must have; None: any.
 
     Raises:
-        UserError: If there is none, one is missing, no image, or of another size.
+        UserError: If there is none, one is missing, no image, or of a size that cannot be.
     """
-    if data is None:
+    if given is None:
         return []
-    if isinstance(data, str | Path) and is_folder(Path(data)):
-        files = list_images(Path(data), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to compare with", True)
+    if isinstance(given, str | Path) and is_folder(Path(given)):
+        files = list_images(Path(given), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to {purpose} with", True)
     else:
-        files = [Path(each) for each in ([data] if isinstance(data, str | Path) else data)]
+        files = [Path(each) for each in ([given] if isinstance(given, str | Path) else given)]
+    if not files:
+        raise UserError(f"there is no image to {purpose} with; give a folder of images, or image files.")
     for file in files:
         found = check_image(file, transform.bits, transform.max_pixels).size
         if size is not None and found != size:
             raise UserError(f"{file}: has {_sides(found)} pixels, and image_size is {_sides(size)}.")
+        try:
+            transform.geometry(*found)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
     return files
 
 
 def levels_of(path: Path, runtime: Runtime) -> np.ndarray:
-    """An image file as the exported file takes it, uint8 ``(H, W, 3)``."""
+    """An image file as the exported file takes it, uint8 ``(H, W, 3)``.
+
+    Raises:
+        UserError: If it cannot be read, or has another size than the file takes.
+    """
     transform = runtime.frame.transform
     image = transform.read(path)
-    if not runtime.frame.ready:
-        return np.array(image)
-    return replace(transform, levels=True).apply(image)["image"].permute(1, 2, 0).contiguous().numpy()
+    if runtime.frame.ready:
+        return replace(transform, levels=True).apply(image)["image"].permute(1, 2, 0).contiguous().numpy()
+    levels = np.array(image)
+    if runtime.size is not None and levels.shape[:2] != runtime.size:
+        raise UserError(f"{path}: has {_sides(levels.shape)} pixels, and this model takes {_sides(runtime.size)}.")
+    return levels
+
+
+def ran(run: Run, images: list[np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """Outputs of a file for images of one size, by name.
+
+    Raises:
+        UserError: If the file does not run on them; it names what they are.
+    """
+    try:
+        return run(np.stack(images))
+    except Exception as error:  # of the runtime's many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the exported file does not run on {name} ({reason}); it is not kept.") from error
 
 
 def by_model(module: PatchCore, transform: Preprocessing, runtime: Runtime) -> ByModel:
@@ -151,16 +181,17 @@ def changes(run: Run, expected: ByModel, runtime: Runtime, files: Sequence[Path]
         files: Image files.
 
     Returns:
-        Plain values: changes of scores as shares of the score, of maps as shares of their highest value.
+        Plain values: changes of scores as shares of the score, of maps as shares of their highest value; verdicts that
+        differ, all by the file's threshold.
     """
-    scores, maps, verdicts = list[float](), list[float](), 0
+    scores, maps, verdicts, threshold = list[float](), list[float](), 0, runtime.verdict.threshold
     for path in tqdm(files, "Comparing the file with the model's own way", delay=2, leave=False, unit=" images"):
         image = levels_of(path, runtime)
-        (theirs,), found = expected([image]), {name: value[0] for name, value in run(image[None]).items()}
+        (theirs,), found = expected([image]), {key: each[0] for key, each in ran(run, [image], str(path)).items()}
         scores.append(abs(float(found["score"]) - theirs.score) / max(abs(theirs.score), TINY))
         away = np.abs(found["anomaly_map"] - theirs.anomaly_map)
         maps.append(float(np.nanmax(away) / max(np.nanmax(theirs.anomaly_map), TINY)))
-        verdicts += theirs.anomalous is not None and bool(found["anomalous"]) != theirs.anomalous
+        verdicts += threshold is not None and bool(found["anomalous"]) != (theirs.score > threshold)
     return {
         "images": len(files),
         "score_change_median": float(np.median(scores)),
@@ -230,11 +261,7 @@ def _compared(
     batch = [image, np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(image[::-1])]
     theirs, found = expected(batch), list[Difference]()
     for part in (batch[:1], batch):
-        try:
-            outputs = run(np.stack(part))
-        except Exception as error:  # of the runtime's many kinds
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"the exported file does not run on {name} ({reason}); it is not kept.") from error
+        outputs = ran(run, part, name)
         for i in range(len(part)):
             of_one = {key: value[i] for key, value in outputs.items()}
             found.append(difference(of_one, theirs[i], runtime, scale))

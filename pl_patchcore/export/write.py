@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import pl_patchcore
+from pl_patchcore.anomaly_map import peaks
 from pl_patchcore.calibration import Calibration
 from pl_patchcore.errors import UserError
 from pl_patchcore.export import onnx_file, openvino_file, parity, torch_file
@@ -54,7 +55,7 @@ def export(
         checkpoint: File that the model is from, whose hash is noted.
         options: What the file is to be like; None: as the model.
         calibration: Folder of nominal images that are not in the memory bank, or image files: what the file itself
-            scores them sets its thresholds; None: it has the model's.
+            scores them sets its thresholds, but for those set by hand; None: it has the model's.
 
     Returns:
         What is known of the file, as it stands in it and beside it.
@@ -71,16 +72,16 @@ def export(
     if options.precision != "float32" and format != "openvino":
         raise UserError(f"format {format} runs in float32 on the CPU, not in {options.precision}; openvino does.")
     kind, taken = KINDS[format], (module.transform, options.image_size)
-    files, nominal = parity.image_files(data, *taken), parity.image_files(calibration, *taken)
+    files, nominal = parity.image_files(data, "compare", *taken), parity.image_files(calibration, "calibrate", *taken)
     if (changed := options.changes(module.transform)) and not files:
         raise UserError(
             f"{' and '.join(changed)} changes scores; give images of the real scene, --data, to measure it."
         )
     versions = onnx_file.require(kind.PACKAGES, format)
-    job = _Job(module, kind, options, files, checkpoint)
+    job = _Job(module, kind, options, files, nominal, checkpoint)
     with ExitStack() as made:
         partial = [made.enter_context(whole_file(path.with_suffix(ending))) for ending in FORMATS[format]]
-        told = job.written(partial, nominal) | {"versions": _versions() | versions}
+        told = job.written(partial) | {"versions": _versions() | versions}
         kind.tell({name: _text(value) for name, value in told.items()}, *partial)
         if options.parity_file:
             beside = made.enter_context(whole_file(path.with_name(f"{path.name}.npz")))
@@ -102,9 +103,11 @@ class _Job:
         kind: ModuleType,
         options: FileOptions,
         files: list[Path],
+        nominal: list[Path],
         checkpoint: str | Path | None,
     ) -> None:
         self.module, self.kind, self.options, self.files, self.checkpoint = module, kind, options, files, checkpoint
+        self.nominal = nominal  # images by which the file is calibrated; none: it keeps the model's thresholds
         self.transform = module.transform
         if options.resize_in_file:
             self.transform = replace(self.transform, resize_by="tensors")
@@ -125,13 +128,8 @@ class _Job:
         run: onnx_file.Run = self.kind.session(*partial)
         return run
 
-    def written(self, partial: Sequence[Path], nominal: Sequence[Path]) -> dict[str, Any]:
-        """Write the graph, and compare the file with the model; what is known of it.
-
-        Args:
-            partial: The files to write.
-            nominal: Images by which the file is calibrated; none: it keeps the model's thresholds.
-        """
+    def written(self, partial: Sequence[Path]) -> dict[str, Any]:
+        """Write the graph, calibrate the file, and compare it with the model; what is known of it."""
         try:
             found = self._compared(partial)
         except parity.Differs as error:
@@ -139,10 +137,11 @@ class _Job:
             self.look_up = True
             self.runtime = self._runtime()
             found = self._compared(partial)
-        if nominal:
-            self._calibrate(partial, nominal)
+        if self.nominal:
+            self._calibrate(partial)
             found = self._compared(partial)
         told = _told(self.module, self.in_file.model.calibration, self.runtime, self.checkpoint) | {
+            "calibrated_by": "file" if self.nominal else "model",
             "parity": found,
             "precision": self.options.precision,
         }
@@ -158,12 +157,12 @@ class _Job:
             )
         return told | {"changed_by": changed, "change": change}
 
-    def _calibrate(self, partial: Sequence[Path], nominal: Sequence[Path]) -> None:
+    def _calibrate(self, partial: Sequence[Path]) -> None:
         """Set the thresholds by what the written file scores nominal images."""
         run, found = self._run(partial), list[tuple[float, float]]()
-        for path in tqdm(nominal, "Calibrating the file", delay=2, leave=False, unit=" images"):
-            outputs = run(parity.levels_of(path, self.runtime)[None])
-            found.append((float(outputs["score"][0]), float(np.nanmax(outputs["anomaly_map"]))))
+        for path in tqdm(self.nominal, "Calibrating the file", delay=2, leave=False, unit=" images"):
+            outputs = parity.ran(run, [parity.levels_of(path, self.runtime)], str(path))
+            found.append((float(outputs["score"][0]), float(peaks(torch.from_numpy(outputs["anomaly_map"])))))
         self.in_file = copy.deepcopy(self.in_file)
         self.in_file.model.calibration.fill(*torch.tensor(found, dtype=torch.float32).unbind(1))
         self.in_file.model.calibration.tell("images")
@@ -172,8 +171,9 @@ class _Job:
     def _compared(self, partial: Sequence[Path]) -> dict[str, Any]:
         log.info("export: recording the graph (half a minute for a large backbone).")
         self.kind.write(self.runtime, *partial)
-        log.info("export: comparing the file with the model on noise and %d images.", len(self.files))
-        return parity.compare(self.kind.session(*partial), self._expected(), self.runtime, self.files)
+        files = [*self.files, *self.nominal[: parity.EXAMPLES]]  # some, to see whether rows must be looked up
+        log.info("export: comparing the file with the model on noise and %d images.", len(files))
+        return parity.compare(self.kind.session(*partial), self._expected(), self.runtime, files)
 
     def _expected(self) -> parity.ByModel:
         return parity.by_model(self.in_file, self.transform, self.runtime)
@@ -200,12 +200,12 @@ def _sentence(told: dict[str, Any]) -> str:
     if change is None:
         return (
             f"scores differ from the model's by at most {parity['score_difference']:.1g} of them, maps by "
-            f"{parity['map_difference']:.1g}, verdicts do not."
+            f"{parity['map_difference']:.1g}, verdicts by the file's threshold do not."
         )
     return (
         f"{' and '.join(told['changed_by'])} changes scores by {change['score_change_median']:.2g} of them in the "
         f"median, by {change['score_change_max']:.2g} at most, and {change['changed_verdicts']} of {change['images']} "
-        "verdicts."
+        "verdicts by the file's threshold."
     )
 
 

@@ -172,6 +172,35 @@ def test_thresholds_by_the_file_itself(scenes, tmp_path):
     assert np.sort([each["p_value"][0] for each in found]).tolist() == [0.5, 0.75, 1.0]
     assert sum(each["anomalous"][0] for each in found) == 1
     assert module.image_threshold != told["image_threshold"]
+    assert told["calibrated_by"] == "file"
+    assert told["change"]["changed_verdicts"] <= 1  # by the file's threshold, which is the score of one of them
+
+
+@pytest.mark.parametrize(("format", "ending"), [("onnx", "onnx"), ("openvino", "xml")])
+@pytest.mark.parametrize(
+    ("options", "size", "reason"),
+    [(MODELS["crop"], (20, 20), r"crop \(32, 48\) is larger than an image of 20x20"),
+     ({"resize": None, "roi": [10, 10, 40, 30]}, (64, 64), "has 64x64 pixels, and image_size is 32x48")],
+)  # fmt: skip
+def test_calibration_images_that_the_file_does_not_take(format, ending, options, size, reason, tmp_path):
+    Image.fromarray(pictures(size, 1)[0]).save(image := tmp_path / "image.png")
+    of_file = {"image_size": (32, 48)} if "roi" in options else {}
+    with pytest.raises(UserError, match=rf"image\.png: {reason}"):
+        made(**options).export(tmp_path / f"m.{ending}", format, calibration=image, **of_file)
+    with pytest.raises(UserError, match="there is no image to calibrate with"):
+        made(**options).export(tmp_path / f"m.{ending}", format, calibration=[], **of_file)
+    assert list(tmp_path.iterdir()) == [image]
+
+
+def test_calibration_of_a_model_of_one_size(tmp_path):
+    module = made(resize=None, crop=None, calibrated=False)
+    module.model.input_size = torch.tensor([32, 48])
+    Image.fromarray(pictures((61, 67), 1)[0]).save(image := tmp_path / "image.png")
+    with pytest.raises(UserError, match=r"image\.png: has 61x67 pixels, and this model takes 32x48"):
+        module.export(tmp_path / "m.onnx", calibration=image)
+    Image.fromarray(pictures((32, 48), 1)[0]).save(image)
+    told = module.export(tmp_path / "m.onnx", calibration=image)
+    assert list(told["outputs"]) == ["score", "anomalous", "p_value", "anomaly_map"]
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 16), ("int8", 8)])
