@@ -345,9 +345,11 @@ class _Places(NamedTuple):
 
 
 def _places(pixels: int, cells: int, low: float, high: float, device: torch.device) -> _Places:
-    at = (torch.arange(pixels, device=device, dtype=torch.float64) + 0.5 - low) * (cells / (high - low))
+    centre = torch.arange(pixels, device=device, dtype=torch.float64) + 0.5
+    at = (centre - low) * (cells / (high - low))
     place = (at - 0.5).clamp(0, cells - 1)  # the map's edge is continued to the crop's
     first = place.floor().long()
     weight = (place - first).float()
     second = torch.where(weight > 0, (first + 1).clamp(max=cells - 1), first)
-    return _Places(first, second, weight, (at < 0) | (at > cells))
+    start, end = torch.tensor([low, high], dtype=torch.float32).tolist()  # an edge on a centre is on it exactly
+    return _Places(first, second, weight, (centre < start) | (centre > end))

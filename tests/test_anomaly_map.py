@@ -90,6 +90,17 @@ def test_map_smaller_than_the_gaussian():
     assert anomaly_map(torch.ones(1, 2, 2), (5, 3)) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (100, 50)])
+def test_pixels_whose_centre_is_on_the_edge_of_the_crop_count(resize, crop):
+    first = (resize - crop) // 2
+    for height in range(60, 1300, 4):
+        top, bottom = (np.float32(edge * height / resize) for edge in (first, first + crop))
+        counts = ~to_original(torch.ones(crop, 2), (height, 2), (top, 0.0, bottom, 2.0))[:, 0].isnan()
+        pixel = torch.arange(height)  # in whole numbers, twice their centres times `resize`
+        centre = (2 * pixel + 1) * resize
+        assert torch.equal(counts, (centre >= 2 * first * height) & (centre <= 2 * (first + crop) * height))
+
+
 def test_to_original():
     heat = torch.arange(16.0).view(4, 4)
     assert torch.equal(to_original(heat, (4, 4), (0.0, 0.0, 4.0, 4.0)), heat)

@@ -38,7 +38,7 @@ def test_geometry_is_that_of_the_preprocessing(options, height, width, cropped, 
     torch.testing.assert_close(found[0] / 255, transform.denormalise(sample["image"]), rtol=0, atol=1e-4)
     (down, rows), (across, columns) = (back_matrix(axis) for axis in axes)
     heat = torch.rand(found.shape[2:])
-    box = tuple(sample["crop_box"].tolist())
+    box = transform.geometry(height, width).box  # of which `crop_box` has the float32
     back = torch.where(rows[:, None] & columns, down @ heat @ across.T, torch.nan)
     torch.testing.assert_close(back, to_original(heat, (height, width), box), rtol=0, atol=1e-4, equal_nan=True)
 
