@@ -46,7 +46,11 @@ _OF_OLD = {"resize_by": "pillow"}  # preprocessing that older files of this form
 M = TypeVar("M", bound=L.LightningModule)
 
 
-def read_checkpoint(source: Source) -> dict[str, Any]:
+class Checked(dict[str, Any]):
+    """A checkpoint that `read_checkpoint` has looked at, which takes a second for a large memory bank."""
+
+
+def read_checkpoint(source: Source) -> Checked:
     """Open a checkpoint of a fitted PatchCore: data, of which nothing is executed; tensors are mapped, not read.
 
     Args:
@@ -74,7 +78,7 @@ def read_checkpoint(source: Source) -> dict[str, Any]:
         ) from error
     require_fitted(checkpoint, name)
     used = {key: checkpoint[key] for key in ("state_dict", "hyper_parameters", "patchcore")}
-    return used | {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0}
+    return Checked(used | {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0})
 
 
 def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
@@ -191,14 +195,15 @@ def check_against(module: Any, checkpoint: dict[str, Any], path: str | PathLike[
     Args:
         module: The `PatchCore` that it is loaded into; its weights are identified.
         checkpoint: The checkpoint, its ``state_dict`` with or without the backbone's weights.
-        path: File that it was read from by others than `read_checkpoint`.
+        path: File that it was read from.
 
     Raises:
         UserError: As `require_fitted`, `check_identity` and `check_state`, and for a damaged file.
     """
-    require_fitted(checkpoint)
-    if path is not None and "://" not in str(path):
-        read_checkpoint(path)  # Lightning looks at no checksum
+    if not isinstance(checkpoint, Checked):
+        require_fitted(checkpoint)
+        if path is not None and "://" not in str(path):
+            read_checkpoint(path)  # Lightning looks at no checksum
     module.model.identify()
     check_identity(checkpoint, module.identity())
     frozen = {key: value for key, value in module.state_dict().items() if is_frozen(key)}
