@@ -277,13 +277,12 @@ class Preprocessing:
         if region is not None:
             image = image.copy()
             image.paste(self.paint, None, Image.fromarray(region == 0))
-        if fitted == (height, width):
-            pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
-        elif self.resize_by == "pillow":
-            image = image.resize(fitted[::-1], Image.Resampling[self.interpolation.upper()])
-            pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
-        else:
+        if fitted != (height, width) and self.resize_by == "tensors":
             pixels = self._resized(image, geometry)
+        else:
+            if fitted != (height, width):
+                image = image.resize(fitted[::-1], Image.Resampling[self.interpolation.upper()])
+            pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
         result = {
             "image": pixels if self.levels else self._normalised(pixels),
             "original_size": torch.tensor((height, width), dtype=torch.int64),
