@@ -394,9 +394,8 @@ def _stride(cells: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
 
 def as_grid(outputs: Mapping[str, Any], name: str, layout: Layout, size: Sequence[int]) -> Tensor:
     """A layer's output as ``(B, C, h, w)``, of images of ``size`` (height, width), among those of the network."""
-    (kind, side, extra), values = layout, outputs.get(name)
-    if not isinstance(values, Tensor):
-        values = layer_output(outputs, name)
+    kind, side, extra = layout
+    values: Tensor = layer_output(outputs, name)
     if kind == "tokens":
         h, w = size[0] // side, size[1] // side
         values = values[:, extra:]

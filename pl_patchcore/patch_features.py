@@ -170,9 +170,8 @@ class PatchFeatures(nn.Module):
             parts = [images]
             if images.device.type == "cpu" and not torch.compiler.is_compiling():
                 parts = list(images.split(max(1, CPU_PIXELS // (height * width))))
-            found = [features for part in parts for features in self._features(part, bf16)]
+            found = [features for part in parts for features in self._features(part, bf16, raw)]
             features = found[0] if len(found) == 1 else torch.cat(found)
-            features = F.normalize(features, dim=3) if self.normalize and not raw else features
             yield Band(features, 0, features.shape[1])
             return
         spans = tiling.along(0, height), tiling.along(1, width)
@@ -181,12 +180,12 @@ class PatchFeatures(nn.Module):
             tiles: list[Tensor] = []
             for columns in tiling.batches(spans[1], images.device):
                 cut = torch.cat([tiling.cut(images, row, column) for column in columns])
-                tiles += self._features(cut, bf16, [Window(row, column, grids) for column in columns])
-            features = torch.cat(tiles, 2)
-            features = F.normalize(features, dim=3) if self.normalize and not raw else features
-            yield Band(features, row.first, grids[0][0])
+                tiles += self._features(cut, bf16, raw, [Window(row, column, grids) for column in columns])
+            yield Band(torch.cat(tiles, 2), row.first, grids[0][0])
 
-    def _features(self, images: Tensor, bf16: bool, windows: Sequence[Window | None] = (None,)) -> list[Tensor]:
+    def _features(
+        self, images: Tensor, bf16: bool, raw: bool, windows: Sequence[Window | None] = (None,)
+    ) -> list[Tensor]:
         """Patch features of images, or of what is taken from tiles: of as many at each window, float32."""
         if not images.is_floating_point():
             images = self._normalised(images)
@@ -232,7 +231,7 @@ class PatchFeatures(nn.Module):
             if self.feature_dim is not None:
                 flat = F.adaptive_avg_pool1d(features.flatten(1, 2), self.feature_dim)
                 features = flat.unflatten(1, features.shape[1:3])
-            found.append(features)
+            found.append(F.normalize(features, dim=3) if self.normalize and not raw else features)
         return found
 
     def small(self, images: Tensor) -> Tensor:

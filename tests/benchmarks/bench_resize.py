@@ -6,17 +6,15 @@ until the levels are there. The ways take turns, with a pause and a call that is
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_inference import Call, medians
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -29,8 +27,6 @@ from pl_patchcore.resize import resized
 SIDE = 224  # of the network's input, pixels
 SIZES = ((256, 256), (1024, 1024), (2000, 3000))
 TURNS = 9
-PAUSE = 0.1  # seconds, until the threads of the way before no longer spin
-Call = Callable[[np.ndarray], object]  # an image uint8 (H, W, 3)
 
 
 class Graph(nn.Module):
@@ -46,11 +42,11 @@ class Graph(nn.Module):
 
 
 def ways(folder: Path) -> dict[str, Call]:
-    def by_pillow(image: np.ndarray) -> object:
-        return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    def by_pillow(images: np.ndarray) -> object:
+        return np.asarray(Image.fromarray(images[0]).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
-    def in_tensors(image: np.ndarray) -> object:
-        return resized(torch.from_numpy(image)[None], (SIDE, SIDE), (0, 0), (SIDE, SIDE), "bilinear")
+    def in_tensors(images: np.ndarray) -> object:
+        return resized(torch.from_numpy(images), (SIDE, SIDE), (0, 0), (SIDE, SIDE), "bilinear")
 
     calls: dict[str, Call] = {"Pillow": by_pillow, "tensors": in_tensors}
     if not find_spec("onnxscript"):
@@ -63,27 +59,13 @@ def ways(folder: Path) -> dict[str, Call]:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        calls["ONNX Runtime"] = lambda image: session.run(None, {"image": image[None]})
+        calls["ONNX Runtime"] = lambda images: session.run(None, {"image": images})
     if find_spec("openvino"):
         import openvino
 
         compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        calls["OpenVINO"] = lambda image: compiled({"image": image[None]})
+        calls["OpenVINO"] = lambda images: compiled({"image": images})
     return calls
-
-
-@torch.inference_mode()
-def medians(calls: dict[str, Call], image: np.ndarray) -> dict[str, float]:
-    """Milliseconds."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(TURNS):
-        for name, call in calls.items():
-            time.sleep(PAUSE)
-            call(image)
-            began = time.perf_counter()
-            call(image)
-            found[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def main() -> None:
@@ -92,7 +74,7 @@ def main() -> None:
         calls = ways(Path(folder))
         table = Table(f"ms, {torch.get_num_threads()} threads (times Pillow's)", *calls)
         for size in SIZES:
-            found = medians(calls, np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+            found = medians(calls, np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8), TURNS)
             cells = [f"{value:.1f} ({value / found['Pillow']:.1f})" for value in found.values()]
             table.add_row(f"{size[0]} x {size[1]}", *cells)
     Console(width=120).print(table)
