@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from pl_patchcore.leave_one_out import ImageLayout, NominalScore, TrainingScorer
 from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
+from pl_patchcore.patch_features import Band
 from pl_patchcore.references import ReferenceViews
 from pl_patchcore.suspicious import TrainingImage, stands_out_above, tell, worst_groups
 
@@ -211,11 +212,11 @@ class Fitting:
         whole, placed = member.patch_features.tiling is None, member.memory_bank.position_radius is not None
         for part in self._parts(images, counted, held, whole=whole):
             inside: Tensor | None = None
-            if member.mask_references or self.leave_one_out or self.share:
-                bands, scored = member.in_front(part.images, part.counted)
-            else:
-                bands, scored = member.patch_features.bands(part.images), part.counted
-            of_part = part.counted
+            masked = member.foreground != "none" and (member.mask_references or self.leave_one_out or self.share)
+            bands: Iterable[Band] = member.patch_features.bands(part.images, raw=bool(masked))
+            scored = of_part = part.counted
+            if masked:
+                bands, scored = member.in_front(bands, part.images, part.counted)
             if member.mask_references and scored is not None:
                 of_part = scored.where_found()
             for images_of, those in zip(found, (scored, of_part), strict=True):

@@ -163,12 +163,8 @@ def score_without_rows(
     """
     if group is None:
         return model(images, counted)  # type: ignore[no-any-return]
-    parts = []
-    for member in model.members:
-        bank = member.memory_bank
-        rows = ForeignRows(bank, group, bank.exact())
-        bands, inside = member.in_front(images, counted)
-        parts.append(member.scorer(bands, rows, images.shape[2:], inside))
+    banks = [ForeignRows(member.memory_bank, group, member.memory_bank.exact()) for member in model.members]
+    parts = [member(images, counted, bank=bank) for member, bank in zip(model.members, banks, strict=True)]
     return model.combined(parts) if isinstance(model, EnsembleModel) else parts[0]
 
 

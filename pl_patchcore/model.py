@@ -23,7 +23,7 @@ from pl_patchcore.counted import Counted, one_by_one
 from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.foreground import ForegroundKind, foreground
-from pl_patchcore.memory_bank import MemoryBank
+from pl_patchcore.memory_bank import ForeignRows, MemoryBank
 from pl_patchcore.numerics import bf16_is_fast
 from pl_patchcore.patch_features import Band, PatchFeatures
 
@@ -93,7 +93,11 @@ class PatchCoreModel(nn.Module):
         self.train(False)
 
     def forward(
-        self, images: Tensor, counted: Counted | None = None, map_size: tuple[int, int] | None = None
+        self,
+        images: Tensor,
+        counted: Counted | None = None,
+        map_size: tuple[int, int] | None = None,
+        bank: MemoryBank | ForeignRows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Score images.
 
@@ -101,6 +105,7 @@ class PatchCoreModel(nn.Module):
             images: ``(B, 3, H, W)``, of any floating type, normalised; or uint8 levels.
             counted: Which places of the images count; None: all.
             map_size: Height and width of the maps, in whose pixels they are smoothed; None: those of the images.
+            bank: What to compare with; None: the model's memory bank.
 
         Returns:
             Anomaly scores float32 ``(B,)`` and anomaly maps float32 ``(B, H, W)``, feature distances: 0 and up,
@@ -125,20 +130,29 @@ class PatchCoreModel(nn.Module):
                 none = images.new_zeros(0, *size, dtype=torch.float32)
                 return none.flatten(1).sum(1), none
         if self.patch_features.tiling is not None and len(images) > 1:  # one at a time: each may be many tiles
-            found = [self(*part, map_size) for part in one_by_one(images, counted)]
+            found = [self(*part, map_size, bank) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
         bf16 = self.inference == "bf16" or (self.inference == "auto" and bf16_is_fast(images.device.type))
-        bands, counted = self.in_front(images, counted, bf16)
-        return self.scorer(bands, self.memory_bank, map_size or size, counted)  # type: ignore[no-any-return]
+        bands: Iterable[Band] = self.patch_features.bands(images, bf16, raw=self.foreground != "none")
+        if self.foreground != "none":
+            bands, counted = self.in_front(bands, images, counted, bf16)
+        return self.scorer(bands, bank or self.memory_bank, map_size or size, counted)  # type: ignore[no-any-return]
 
     def in_front(
-        self, images: Tensor, counted: Counted | None, bf16: bool = False
-    ) -> tuple[Iterable[Band], Counted | None]:
-        """Patch features of images ``(B, 3, H, W)``, and which places of them count: of an object in front only."""
-        if self.foreground == "none":
-            return self.patch_features.bands(images, bf16), counted
-        bands: Iterable[Band] = self.patch_features.bands(images, bf16, raw=True)
+        self, bands: Iterable[Band], images: Tensor, counted: Counted | None, bf16: bool = False
+    ) -> tuple[Iterable[Band], Counted]:
+        """Find the object in front of a plain background.
+
+        Args:
+            bands: Patch features of the images, raw.
+            images: ``(B, 3, H, W)``.
+            counted: Which places of them count; None: all.
+            bf16: Whether the network computes in bfloat16.
+
+        Returns:
+            The patch features, of unit length where that is asked for, and which places of the object count.
+        """
         tiling = self.patch_features.tiling
         if tiling is None or tiling.holds(*images.shape[2:]):
             bands = list(bands)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from pl_patchcore.anomaly_map import Distance, ImageScore, TopShareOf
 from pl_patchcore.backbone import PAPER_WEIGHTS
-from pl_patchcore.build import build_model
-from pl_patchcore.calibration import DEFAULT_RATE, Calibration, CalibrationKind, calibration_kind
+from pl_patchcore.build import build
+from pl_patchcore.calibration import DEFAULT_RATE, CalibrationKind
 from pl_patchcore.checkpoint import (
     check_against,
     is_frozen,
@@ -67,21 +67,15 @@ from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import MetricsSize, Mode, TestFigures
 from pl_patchcore.model import Inference
 from pl_patchcore.options import (
-    MEMBER_ARGUMENTS,
     EnsembleOptions,
     ImageOptions,
     PatchOptions,
     StoreOptions,
-    check_arguments,
     keeps_arguments,
-    options_of,
-    refuse_rate_beside_threshold,
 )
 from pl_patchcore.patch_features import PatchFeatures
-from pl_patchcore.preprocessing import Color, ImageLike, Preprocessing, ResizeMode
-from pl_patchcore.references import ReferenceViews
+from pl_patchcore.preprocessing import Color, ImageLike, ResizeMode
 from pl_patchcore.suspicious import TrainingImage
-from pl_patchcore.tiles import TileOptions
 
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
@@ -221,43 +215,15 @@ class PatchCore(L.LightningModule):
         store: StoreOptions = StoreOptions(),  # noqa: B008 - frozen
         ensemble: EnsembleOptions = EnsembleOptions(),  # noqa: B008 - frozen
     ) -> None:
-        settings = {name: value for name, value in locals().items() if name in MEMBER_ARGUMENTS}
-        check_arguments(PatchCore.__init__, locals())
+        given = dict(locals())
         super().__init__()
-        self.calibration = calibration_kind(calibration, calibration_share, calibration_images, drop_suspicious)
-        of_images, self.store = options_of(ImageOptions, images), options_of(StoreOptions, store)
-        of_ensemble = options_of(EnsembleOptions, ensemble)
-        for given in of_ensemble.members or ():
-            check_arguments(PatchCore.__init__, given, "ensemble.members: ")
-        calibrated = Calibration(false_alarm_rate, image_threshold, pixel_threshold)
-        if false_alarm_rate != DEFAULT_RATE:
-            refuse_rate_beside_threshold(["false_alarm_rate", *calibrated.by_hand])
-        self.drop_suspicious = drop_suspicious
-        self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
-        tiles = None if tile is None else TileOptions(tile, tile_overlap, tile_batch)
-        regions: dict[str, Any] = {"roi": roi, "ignore": ignore}
-        self.transform = Preprocessing(
-            resize, crop, resize_mode, **vars(of_images), **regions, levels=tiles is not None
-        )
-        of_object: dict[str, Any] = {"foreground": foreground, "mask_references": mask_references}
-        of_light = None if reference_brightness is None else (reference_brightness[0], reference_brightness[1])
-        if position_radius is not None and reference_rotations > 1:
-            raise UserError(
-                "position_radius is for parts that lie alike in all images, reference_rotations for parts that do not; "
-                "leave one of them out."
-            )
-        self.references = ReferenceViews(reference_rotations, of_light, self.transform.mean, self.transform.std)
-        self.model = build_model(settings, of_ensemble, seed, self.transform, tiles, **of_object)
-        self.model.calibration = calibrated
-        if self.calibration != "none":
-            refuse_test_range(self.model)
-        for member in self.model.members:
-            self.store.check_method(member.coreset.method)
+        self.calibration, self.transform, self.references, self.store, self.model = build(PatchCore.__init__, given)
         self.calibration_share, self.calibration_images, self.seed = calibration_share, calibration_images, seed
         self.metrics_mode, self.metrics_size, self.save_backbone = metrics_mode, metrics_size, save_backbone
+        self.drop_suspicious, self.anchor = drop_suspicious, Anchor()
         of_file, self.left_out = plain_arguments(self.arguments)
         self.hparams.update(of_file)
-        self.anchor = Anchor()
+        self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
         self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
         self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
         self._own_images = OwnImages(None, 0, 1)  # of the loader under way
