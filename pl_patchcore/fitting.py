@@ -212,8 +212,10 @@ class Fitting:
         whole, placed = member.patch_features.tiling is None, member.memory_bank.position_radius is not None
         for part in self._parts(images, counted, held, whole=whole):
             inside: Tensor | None = None
-            masked = member.foreground != "none" and (member.mask_references or self.leave_one_out or self.share)
-            bands: Iterable[Band] = member.patch_features.bands(part.images, raw=bool(masked))
+            masked = member.foreground != "none" and (
+                member.mask_references or self.leave_one_out > 0 or self.share > 0
+            )
+            bands: Iterable[Band] = member.patch_features.bands(part.images, raw=masked)
             scored = of_part = part.counted
             if masked:
                 bands, scored = member.in_front(bands, part.images, part.counted)

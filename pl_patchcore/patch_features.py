@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, weights_sha256
 from pl_patchcore.errors import UserError
-from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalised
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
 from pl_patchcore.timm_networks import PositionRule
 
@@ -128,13 +128,39 @@ class PatchFeatures(nn.Module):
             grids = [LayerGrid(stride, 0, torch.inf) for stride in self.strides]
         else:
             with torch.inference_mode():
-                grids = measure_layers(self._layers, self.strides, self.like)
+                grids = measure_layers(self.layers_of, self.strides, self.like)
         return Tiling(options, grids, self.patch_size, self.patch_stride, padded=padded)
 
-    def _layers(self, images: Tensor) -> list[Tensor]:
-        """Layers ``(B, C, h, w)`` of images."""
-        outputs, size = self.network(images), images.shape[2:]
+    def layers_of(self, images: Tensor, bf16: bool = False) -> list[Tensor]:
+        """Layers ``(B, C, h, w)`` of images; arguments and errors as `bands`."""
+        if images.dtype == torch.uint8:
+            images = normalised(images, self.mean, self.std)
+        elif not images.is_floating_point():
+            raise UserError(
+                f"images are {images.dtype}; make them by model.transform, or float32: scaled to [0, 1] and normalised."
+            )
+        size = (images.shape[2], images.shape[3])
+        reduced = bf16 and self.like.dtype == torch.float32
+        try:
+            with torch.autocast(images.device.type, torch.bfloat16) if reduced else nullcontext():
+                outputs = self.network(images.to(self.like.dtype))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            self._explain(error, size)
+            raise
         return [as_grid(outputs, *layer, size) for layer in zip(self.layers, self.layouts, strict=True)]
+
+    def _explain(self, error: Exception, size: tuple[int, int]) -> None:
+        """Raise a `UserError` if the network failed because it does not take images of a size."""
+        (height, width), (h, w) = self.only_size or size, size
+        if any(side % self.multiple for side in size):
+            raise UserError(
+                f"the backbone fails on images of {h}x{w} pixels: make both multiples of {self.multiple}."
+            ) from error
+        if self.only_size not in (None, size):
+            raise UserError(
+                f"the backbone takes images of {height}x{width} pixels, and fails on {h}x{w}: set resize and crop, or "
+                "tile to that size."
+            ) from error
 
     @property
     def pixels_per_patch(self) -> int:
@@ -187,29 +213,10 @@ class PatchFeatures(nn.Module):
         self, images: Tensor, bf16: bool, raw: bool, windows: Sequence[Window | None] = (None,)
     ) -> list[Tensor]:
         """Patch features of images, or of what is taken from tiles: of as many at each window, float32."""
-        if not images.is_floating_point():
-            images = self._normalised(images)
-        size = (images.shape[2], images.shape[3])
-        device, reduced = images.device.type, bf16 and self.like.dtype == torch.float32
-        try:
-            with torch.autocast(device, torch.bfloat16) if reduced else nullcontext():
-                outputs = self.network(images.to(self.like.dtype))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            (height, width), (h, w) = self.only_size or size, size
-            if any(side % self.multiple for side in size):
-                raise UserError(
-                    f"the backbone fails on images of {h}x{w} pixels: make both multiples of {self.multiple}."
-                ) from error
-            if self.only_size in (None, size):
-                raise
-            raise UserError(
-                f"the backbone takes images of {height}x{width} pixels, and fails on {h}x{w}: set resize and crop, or "
-                "tile to that size."
-            ) from error
         p, s = self.patch_size, self.patch_stride
         pooled: list[Tensor] = []
-        for name, layout in zip(self.layers, self.layouts, strict=True):
-            layer = as_grid(outputs, name, layout, size).float()  # (B, C, h, w)
+        for layer in self.layers_of(images, bf16):
+            layer = layer.float()  # (B, C, h, w)
             if self.layer_dim is None:
                 layer = F.avg_pool2d(layer, p, s, p // 2)
             else:
@@ -242,15 +249,7 @@ class PatchFeatures(nn.Module):
             scale = min(size[0] / height, size[1] / width)
             size = max(1, int(scale * height)), max(1, int(scale * width))
         small = F.interpolate(images.float(), size, mode="area")
-        return small if images.is_floating_point() else self._normalised(small.to(images.dtype))
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
-            raise UserError(
-                f"images are {images.dtype}; make them by model.transform, or float32: scaled to [0, 1] and normalised."
-            )
-        mean, std = (images.new_tensor(each, dtype=torch.float32)[:, None, None] for each in (self.mean, self.std))
-        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+        return small if images.is_floating_point() else normalised(small.to(images.dtype), self.mean, self.std)
 
     def train(self, mode: bool = True) -> PatchFeatures:
         """Stay in eval mode."""

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.functional import normalize
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.resize import resized
@@ -284,7 +283,7 @@ class Preprocessing:
                 image = image.resize(fitted[::-1], Image.Resampling[self.interpolation.upper()])
             pixels = torch.from_numpy(_cut_out(image, rows, columns, edges))
         result = {
-            "image": pixels if self.levels else self._normalised(pixels),
+            "image": pixels if self.levels else normalised(pixels, self.mean, self.std),
             "original_size": torch.tensor((height, width), dtype=torch.int64),
             "crop_box": torch.tensor(box, dtype=torch.float32),
         }
@@ -311,10 +310,6 @@ class Preprocessing:
             pixels[:, start : start + BAND] = band.round_() if self.levels else band
         return pixels
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        found: Tensor = normalize(pixels.to(torch.float32).div_(255), self.mean, self.std, inplace=True)
-        return found
-
     def read(self, image: ImageLike, color: Color = "rgb") -> Image.Image:
         """Read an image of any kind as 8-bit RGB, upright: see `read_image`."""
         return read_image(image, color, self.bits, self.max_pixels)
@@ -331,7 +326,7 @@ class Preprocessing:
         """
         path = image if isinstance(image, str | os.PathLike) else None
         pixels = self.apply(self.read(image, color), path=path)["image"]
-        return self._normalised(pixels) if self.levels else pixels
+        return normalised(pixels, self.mean, self.std) if self.levels else pixels
 
     def denormalise(self, image: Tensor) -> Tensor:
         """Undo the normalisation of ``(..., 3, H, W)``: RGB in [0, 1], for pictures; levels of 8 bits have none."""
@@ -345,6 +340,12 @@ class Preprocessing:
         """What an image becomes by: plain numbers, strings and lists, as stored in checkpoints."""
         settings = {name: value for name, value in asdict(self).items() if name not in UNNAMED}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+
+
+def normalised(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalise levels of 8 bits ``(..., 3, H, W)``, by a mean and standard deviation of [0, 1]: float32."""
+    shift, scale = (levels.new_tensor(each, dtype=torch.float32)[:, None, None] for each in (mean, std))
+    return levels.to(torch.float32).div_(255).sub_(shift).div_(scale)
 
 
 class Geometry(NamedTuple):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pl_patchcore import PatchFeatures, UserError
-from pl_patchcore.backbone import UntrainedBackboneWarning, as_grid, weights_sha256
+from pl_patchcore.backbone import UntrainedBackboneWarning, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
 
@@ -80,9 +80,8 @@ def test_torchvision_backbones_give_what_hooks_see(name):
     with torch.no_grad():
         network(images)
         features = PatchFeatures(name, LAYERS[name], None, seed=0)
-        found = features.network(images)
-    for layer, layout in zip(LAYERS[name], features.layouts, strict=True):
-        output = as_grid(found, layer, layout, size)
+        found = features.layers_of(images)
+    for layer, output in zip(LAYERS[name], found, strict=True):
         expected = seen[layer]
         if name == "swin_t":
             expected = expected.permute(0, 3, 1, 2)

@@ -202,8 +202,7 @@ def test_unmasked_training_images_are_calibrated_with_the_mask(trainer):
     for i in range(4):
         bank = MemoryBank()
         bank.fill(model.memory_bank.features[model.memory_bank.images != i])
-        bands, inside = model.model.in_front(images[i : i + 1], None)
-        scores.append(model.model.scorer(bands, bank, images.shape[2:], inside)[0])
+        scores.append(model.model(images[i : i + 1], bank=bank)[0])
     torch.testing.assert_close(model.model.calibration.scores, torch.cat(scores), rtol=1e-5, atol=0)
 
 

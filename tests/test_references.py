@@ -217,7 +217,9 @@ def test_regions_tiles_and_sizes(trainer, tile, foreground):
     for i in range(3):
         batch = collate([Mixed()[i]])
         for view, inside in model.references.of(batch["image"], Counted.of(batch)):
-            bands, inside = model.model.in_front(view, inside)
+            bands = model.patch_features.bands(view, raw=foreground != "none")
+            if foreground != "none":
+                bands, inside = model.model.in_front(bands, view, inside)
             patches = torch.cat([band.features for band in bands], 1)[0]
             expected.append(patches[inside.at(*patches.shape[:2])[0]])
     assert len(expected) == 3 * 6
