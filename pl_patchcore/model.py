@@ -170,6 +170,14 @@ class PatchCoreModel(nn.Module):
             bands = (band._replace(features=F.normalize(band.features, dim=3)) for band in bands)
         return bands, Counted.of_objects(images, counted, found)
 
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Score an image of noise, if all images have one size: torch makes its kernels for a size with the first."""
+        size = self.input_size.tolist()
+        if self.fitted and any(size) and self.patch_features.tiling is None:
+            noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+            self.scorer(self.patch_features.bands(noise.to(self.input_size.device)), self.memory_bank, size)
+
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""
         return super().train(False)

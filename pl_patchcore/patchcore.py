@@ -253,6 +253,8 @@ class PatchCore(L.LightningModule):
     ) -> PatchCore:
         """Load a fitted model. Nothing in the file is executed: its hyper-parameters are plain values.
 
+        A model of images of one size scores noise once, so that the first image takes no longer than those after it.
+
         Args:
             checkpoint_path: File written by a fit, or an open binary file.
             map_location: Device to move the model to; None: the CPU.
@@ -270,7 +272,10 @@ class PatchCore(L.LightningModule):
         module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"], strict=strict)
         module.model.identify()
-        return module if map_location is None else module.to(map_location)
+        module.to(map_location or "cpu")
+        for member in module.model.members:
+            member.warm_up()
+        return module
 
     # Scoring
 

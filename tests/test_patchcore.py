@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from pl_patchcore import MVTecDataModule, PatchCore, SyntheticDataModule, UserError
+from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.backbone import UntrainedBackboneWarning
 
 
@@ -311,6 +312,14 @@ def test_scoring_options_may_change_at_load(fitted, tiny, tmp_path):
     model = PatchCore.load_from_checkpoint(path, backbone=tiny, **options)
     images = images_of(model, 1)
     assert (model(images)[0] >= fitted[0](images)[0]).all()
+
+
+def test_loading_scores_an_image_of_the_size_to_come(fitted, tiny, tmp_path, monkeypatch):
+    sizes, forward = [], AnomalyScorer.forward
+    monkeypatch.setattr(AnomalyScorer, "forward", lambda *args: sizes.append(tuple(args[3])) or forward(*args))
+    (path,) = tmp_path.rglob("*.ckpt")
+    PatchCore.load_from_checkpoint(path, backbone=tiny)
+    assert sizes == [(48, 48)]
 
 
 @pytest.mark.filterwarnings("ignore::pl_patchcore.backbone.UntrainedBackboneWarning")
