@@ -154,9 +154,13 @@ class PatchCore(L.LightningModule):
     """
 
     arguments: dict[str, Any]  # of the outermost class's constructor, by `keeps_arguments`
+    training_images: list[TrainingImage]  # of the last fit: those scored, the highest score first
+    figures: dict[str, dict[str, Any]]  # of the last test: "all" and each defect type
+    figures_by_category: dict[str, dict[str, Any]]  # of the last test, where batches name categories
     _test_figures: TestFigures | None = None  # of the test under way
     _fitting: Fitting | None = None  # the fit under way
     _updating = False  # whether a fit adds to the memory bank
+    _own_images = OwnImages(None, 0, 1)  # of the loader under way
     _all_came: bool | None = None  # whether the loader has ended by itself; None before the epoch's end
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -215,18 +219,15 @@ class PatchCore(L.LightningModule):
         store: StoreOptions = StoreOptions(),  # noqa: B008 - frozen
         ensemble: EnsembleOptions = EnsembleOptions(),  # noqa: B008 - frozen
     ) -> None:
-        given = dict(locals())
         super().__init__()
-        self.calibration, self.transform, self.references, self.store, self.model = build(PatchCore.__init__, given)
+        built = build(PatchCore.__init__, dict(locals()))
+        self.calibration, self.transform, self.references, self.store, self.model = built
         self.calibration_share, self.calibration_images, self.seed = calibration_share, calibration_images, seed
         self.metrics_mode, self.metrics_size, self.save_backbone = metrics_mode, metrics_size, save_backbone
         self.drop_suspicious, self.anchor = drop_suspicious, Anchor()
         of_file, self.left_out = plain_arguments(self.arguments)
         self.hparams.update(of_file)
-        self.training_images: list[TrainingImage] = []  # of the last fit: those scored, the highest score first
-        self.figures: dict[str, dict[str, Any]] = {}  # of the last test: "all" and each defect type
-        self.figures_by_category: dict[str, dict[str, Any]] = {}  # of the last test, where batches name categories
-        self._own_images = OwnImages(None, 0, 1)  # of the loader under way
+        self.training_images, self.figures, self.figures_by_category = [], {}, {}
 
     @classmethod
     def from_recipe(cls, name: str, category: str | None = None, **overrides: Any) -> PatchCore:
