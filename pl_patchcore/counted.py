@@ -44,10 +44,8 @@ class Turn(NamedTuple):
         angle = math.radians(self.degrees)
         sine, cosine = round(math.sin(angle), 15), round(math.cos(angle), 15)  # exactly 0 and 1 at right angles
         down, across = y - (height - 1) / 2, x - (width - 1) / 2
-        rows, columns = (
-            (height - 1) / 2 + cosine * down + sine * across,
-            (width - 1) / 2 + cosine * across - sine * down,
-        )
+        rows = (height - 1) / 2 + cosine * down + sine * across
+        columns = (width - 1) / 2 + cosine * across - sine * down
         return _reflected(rows, height), _reflected(columns, width)
 
 
@@ -113,13 +111,7 @@ class Counted:
 
     def packed(self) -> Counted:
         """The same in little memory, to be kept."""
-        images = [
-            each._replace(region=zlib.compress(np.packbits(each.region > 0).tobytes(), 1))
-            if isinstance(each.region, np.ndarray)
-            else each
-            for each in self.images
-        ]
-        return Counted(images, self.device)
+        return Counted([each._replace(region=_packed(each.region)) for each in self.images], self.device)
 
     def whole(self) -> Counted:
         """The same, whatever objects were found."""
@@ -127,10 +119,7 @@ class Counted:
 
     def where_found(self) -> Counted:
         """The same, with images in which no object was found taken whole."""
-        images = [
-            each._replace(object=None) if each.object is not None and not each.object.any() else each
-            for each in self.images
-        ]
+        images = [e if e.object is None or e.object.any() else e._replace(object=None) for e in self.images]
         return Counted(images, self.device)
 
     def turned(self, turn: Turn) -> Counted:
@@ -155,6 +144,10 @@ class Counted:
                     "model.ignore that leave more of it, or raise resize."
                 )
         return inside
+
+
+def _packed(region: np.ndarray | bytes | None) -> bytes | None:
+    return zlib.compress(np.packbits(region > 0).tobytes(), 1) if isinstance(region, np.ndarray) else region
 
 
 def _at(image: Geometry, height: int, width: int) -> np.ndarray:

@@ -97,10 +97,8 @@ class ReferenceViews:
     def of(self, image: Tensor, counted: Counted | None) -> Iterator[tuple[Tensor, Counted | None]]:
         """All views of an image ``(1, 3, H, W)``, itself first, each with what counts of it."""
         for angle in self.angles:
-            view = turned(image, angle)
-            inside = counted
-            if angle and counted is not None:
-                inside = counted.turned(Turn(angle, (image.shape[2], image.shape[3])))
+            view, turn = turned(image, angle), Turn(angle, (image.shape[2], image.shape[3]))
+            inside = counted.turned(turn) if angle and counted is not None else counted
             for factor in self.factors:
                 yield (view if factor == 1 else self._brightened(view, factor)), inside
 

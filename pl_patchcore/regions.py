@@ -134,22 +134,20 @@ def outlines(mask: np.ndarray) -> list[Polygon]:
     # the copy with which it goes around a pixel that is not the mask's
     second = np.concatenate([[False], corners[1:] == corners[:-1]])
     y, x, pixel_above_left = y[corners], x[corners], parts[0, y, x][corners] == 1
-    along_row = np.arange(len(y))  # in order already
     along_column = np.lexsort((second ^ pixel_above_left, y, x))
-    beside, across = np.empty_like(along_row), np.empty_like(along_row)
-    beside[along_row] = along_row ^ 1
-    across[along_column] = along_column[along_row ^ 1]
-    return _loops(x.tolist(), y.tolist(), beside.tolist(), across.tolist())
+    across = np.empty_like(along_column)
+    across[along_column] = along_column[np.arange(len(y)) ^ 1]
+    return _loops(x.tolist(), y.tolist(), across.tolist())
 
 
-def _loops(x: list[int], y: list[int], beside: list[int], across: list[int]) -> list[Polygon]:
+def _loops(x: list[int], y: list[int], across: list[int]) -> list[Polygon]:
     """Follow the edges from corner to corner; the first corner of all is the outer outline's."""
     found, seen = [], [False] * len(x)
     for start in range(len(x)):
         polygon: Polygon = []
         corner = start
         while not seen[corner]:
-            other = beside[corner]
+            other = corner ^ 1  # along its row: corners are in the order of rows
             seen[corner] = seen[other] = True
             polygon += [(x[corner], y[corner]), (x[other], y[other])]
             corner = across[other]

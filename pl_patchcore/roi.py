@@ -188,9 +188,7 @@ def mask_of(name: str, folder: Path, path: Path | None) -> Path:
         UserError: If there is none, several, or the image has no name.
     """
     if path is None:
-        raise UserError(
-            f"{name} is a folder of masks by the image's name, and this image has none; give the path of its file."
-        )
+        raise UserError(f"{name} is a folder of masks by name, and this image has none; give the path of its file.")
     whole = path.absolute()
     parts = whole.with_suffix("").parts[1:]
     stem = unicodedata.normalize("NFC", parts[-1])

@@ -162,13 +162,12 @@ class Tiling:
                 f"tile {self.size[0]}x{self.size[1]} is too small: the layers' stride is {self.step} pixels; set at "
                 f"least {2 * self.step}."
             )
-        wanted = options.overlap
-        if wanted is not None and wanted > min(most):
+        self.wanted = options.overlap
+        if self.wanted is not None and self.wanted > min(most):
             raise UserError(
-                f"tile_overlap {wanted} must be at most {min(most)}, so that tiles of {self.size[0]}x{self.size[1]} "
-                f"pixels move on by the layers' stride of {self.step}; lower it or raise tile."
+                f"tile_overlap {self.wanted} must be at most {min(most)}, for tiles of {self.size[0]}x{self.size[1]} "
+                f"to move on by the layers' stride of {self.step} pixels; lower it or raise tile."
             )
-        self.wanted = wanted
         self.overlap = [self._shared(side) for side in self.size]
 
     def _shared(self, side: int) -> int:

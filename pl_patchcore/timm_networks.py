@@ -61,10 +61,9 @@ def build(
     stems = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
     heads = {key: torch.zeros_like(value) for key, value in network.state_dict().items() if key.startswith(stems)}
     fitting = {key: value for key, value in state.items() if key not in heads or value.shape == heads[key].shape}
-    try:  # a head may be missing, or of other classes: nothing reads it
-        network = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"state_dict": heads | fitting}, **options
-        )
+    overlay = {"state_dict": heads | fitting}  # a head may be missing, or of other classes: nothing reads it
+    try:
+        network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # each family has code of its own to rename and resize
         raise UserError(f"weights do not fit timm/{name}: {_told(error)}; give those of this backbone.") from error
     network.pretrained_cfg.pop("state_dict", None)  # a second copy of them
@@ -130,12 +129,7 @@ def _timm() -> Any:
 def _random(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:
     """The network with random weights, and the first options that it takes: not every family takes each."""
     sized = {} if size is None else {"img_size": size}
-    for options in (
-        sized | {"dynamic_img_size": True},
-        sized | {"strict_img_size": False},
-        sized,
-        {},
-    ):
+    for options in (sized | {"dynamic_img_size": True}, sized | {"strict_img_size": False}, sized, {}):
         try:
             return _timm().create_model(name, pretrained=False, **options), options
         except TypeError as error:
@@ -150,10 +144,7 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
     config = timm.get_pretrained_cfg(name)
     if not config.has_weights:
         others = ", ".join(timm.list_pretrained(name.partition(".")[0] + ".*")[:5]) or "none"
-        raise UserError(
-            f"timm has no weights of {name}; give a path as weights, null for random ones, or a name with weights: "
-            f"{others}."
-        )
+        raise UserError(f"timm has no weights of {name}; set weights to a path or null, or take one of {others}.")
     place = config.url or config.file
     if config.hf_hub_id:
         place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
@@ -207,9 +198,8 @@ class TimmLayers(nn.Module):
         self.places = {name: known.index(name) for name in layers}
         self.indices = sorted(self.places.values())
         norm = getattr(network, "norm", None)
-        of_tokens = isinstance(norm, nn.LayerNorm | timm.layers.RmsNorm) and not isinstance(
-            norm, timm.layers.LayerNorm2d
-        )
+        of_tokens = isinstance(norm, nn.LayerNorm | timm.layers.RmsNorm)
+        of_tokens = of_tokens and not isinstance(norm, timm.layers.LayerNorm2d)
         self.normed = known[-1] in layers and of_tokens
         if hasattr(network, "prune_intermediate_layers"):
             network.prune_intermediate_layers(self.indices, prune_norm=not self.normed, prune_head=True)  # type: ignore[operator]
