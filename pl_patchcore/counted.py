@@ -85,9 +85,9 @@ class Counted:
         boxes = [tuple(box) for box in torch.as_tensor(batch["crop_box"]).tolist()]
         regions = batch.get("region", [None] * len(sizes))
         beyond = (
-            box[0] < -EDGE or box[1] < -EDGE or box[2] > size[0] + EDGE or box[3] > size[1] + EDGE
-            for size, box in zip(sizes, boxes, strict=True)
-        )  # fmt: skip
+            top < -EDGE or left < -EDGE or bottom > height + EDGE or right > width + EDGE
+            for (height, width), (top, left, bottom, right) in zip(sizes, boxes, strict=True)
+        )
         if "region" not in batch and not any(beyond):
             return None
         names = batch.get("path", [f"image {i}" for i in range(len(sizes))])

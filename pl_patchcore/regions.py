@@ -87,17 +87,16 @@ def find_regions(
     """
     if not mask.any():
         return []
-    labels, (frame_rows, frame_columns) = label_regions(mask)
-    areas = np.bincount(labels[labels > 0])
+    labels, frame = label_regions(mask)
+    heat, areas = anomaly_map[frame], np.bincount(labels[labels > 0])
     found = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         if areas[number] < least_area:
             continue
         inside = labels[rows, columns] == number
-        top, left = frame_rows.start + rows.start, frame_columns.start + columns.start
+        values = np.where(inside, heat[rows, columns], -np.inf)
+        left, top = corner[0] + frame[1].start + columns.start, corner[1] + frame[0].start + rows.start
         height, width = inside.shape
-        values = np.where(inside, anomaly_map[top : top + height, left : left + width], -np.inf)
-        left, top = left + corner[0], top + corner[1]
         y, x = np.unravel_index(int(values.argmax()), inside.shape)
         middle = [float(places.mean()) for places in inside.nonzero()]
         found.append(

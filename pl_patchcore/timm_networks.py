@@ -53,10 +53,8 @@ def build(
     if name not in known:
         raise UserError(f"backbone 'timm/{name}' is unknown; did you mean 'timm/{nearest(name, known)}'?")
     network, options = _random(name, size)
-    if state is None and not pretrained:
-        return network
     if state is None:
-        return _pretrained(name, options)
+        return _pretrained(name, options) if pretrained else network
     classifiers: Any = network.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     stems = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
     heads = {key: torch.zeros_like(value) for key, value in network.state_dict().items() if key.startswith(stems)}
