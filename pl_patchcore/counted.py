@@ -103,9 +103,6 @@ class Counted:
         parts = [each._replace(object=part) for each, part in zip(known, found.cpu().numpy(), strict=True)]
         return cls(parts, images.device)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, places: slice) -> Counted:
         return Counted(self.images[places], self.device)
 

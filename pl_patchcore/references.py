@@ -76,10 +76,7 @@ class ReferenceViews:
         return len(self.angles) * len(self.factors)
 
     def check(self, images: Tensor) -> None:
-        """Refuse images whose brightness cannot be changed, as they were normalised otherwise.
-
-        Args:
-            images: ``(B, 3, H, W)``, normalised, or uint8 levels.
+        """Refuse images ``(B, 3, H, W)`` whose brightness cannot be changed: normalised otherwise, not uint8.
 
         Raises:
             UserError: If they do not lie in [0, 1] before the normalisation.

@@ -243,15 +243,7 @@ class Tiling:
         return tile[:, :, y.clamp(max=tile.shape[2] - 1)[:, None], x.clamp(max=tile.shape[3] - 1)]
 
     def parts(self, layers: Sequence[Tensor], window: Window) -> list[Tensor]:
-        """What is taken from a tile: each layer on the patches that lie most central in it.
-
-        Args:
-            layers: Neighbourhoods of the tile, ``(B, C, h, w)``.
-            window: The tile.
-
-        Returns:
-            ``(B, C, h', w')`` of each layer.
-        """
+        """Of each layer of a tile, ``(B, C, h, w)``, the patches that lie most central in it: ``(B, C, h', w')``."""
         found, (row, column, grids) = [], window
         for layer, grid, own in zip(layers, grids, self.layers, strict=True):
             part = layer.permute(0, 2, 3, 1)  # as it lies in memory
