@@ -130,9 +130,7 @@ def _random(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict[st
     for options in (sized | {"dynamic_img_size": True}, sized | {"strict_img_size": False}, sized, {}):
         try:
             return _timm().create_model(name, pretrained=False, **options), options
-        except TypeError as error:
-            failure: Exception = error
-        except (AssertionError, ValueError, RuntimeError) as error:
+        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
             failure = error
     raise UserError(f"timm cannot build {name} for images of {size}: {first_line(failure)}.")
 
@@ -142,7 +140,10 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
     config = timm.get_pretrained_cfg(name)
     if not config.has_weights:
         others = ", ".join(timm.list_pretrained(name.partition(".")[0] + ".*")[:5]) or "none"
-        raise UserError(f"timm has no weights of {name}; set weights to a path or null, or take one of {others}.")
+        raise UserError(
+            f"timm has no weights of {name}; give a path as weights, null for random ones, or a name with weights: "
+            f"{others}."
+        )
     place = config.url or config.file
     if config.hf_hub_id:
         place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
