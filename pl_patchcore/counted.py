@@ -44,10 +44,8 @@ class Turn(NamedTuple):
         angle = math.radians(self.degrees)
         sine, cosine = round(math.sin(angle), 15), round(math.cos(angle), 15)  # exactly 0 and 1 at right angles
         down, across = y - (height - 1) / 2, x - (width - 1) / 2
-        rows, columns = (
-            (height - 1) / 2 + cosine * down + sine * across,
-            (width - 1) / 2 + cosine * across - sine * down,
-        )
+        rows = (height - 1) / 2 + cosine * down + sine * across
+        columns = (width - 1) / 2 + cosine * across - sine * down
         return _reflected(rows, height), _reflected(columns, width)
 
 
@@ -87,9 +85,9 @@ class Counted:
         boxes = [tuple(box) for box in torch.as_tensor(batch["crop_box"]).tolist()]
         regions = batch.get("region", [None] * len(sizes))
         beyond = (
-            box[0] < -EDGE or box[1] < -EDGE or box[2] > size[0] + EDGE or box[3] > size[1] + EDGE
-            for size, box in zip(sizes, boxes, strict=True)
-        )  # fmt: skip
+            top < -EDGE or left < -EDGE or bottom > height + EDGE or right > width + EDGE
+            for (height, width), (top, left, bottom, right) in zip(sizes, boxes, strict=True)
+        )
         if "region" not in batch and not any(beyond):
             return None
         names = batch.get("path", [f"image {i}" for i in range(len(sizes))])
@@ -105,21 +103,12 @@ class Counted:
         parts = [each._replace(object=part) for each, part in zip(known, found.cpu().numpy(), strict=True)]
         return cls(parts, images.device)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, places: slice) -> Counted:
         return Counted(self.images[places], self.device)
 
     def packed(self) -> Counted:
         """The same in little memory, to be kept."""
-        images = [
-            each._replace(region=zlib.compress(np.packbits(each.region > 0).tobytes(), 1))
-            if isinstance(each.region, np.ndarray)
-            else each
-            for each in self.images
-        ]
-        return Counted(images, self.device)
+        return Counted([each._replace(region=_packed(each.region)) for each in self.images], self.device)
 
     def whole(self) -> Counted:
         """The same, whatever objects were found."""
@@ -127,10 +116,7 @@ class Counted:
 
     def where_found(self) -> Counted:
         """The same, with images in which no object was found taken whole."""
-        images = [
-            each._replace(object=None) if each.object is not None and not each.object.any() else each
-            for each in self.images
-        ]
+        images = [e if e.object is None or e.object.any() else e._replace(object=None) for e in self.images]
         return Counted(images, self.device)
 
     def turned(self, turn: Turn) -> Counted:
@@ -155,6 +141,10 @@ class Counted:
                     "model.ignore that leave more of it, or raise resize."
                 )
         return inside
+
+
+def _packed(region: np.ndarray | bytes | None) -> bytes | None:
+    return zlib.compress(np.packbits(region > 0).tobytes(), 1) if isinstance(region, np.ndarray) else region
 
 
 def _at(image: Geometry, height: int, width: int) -> np.ndarray:

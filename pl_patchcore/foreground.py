@@ -37,15 +37,12 @@ def foreground(kind: ForegroundKind, images: Tensor, features: Tensor) -> Tensor
         images: ``(B, 3, H, W)``.
         features: Their patch features, ``(B, h, w, D)``.
     """
-    if kind == "anomalydino":
-        components = first_component(features).cpu().numpy()
-        return torch.from_numpy(np.stack([middle_object(each) for each in components]))
     if kind == "brightness":
         values = F.interpolate(images.float().mean(1, keepdim=True), features.shape[1:3], mode="area")[:, 0]
     else:
         values = first_component(features)
-    found = [object_in(each.cpu().numpy()) for each in values]
-    return torch.from_numpy(np.stack(found))
+    find = middle_object if kind == "anomalydino" else object_in
+    return torch.from_numpy(np.stack([find(each) for each in values.cpu().numpy()]))
 
 
 def first_component(features: Tensor) -> Tensor:

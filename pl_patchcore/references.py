@@ -76,10 +76,7 @@ class ReferenceViews:
         return len(self.angles) * len(self.factors)
 
     def check(self, images: Tensor) -> None:
-        """Refuse images whose brightness cannot be changed, as they were normalised otherwise.
-
-        Args:
-            images: ``(B, 3, H, W)``, normalised, or uint8 levels.
+        """Refuse images ``(B, 3, H, W)`` whose brightness cannot be changed: normalised otherwise, not uint8.
 
         Raises:
             UserError: If they do not lie in [0, 1] before the normalisation.
@@ -97,10 +94,8 @@ class ReferenceViews:
     def of(self, image: Tensor, counted: Counted | None) -> Iterator[tuple[Tensor, Counted | None]]:
         """All views of an image ``(1, 3, H, W)``, itself first, each with what counts of it."""
         for angle in self.angles:
-            view = turned(image, angle)
-            inside = counted
-            if angle and counted is not None:
-                inside = counted.turned(Turn(angle, (image.shape[2], image.shape[3])))
+            view, turn = turned(image, angle), Turn(angle, (image.shape[2], image.shape[3]))
+            inside = counted.turned(turn) if angle and counted is not None else counted
             for factor in self.factors:
                 yield (view if factor == 1 else self._brightened(view, factor)), inside
 

@@ -87,17 +87,16 @@ def find_regions(
     """
     if not mask.any():
         return []
-    labels, (frame_rows, frame_columns) = label_regions(mask)
-    areas = np.bincount(labels[labels > 0])
+    labels, frame = label_regions(mask)
+    heat, areas = anomaly_map[frame], np.bincount(labels[labels > 0])
     found = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         if areas[number] < least_area:
             continue
         inside = labels[rows, columns] == number
-        top, left = frame_rows.start + rows.start, frame_columns.start + columns.start
+        values = np.where(inside, heat[rows, columns], -np.inf)
+        left, top = corner[0] + frame[1].start + columns.start, corner[1] + frame[0].start + rows.start
         height, width = inside.shape
-        values = np.where(inside, anomaly_map[top : top + height, left : left + width], -np.inf)
-        left, top = left + corner[0], top + corner[1]
         y, x = np.unravel_index(int(values.argmax()), inside.shape)
         middle = [float(places.mean()) for places in inside.nonzero()]
         found.append(
@@ -134,22 +133,20 @@ def outlines(mask: np.ndarray) -> list[Polygon]:
     # the copy with which it goes around a pixel that is not the mask's
     second = np.concatenate([[False], corners[1:] == corners[:-1]])
     y, x, pixel_above_left = y[corners], x[corners], parts[0, y, x][corners] == 1
-    along_row = np.arange(len(y))  # in order already
     along_column = np.lexsort((second ^ pixel_above_left, y, x))
-    beside, across = np.empty_like(along_row), np.empty_like(along_row)
-    beside[along_row] = along_row ^ 1
-    across[along_column] = along_column[along_row ^ 1]
-    return _loops(x.tolist(), y.tolist(), beside.tolist(), across.tolist())
+    across = np.empty_like(along_column)
+    across[along_column] = along_column[np.arange(len(y)) ^ 1]
+    return _loops(x.tolist(), y.tolist(), across.tolist())
 
 
-def _loops(x: list[int], y: list[int], beside: list[int], across: list[int]) -> list[Polygon]:
+def _loops(x: list[int], y: list[int], across: list[int]) -> list[Polygon]:
     """Follow the edges from corner to corner; the first corner of all is the outer outline's."""
     found, seen = [], [False] * len(x)
     for start in range(len(x)):
         polygon: Polygon = []
         corner = start
         while not seen[corner]:
-            other = beside[corner]
+            other = corner ^ 1  # along its row: corners are in the order of rows
             seen[corner] = seen[other] = True
             polygon += [(x[corner], y[corner]), (x[other], y[other])]
             corner = across[other]

@@ -20,7 +20,6 @@ Filter = Literal["bilinear", "bicubic"]
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # how far a filter reaches, in pixels of the coarser side
 BAND = 16  # output positions that are computed at once, of the input positions that any of them needs
 _CUBIC = -0.5  # the slope at 1 of Pillow's cubic; torch's without antialiasing is -0.75
-_LEVELS = (0.0, 255.0)
 _CACHED = 2**20  # levels
 
 
@@ -75,7 +74,7 @@ def resized(
     rows = rows.reshape(batch, count[0], width, channels).permute(0, 2, 3, 1)  # (B, W, C, rows)
     both = _along(rows.reshape(batch, width, channels * count[0]), size[1], first[1], count[1], kind)
     both = both.reshape(batch, count[1], channels, count[0]).permute(0, 2, 3, 1)
-    return both.clamp(*_LEVELS).contiguous()
+    return both.clamp(0, 255).contiguous()
 
 
 def _along(levels: Tensor, new: int | Tensor, first: int | Tensor, count: int, kind: Filter) -> Tensor:

@@ -89,7 +89,7 @@ def _words(shape: Shape) -> str:
 
 
 def marked(name: str, where: Where, size: tuple[int, int], path: Path | None, max_pixels: int | None) -> np.ndarray:
-    """Pixels of an image that an option marks.
+    """Pixels of an image that an option marks: bool ``(H, W)``, not to be written to.
 
     Args:
         name: Name of the option, for messages.
@@ -97,9 +97,6 @@ def marked(name: str, where: Where, size: tuple[int, int], path: Path | None, ma
         size: Height and width of the image.
         path: File of the image, by whose name a folder of masks is looked at.
         max_pixels: As `preprocessing.read_image`, of masks.
-
-    Returns:
-        bool ``(H, W)``, not to be written to.
 
     Raises:
         UserError: If a box or polygon holds no pixel of the image; if the image has no mask or no name, or a mask is of
@@ -188,9 +185,7 @@ def mask_of(name: str, folder: Path, path: Path | None) -> Path:
         UserError: If there is none, several, or the image has no name.
     """
     if path is None:
-        raise UserError(
-            f"{name} is a folder of masks by the image's name, and this image has none; give the path of its file."
-        )
+        raise UserError(f"{name} is a folder of masks by name, and this image has none; give the path of its file.")
     whole = path.absolute()
     parts = whole.with_suffix("").parts[1:]
     stem = unicodedata.normalize("NFC", parts[-1])

@@ -162,13 +162,12 @@ class Tiling:
                 f"tile {self.size[0]}x{self.size[1]} is too small: the layers' stride is {self.step} pixels; set at "
                 f"least {2 * self.step}."
             )
-        wanted = options.overlap
-        if wanted is not None and wanted > min(most):
+        self.wanted = options.overlap
+        if self.wanted is not None and self.wanted > min(most):
             raise UserError(
-                f"tile_overlap {wanted} must be at most {min(most)}, so that tiles of {self.size[0]}x{self.size[1]} "
-                f"pixels move on by the layers' stride of {self.step}; lower it or raise tile."
+                f"tile_overlap {self.wanted} must be at most {min(most)}, for tiles of {self.size[0]}x{self.size[1]} "
+                f"to move on by the layers' stride of {self.step} pixels; lower it or raise tile."
             )
-        self.wanted = wanted
         self.overlap = [self._shared(side) for side in self.size]
 
     def _shared(self, side: int) -> int:
@@ -244,15 +243,7 @@ class Tiling:
         return tile[:, :, y.clamp(max=tile.shape[2] - 1)[:, None], x.clamp(max=tile.shape[3] - 1)]
 
     def parts(self, layers: Sequence[Tensor], window: Window) -> list[Tensor]:
-        """What is taken from a tile: each layer on the patches that lie most central in it.
-
-        Args:
-            layers: Neighbourhoods of the tile, ``(B, C, h, w)``.
-            window: The tile.
-
-        Returns:
-            ``(B, C, h', w')`` of each layer.
-        """
+        """Of each layer of a tile, ``(B, C, h, w)``, the patches that lie most central in it: ``(B, C, h', w')``."""
         found, (row, column, grids) = [], window
         for layer, grid, own in zip(layers, grids, self.layers, strict=True):
             part = layer.permute(0, 2, 3, 1)  # as it lies in memory

@@ -53,18 +53,15 @@ def build(
     if name not in known:
         raise UserError(f"backbone 'timm/{name}' is unknown; did you mean 'timm/{nearest(name, known)}'?")
     network, options = _random(name, size)
-    if state is None and not pretrained:
-        return network
     if state is None:
-        return _pretrained(name, options)
+        return _pretrained(name, options) if pretrained else network
     classifiers: Any = network.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     stems = tuple(f"{each}." for each in ([classifiers] if isinstance(classifiers, str) else classifiers))
     heads = {key: torch.zeros_like(value) for key, value in network.state_dict().items() if key.startswith(stems)}
     fitting = {key: value for key, value in state.items() if key not in heads or value.shape == heads[key].shape}
-    try:  # a head may be missing, or of other classes: nothing reads it
-        network = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"state_dict": heads | fitting}, **options
-        )
+    overlay = {"state_dict": heads | fitting}  # a head may be missing, or of other classes: nothing reads it
+    try:
+        network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # each family has code of its own to rename and resize
         raise UserError(f"weights do not fit timm/{name}: {_told(error)}; give those of this backbone.") from error
     network.pretrained_cfg.pop("state_dict", None)  # a second copy of them
@@ -130,17 +127,10 @@ def _timm() -> Any:
 def _random(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:
     """The network with random weights, and the first options that it takes: not every family takes each."""
     sized = {} if size is None else {"img_size": size}
-    for options in (
-        sized | {"dynamic_img_size": True},
-        sized | {"strict_img_size": False},
-        sized,
-        {},
-    ):
+    for options in (sized | {"dynamic_img_size": True}, sized | {"strict_img_size": False}, sized, {}):
         try:
             return _timm().create_model(name, pretrained=False, **options), options
-        except TypeError as error:
-            failure: Exception = error
-        except (AssertionError, ValueError, RuntimeError) as error:
+        except (TypeError, AssertionError, ValueError, RuntimeError) as error:
             failure = error
     raise UserError(f"timm cannot build {name} for images of {size}: {first_line(failure)}.")
 
@@ -207,9 +197,8 @@ class TimmLayers(nn.Module):
         self.places = {name: known.index(name) for name in layers}
         self.indices = sorted(self.places.values())
         norm = getattr(network, "norm", None)
-        of_tokens = isinstance(norm, nn.LayerNorm | timm.layers.RmsNorm) and not isinstance(
-            norm, timm.layers.LayerNorm2d
-        )
+        of_tokens = isinstance(norm, nn.LayerNorm | timm.layers.RmsNorm)
+        of_tokens = of_tokens and not isinstance(norm, timm.layers.LayerNorm2d)
         self.normed = known[-1] in layers and of_tokens
         if hasattr(network, "prune_intermediate_layers"):
             network.prune_intermediate_layers(self.indices, prune_norm=not self.normed, prune_head=True)  # type: ignore[operator]

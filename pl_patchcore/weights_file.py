@@ -47,9 +47,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds more than tensors, not loaded; save model.state_dict() instead ({first_line(error)})."
-        ) from error
+        message = f"{path}: holds more than tensors, not loaded; save model.state_dict() instead ({first_line(error)})."
+        raise UserError(message) from error
     except Exception as error:  # a damaged file makes zipfile and torch raise errors of many kinds
         raise UserError(f"{path}: not a whole weights file ({first_line(error)}); fetch it again.") from error
     for key in ("state_dict", "model"):
@@ -64,14 +63,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(cut: nn.Module, whole: nn.Module, state: Mapping[str, Tensor], path: str, name: str) -> None:
-    """Load what the cut network needs; heads behind it may be missing, or of other shapes.
+    """Load what a network needs, cut from a whole one; heads behind it may be missing, or of other shapes.
 
-    Args:
-        cut: The network, cut.
-        whole: The network as it was.
-        state: As `read_weights` returns it.
-        path: File it is of, for errors.
-        name: The network's name, for errors.
+    ``path``, of the file, and ``name``, of the network, are for errors.
 
     Raises:
         UserError: Naming weights that are missing, unknown, or of another shape.
@@ -88,13 +82,13 @@ def load_weights(cut: nn.Module, whole: nn.Module, state: Mapping[str, Tensor], 
             if key in state and state[key].shape != value.shape
         ],
     }
-    told = "; ".join(
+    told = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for what, keys in faults.items()
         if keys
-    )
+    ]
     if told:
-        raise UserError(f"{path}: weights do not fit {name}: {told}; give those of this backbone.")
+        raise UserError(f"{path}: weights do not fit {name}: {'; '.join(told)}; give those of this backbone.")
     cut.load_state_dict({key: state[key] for key in needed}, strict=False)
 
 

@@ -105,7 +105,8 @@ def _tell_patch(
         return  # a larger resize would show nothing more
     found = []
     if max(down, across) > LARGE_PATCH:
-        found = [f"defects under about {_round(2 * across)} x {_round(2 * down)} are hard to see"]
+        width, height = (5 * round(2 * side / 5) for side in (across, down))
+        found = [f"defects under about {width} x {height} are hard to see"]
     masked = [record for record in tests if record.label == 1 and record.mask_path and record.mask_is_image]
     if (smallest := _smallest_defect(masked, transform, patch)) is not None:
         found.append(f"the smallest labelled defect of {min(LOOKED_AT, len(masked))} masks is {smallest}")
@@ -115,10 +116,6 @@ def _tell_patch(
             "model.tile where that takes too much memory.",
             *(across, down, ", and ".join(found)),
         )
-
-
-def _round(pixels: float) -> int:
-    return 5 * round(pixels / 5)
 
 
 def _smallest_defect(masked: Sequence[Record], transform: Preprocessing, patch: Patch) -> str | None:

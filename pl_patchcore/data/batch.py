@@ -70,9 +70,7 @@ def same_size_parts(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     found, first = [], 0
     for _, group in itertools.groupby(image.shape for image in batch["image"]):
         part = slice(first, first := first + len(list(group)))
-        found.append(
-            {name: _stacked(value[part]) if _of_each(value, batch) else value for name, value in batch.items()}
-        )
+        found.append({name: _stacked(each[part]) if _of_each(each, batch) else each for name, each in batch.items()})
     return found
 
 

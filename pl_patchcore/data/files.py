@@ -8,14 +8,18 @@ import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import check_file
 
+if TYPE_CHECKING:
+    from pl_patchcore.data.base import Record
+
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+AGAIN = "unpack the data set again"  # what helps where a list and its files do not fit
 # folders that systems leave in those of users, besides hidden ones
 _SYSTEM = ("@eaDir", "@Recycle", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
@@ -101,16 +105,23 @@ def inside(folder: Path, name: str, where: str) -> Path:
     """Path of a file in ``folder`` that a list names; a `UserError` that begins with ``where`` if it leads out."""
     path = PureWindowsPath(name)  # takes / and \ as separators, and knows drives
     if not name or "\0" in name or path.anchor or ".." in path.parts:
-        raise UserError(f"{where}: names the file {name!r}, which is not in {folder}; unpack the data set again.")
+        raise UserError(f"{where}: names the file {name!r}, which is not in {folder}; {AGAIN}.")
     return folder.joinpath(*path.parts)
 
 
-def require_files(paths: Iterable[Path], listed_in: Path, remedy: str) -> None:
-    """Refuse a copy that lacks files which its list names; the error says how many, and names the first."""
-    if missing := [path for path in paths if not path.is_file()]:
-        raise UserError(
-            f"{missing[0]}: no such file, though {listed_in} lists it ({len(missing)} files are missing); {remedy}."
-        )
+def require_files(records: Iterable[Record], listed_in: Path) -> None:
+    """Refuse a copy that lacks images or masks which its list names; the error says how many, and names the first."""
+    files = (path for record in records for path in (record.path, record.mask_path) if path is not None)
+    if missing := [path for path in files if not path.is_file()]:
+        raise UserError(f"{missing[0]}: no such file, though in {listed_in} ({len(missing)} are missing); {AGAIN}.")
+
+
+def nominal_only(records: Sequence[Record], place: Path) -> list[Record]:
+    """Leave out the anomalous images of a training part, and say how many."""
+    nominal = [record for record in records if record.label == 0]
+    if left_out := len(records) - len(nominal):
+        log.info("%s: %d anomalous images of the training part are left out.", place, left_out)
+    return nominal
 
 
 def pair_masks(

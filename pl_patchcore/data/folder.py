@@ -84,11 +84,11 @@ class FolderDataModule(AnomalyDataModule):
     ) -> None:
         check_arguments(FolderDataModule.__init__, locals(), "data.")
         super().__init__(**loading)
-        folders = {"nominal": nominal, "test_nominal": test_nominal, "anomalous": anomalous, "masks": masks}
-        folders["calibration"] = calibration
-        given = [name for name, folder in folders.items() if folder is not None]
-        if manifest is not None and given:
-            raise UserError(f"data.manifest takes the place of data.{given[0]}; give one of them.")
+        named = {"nominal": nominal, "test_nominal": test_nominal, "anomalous": anomalous, "masks": masks}
+        named["calibration"] = calibration
+        self.folders = {name: Path(folder) for name, folder in named.items() if folder is not None}
+        if manifest is not None and self.folders:
+            raise UserError(f"data.manifest takes the place of data.{next(iter(self.folders))}; give one of them.")
         if manifest is not None and group_by is not None:
             raise UserError("data.group_by goes with folders; a manifest has the column group.")
         if masks is not None and anomalous is None:
@@ -99,7 +99,6 @@ class FolderDataModule(AnomalyDataModule):
             self.group_by = None if group_by is None else re.compile(group_by)
         except re.error as error:
             raise UserError(f"data.group_by {group_by!r} is no regular expression: {error}.") from error
-        self.folders = {name: Path(folder) for name, folder in folders.items() if folder is not None}
         self.manifest = None if manifest is None else Path(manifest)
         self.predict = None if predict is None else Path(predict)
         self._calibration: list[Record] = []
@@ -141,7 +140,8 @@ class FolderDataModule(AnomalyDataModule):
                 defect = inside[0] if len(inside) > 1 else "anomalous"
                 test.append(Record(path, 1, defect, self.category, masks.get(path)))
         apart = "nominal, test, calibration and anomalous images must lie apart"
-        return _refuse_twice(train, test, apart, self._calibration)
+        _refuse_twice([*train, *test, *self._calibration], apart)
+        return train, test
 
     def describe(self) -> str:
         """One line; where there is no test image, with the option that would hold some out."""
@@ -193,15 +193,12 @@ class FolderDataModule(AnomalyDataModule):
         except UserError as error:
             raise UserError(f"data.manifest: {error}") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path}: is not UTF-8 text ({error}); set data.manifest to a CSV file in UTF-8."
-            ) from error
+            raise UserError(f"{path}: is not UTF-8 text ({error}); give data.manifest a CSV file in UTF-8.") from error
         if "\0" in text:
-            raise UserError(f"{path}: holds null characters; set data.manifest to a CSV file in UTF-8.")
+            raise UserError(f"{path}: holds null characters; give data.manifest a CSV file in UTF-8.")
         first = text.partition("\n")[0]
-        rows = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter=";" if first.count(";") > first.count(",") else ","
-        )
+        delimiter = ";" if first.count(";") > first.count(",") else ","
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         names = rows.fieldnames or []
         strange = [f"has a column {name!r}" for name in names if name not in _COLUMNS]
         if strange or not {"path", "label"} <= set(names):
@@ -215,8 +212,9 @@ class FolderDataModule(AnomalyDataModule):
         except csv.Error as error:
             raise UserError(f"{path}, line {rows.line_num}: is no CSV ({error}); look for a quote too many.") from error
         train, test = self._split(parts[""])
-        self._calibration = parts["calibration"]
-        return _refuse_twice(parts["train"] + train, parts["test"] + test, f"list it once in {path}", self._calibration)
+        train, test, self._calibration = parts["train"] + train, parts["test"] + test, parts["calibration"]
+        _refuse_twice([*train, *test, *self._calibration], f"list it once in {path}")
+        return train, test
 
     def _read_line(self, row: dict[str, Any], folder: Path, where: str) -> tuple[Record, str]:
         if None in row or None in row.values():
@@ -240,16 +238,13 @@ class FolderDataModule(AnomalyDataModule):
         return Record(folder / row["path"], label, defect, category, mask, group=group), split
 
 
-def _refuse_twice(
-    train: list[Record], test: list[Record], remedy: str, calibration: list[Record]
-) -> tuple[list[Record], list[Record]]:
-    """Refuse an image that is in two of the lists, or twice in one, under whatever path."""
+def _refuse_twice(records: Sequence[Record], remedy: str) -> None:
+    """Refuse an image that is listed twice, under whatever path."""
     first: dict[object, Path] = {}
-    for record in (*train, *test, *calibration):
+    for record in records:
         if (other := first.setdefault(_file(record.path), record.path)) is not record.path:
             also = "" if other == record.path else f", also as {shown(other)}"
             raise UserError(f"{shown(record.path)}: is named twice{also}; {remedy}.")
-    return train, test
 
 
 def _file(path: Path) -> object:
@@ -274,9 +269,8 @@ def _refuse_others(name: str, folder: Path, images: Sequence[Path]) -> None:
     folders = {path: {part.lower() for part in path.relative_to(folder).parts[:-1]} for path in images}
     masks = [path for path in images if path.stem.lower().endswith("_mask")]
     known = any(parts & _OF_NOMINAL for parts in folders.values())  # one of them says which are nominal
-    others = [
-        p for p, parts in folders.items() if parts & (_OF_OTHERS | _OF_MASKS) or (known and not parts & _OF_NOMINAL)
-    ]
+    strange = _OF_OTHERS | _OF_MASKS
+    others = [path for path, parts in folders.items() if parts & strange or (known and not parts & _OF_NOMINAL)]
     if not masks and not others:
         return
     found = f"{len(masks or others)} of its {len(images)} images are {'masks' if masks else 'no nominal ones'} by name"

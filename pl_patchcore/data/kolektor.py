@@ -7,7 +7,6 @@ Numbers of images: those of the paper. Next: `base.py`.
 
 from __future__ import annotations
 
-import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record, tell_counts
-from pl_patchcore.data.files import list_images
+from pl_patchcore.data.files import AGAIN, list_images, nominal_only
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
 from pl_patchcore.preprocessing import read_mask
-
-log = logging.getLogger(__name__)
 
 COUNTS = (2085, 894, 110)  # training, nominal test, anomalous test images
 _HELP = (
@@ -51,9 +48,7 @@ class KolektorSDD2DataModule(AnomalyDataModule):
     def load_records(self) -> tuple[list[Record], list[Record]]:
         """List the images by name; every mask is read."""
         train, test = self._split("train"), self._split("test")
-        nominal = [record for record in train if record.label == 0]
-        if left_out := len(train) - len(nominal):
-            log.info("%s: %d anomalous images of the training part are left out.", self.root / "train", left_out)
+        nominal = nominal_only(train, self.root / "train")
         clean = sum(record.label == 0 for record in test)
         tell_counts(self.root, (len(nominal), clean, len(test) - clean), COUNTS)
         return nominal, test
@@ -65,9 +60,7 @@ class KolektorSDD2DataModule(AnomalyDataModule):
             raise UserError(f"{folder}: holds no image NNNNN.png; {_HELP}.")
         masks = [path.with_name(f"{path.stem}_GT.png") for path in images]
         if missing := [mask for mask in masks if not mask.is_file()]:
-            raise UserError(
-                f"{missing[0]}: no such mask, one of {len(missing)} that are missing; unpack the data set again."
-            )
+            raise UserError(f"{missing[0]}: no such mask ({len(missing)} are missing); {AGAIN}.")
         with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             marked = pool.map(lambda mask: bool(read_mask(mask).any()), masks)
             told = tqdm(marked, f"Reading the masks of {split}", len(masks), delay=2, unit=" masks")

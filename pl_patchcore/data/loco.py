@@ -11,33 +11,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from pl_patchcore.data.base import Record
-from pl_patchcore.data.files import read_json
+from pl_patchcore.data.files import AGAIN, read_json
 from pl_patchcore.data.mvtec import Layout, MVTecDataModule
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import Header, Preprocessing, read_mask
 
 CONFIG = "defects_config.json"
-_AGAIN = "unpack the data set again"
 _KEYS = {"defect_name", "pixel_value", "saturation_threshold", "relative_saturation"}
 
 
-@dataclass(frozen=True)
-class Saturation:
-    """How many pixels of a defect count as all of it.
+class Saturation(NamedTuple):
+    """How many pixels of a defect count as all of it."""
 
-    Args:
-        pixel_value: Level of its masks, 1 to 255.
-        threshold: Pixels, or where it is relative a share of the defect's, in (0, 1].
-        relative: Which of the two.
-    """
-
-    pixel_value: int
-    threshold: float
+    pixel_value: int  # level of its masks, 1 to 255
+    threshold: float  # pixels, or where it is relative a share of the defect's, in (0, 1]
     relative: bool
 
     def area(self, pixels: int) -> int:
@@ -47,15 +39,11 @@ class Saturation:
 
 @dataclass(frozen=True)
 class LOCORecord(Record):
-    """An anomalous image; its mask is the union of those of its defects.
-
-    Args:
-        saturations: What ``defects_config.json`` says of each level.
-    """
+    """An anomalous image; its mask is the union of those of its defects."""
 
     tells_defects: ClassVar[bool] = True
 
-    saturations: tuple[Saturation, ...] = ()
+    saturations: tuple[Saturation, ...] = ()  # what ``defects_config.json`` says of each level
 
     def defect_regions(self) -> list[tuple[np.ndarray, int]]:
         """The defects of the image: mask, bool ``(H, W)`` of the original size, and saturation area in pixels.
@@ -71,7 +59,7 @@ class LOCORecord(Record):
             if value not in known or (levels[mask] != value).any():
                 raise UserError(
                     f"{path}: its highest level is {value}; a mask holds exactly one beside 0, of "
-                    f"{', '.join(map(str, sorted(known)))}, as {CONFIG} says; {_AGAIN}."
+                    f"{', '.join(map(str, sorted(known)))}, as {CONFIG} says; {AGAIN}."
                 )
             regions.append((mask, known[value].area(int(mask.sum()))))
         return regions
@@ -119,18 +107,18 @@ def read_saturations(path: Path) -> tuple[Saturation, ...]:
     Raises:
         UserError: If it is missing or does not hold what it should.
     """
-    content = read_json(path, _AGAIN)
+    content = read_json(path, AGAIN)
     entries = content if isinstance(content, list) else [content]
     found = {}
     for number, entry in enumerate(entries):
         if (wrong := _wrong(entry)) is not None:
-            raise UserError(f"{path}: entry {number} {wrong}; {_AGAIN}.")
+            raise UserError(f"{path}: entry {number} {wrong}; {AGAIN}.")
         value = entry["pixel_value"]
         if value in found:
-            raise UserError(f"{path}: entry {number} has the pixel_value {value} of another; {_AGAIN}.")
+            raise UserError(f"{path}: entry {number} has the pixel_value {value} of another; {AGAIN}.")
         found[value] = Saturation(value, entry["saturation_threshold"], entry["relative_saturation"])
     if not found:
-        raise UserError(f"{path}: holds no entry; {_AGAIN}.")
+        raise UserError(f"{path}: holds no entry; {AGAIN}.")
     return tuple(found.values())
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
 from pl_patchcore.data.download import fetch_archive
-from pl_patchcore.data.files import list_images
+from pl_patchcore.data.files import list_images, read_text
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
 
@@ -74,10 +74,9 @@ class MTDDataModule(AnomalyDataModule):
             training = {nominal[i].name for i in order[: int(0.8 * len(nominal))]}
         else:
             training = self._read_names(Path(self.train_files), nominal)
-        train: list[Record] = []
-        test: list[Record] = []
-        for path in nominal:
-            (train if path.name in training else test).append(Record(path, 0, NOMINAL, "magnetic_tile"))
+        records = [Record(path, 0, NOMINAL, "magnetic_tile") for path in nominal]
+        train = [record for record in records if record.path.name in training]
+        test = [record for record in records if record.path.name not in training]
         for defect in list(COUNTS)[1:]:
             for path in self._images(defect):
                 mask = path.with_suffix(".png")
@@ -99,10 +98,7 @@ class MTDDataModule(AnomalyDataModule):
     def _read_names(self, path: Path, nominal: list[Path]) -> set[str]:
         if not path.is_file():
             raise UserError(f"{path}: no such list of training tiles; leave train_files out to draw them.")
-        try:
-            listed = set(path.read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: is not UTF-8 text ({error}); give a list of file names, one a line.") from error
+        listed = set(read_text(path, "give a list of file names, one a line").split())
         if strange := sorted(listed - {tile.name for tile in nominal}):
             raise UserError(
                 f"{path}: {len(strange)} names are not in {nominal[0].parent}, such as {strange[0]}; "

@@ -25,36 +25,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """What tells a data set of categories from others in the layout of MVTec AD.
+    """What tells a data set of categories from others in the layout of MVTec AD."""
 
-    Args:
-        name: Name of the data set.
-        root: Folder that is looked at where ``data.root`` names no other.
-        counts: Of each category the published numbers of images, in the order of `base.PARTS`.
-        by_hand: How a person gets the data set.
-        url: Address of its archive; None where it can be had by hand only.
-        sha256: Checksum of the archive.
-        strip: Whether one folder at the top of the archive holds all others.
-        train: Folder of a category that holds the training images, in a folder ``nominal``.
-        test: Folder of a category that holds the test images, in folders ``nominal`` and those of the defects.
-        truth: Folder of a category that holds the masks, in folders of the defects.
-        validation: Folder of a category that holds nominal images for thresholds, in a folder ``nominal``; None:
-            there is none.
-        nominal: Name of the folders of nominal images.
-    """
-
-    name: str
-    root: str
-    counts: Mapping[str, tuple[int, ...]]
-    by_hand: str
-    url: str | None = None
-    sha256: str | None = None
-    strip: bool = False
-    train: str = "train"
-    test: str = "test"
-    truth: str = "ground_truth"
-    validation: str | None = None
-    nominal: str = "good"
+    name: str  # of the data set
+    root: str  # folder that is looked at where ``data.root`` names no other
+    counts: Mapping[str, tuple[int, ...]]  # of each category the published numbers of images, as `base.PARTS`
+    by_hand: str  # how a person gets the data set
+    url: str | None = None  # of its archive; None where it can be had by hand only
+    sha256: str | None = None  # of the archive
+    strip: bool = False  # whether one folder at the top of the archive holds all others
+    train: str = "train"  # folder of a category: training images, in a folder ``nominal``
+    test: str = "test"  # likewise: test images, in folders ``nominal`` and those of the defects
+    truth: str = "ground_truth"  # likewise: masks, in folders of the defects
+    validation: str | None = None  # likewise: nominal images for thresholds, in a folder ``nominal``; None: none
+    nominal: str = "good"  # name of the folders of nominal images
 
     @property
     def help(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record
-from pl_patchcore.data.files import inside, read_json, require_files
+from pl_patchcore.data.files import AGAIN, inside, read_json, require_files
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
 
@@ -32,7 +32,6 @@ _HELP = (
     "ask for Real-IAD at https://realiad4ad.github.io/Real-IAD, unpack its lists (realiad_jsons) and images "
     "(realiad_1024), and give the folder that holds them as data.root"
 )
-_AGAIN = "unpack the data set again"
 
 
 class RealIADDataModule(AnomalyDataModule):
@@ -83,27 +82,26 @@ class RealIADDataModule(AnomalyDataModule):
         content = read_json(path, f"choose another data.category, or {_HELP}")
         meta = content.get("meta") if isinstance(content, dict) else None
         if not isinstance(meta, dict) or not all(isinstance(meta.get(key), str) for key in ("prefix", "normal_class")):
-            raise UserError(f"{path}: must hold meta with prefix and normal_class, train and test; {_AGAIN}.")
+            raise UserError(f"{path}: must hold meta with prefix and normal_class, train and test; {AGAIN}.")
         folder = inside(self.root / self.images, meta["prefix"], str(path))
         train = _records(content.get("train"), f"{path}, train", folder, None)  # all that trains is taken as nominal
         test = _records(content.get("test"), f"{path}, test", folder, meta["normal_class"])
-        files = [file for record in (*train, *test) for file in (record.path, record.mask_path) if file is not None]
-        require_files(files, path, _AGAIN)
+        require_files([*train, *test], path)
         return train, test
 
 
 def _records(entries: Any, where: str, folder: Path, normal_class: str | None) -> list[Record]:
     """Records of ``train`` or ``test``, all of them nominal if ``normal_class`` is None."""
     if not isinstance(entries, list):
-        raise UserError(f"{where}: must be a list; {_AGAIN}.")
+        raise UserError(f"{where}: must be a list; {AGAIN}.")
     records = []
     for number, entry in enumerate(entries):
         place = f"{where}, entry {number}"
         if not isinstance(entry, dict) or set(entry) != _KEYS:
-            raise UserError(f"{place}: must hold exactly {', '.join(sorted(_KEYS))}; {_AGAIN}.")
+            raise UserError(f"{place}: must hold exactly {', '.join(sorted(_KEYS))}; {AGAIN}.")
         mask = entry["mask_path"]
         if not all(isinstance(entry[key], str) for key in _KEYS - {"mask_path"}) or not isinstance(mask, str | None):
-            raise UserError(f"{place}: must hold names, and a name or null as mask_path; {_AGAIN}.")
+            raise UserError(f"{place}: must hold names, and a name or null as mask_path; {AGAIN}.")
         image, category = inside(folder, entry["image_path"], place), entry["category"]
         if normal_class is None or mask is None or entry["anomaly_class"] == normal_class:
             records.append(Record(image, 0, NOMINAL, category))

@@ -28,7 +28,6 @@ from pl_patchcore.preprocessing import Preprocessing
 Array = NDArray[np.float64]
 Rng = np.random.Generator
 Texture = Literal["brick", "gravel", "grass"]
-TEXTURES = get_args(Texture)
 MOST_IMAGES = 100_000
 _SPLIT = 256  # column of the photograph: training images from the left of it, test images from the right
 _VISIBLE = 0.03  # least mean change of grey inside a defect, of 1; three times the sensor's noise
@@ -150,7 +149,7 @@ class SyntheticDataModule(AnomalyDataModule):
 
     def categories(self) -> list[str]:
         """The textures."""
-        return list(TEXTURES)
+        return list(get_args(Texture))
 
     def load_records(self) -> tuple[list[Record], list[Record]]:
         """Name the images."""

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pl_patchcore.data.base import NOMINAL, AnomalyDataModule, Record, tell_counts
 from pl_patchcore.data.download import fetch_archive
-from pl_patchcore.data.files import inside, read_text, require_files
+from pl_patchcore.data.files import AGAIN, inside, nominal_only, read_text, require_files
 from pl_patchcore.errors import UserError
 from pl_patchcore.options import check_arguments
-
-log = logging.getLogger(__name__)
 
 Split = Literal["1cls", "2cls_highshot", "2cls_fewshot"]
 COUNTS = {  # of 1cls: training, nominal test, anomalous test images
@@ -34,7 +31,6 @@ SHA256 = "2eb8690c803ab37de0324772964100169ec8ba1fa3f7e94291c9ca673f40f362"  # a
 _COLUMNS = ["object", "split", "label", "image", "mask"]
 _BY_HAND = f"fetch {URL}"
 _HELP = f"set data.download, or {_BY_HAND}, unpack it, and give its folder as data.root"
-_AGAIN = "unpack the data set again"
 
 
 class VisADataModule(AnomalyDataModule):
@@ -86,12 +82,8 @@ class VisADataModule(AnomalyDataModule):
         if not parts["train"] and not parts["test"]:
             chosen = "is not set" if self.category is None else f"is {self.category!r}, which is none of the data set"
             raise UserError(f"data.category {chosen}; choose one of {', '.join(self.categories())}.")
-        records = [*parts["train"], *parts["test"]]
-        files = [path for record in records for path in (record.path, record.mask_path) if path is not None]
-        require_files(files, self._list(), _AGAIN)
-        train = [record for record in parts["train"] if record.label == 0]
-        if left_out := len(parts["train"]) - len(train):
-            log.info("%s: %d anomalous images of the training part are left out.", self._list(), left_out)
+        require_files([*parts["train"], *parts["test"]], self._list())
+        train = nominal_only(parts["train"], self._list())
         nominal = sum(record.label == 0 for record in parts["test"])
         published = COUNTS.get(str(self.category)) if self.split == "1cls" else None
         tell_counts(self._list(), (len(train), nominal, len(parts["test"]) - nominal), published)
@@ -107,21 +99,19 @@ class VisADataModule(AnomalyDataModule):
         rows = []
         try:
             if reader.fieldnames != _COLUMNS:
-                raise UserError(f"{path}: its first line must be {','.join(_COLUMNS)}; {_AGAIN}.")
+                raise UserError(f"{path}: its first line must be {','.join(_COLUMNS)}; {AGAIN}.")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise UserError(f"{where}: has not {len(_COLUMNS)} fields; {_AGAIN}.")
-                for column, known in (("split", ("train", "test")), ("label", ("normal", "anomaly"))):
-                    if row[column] not in known:
-                        raise UserError(
-                            f"{where}: {column} must be {' or '.join(known)}, got {row[column]!r}; {_AGAIN}."
-                        )
+                    raise UserError(f"{where}: has not {len(_COLUMNS)} fields; {AGAIN}.")
+                for name, known in (("split", ("train", "test")), ("label", ("normal", "anomaly"))):
+                    if row[name] not in known:
+                        raise UserError(f"{where}: {name} must be {' or '.join(known)}, got {row[name]!r}; {AGAIN}.")
                 if bool(row["mask"]) != (row["label"] == "anomaly"):
-                    raise UserError(f"{where}: an anomalous image has a mask, and a nominal one has none; {_AGAIN}.")
+                    raise UserError(f"{where}: an anomalous image has a mask, and a nominal one has none; {AGAIN}.")
                 rows.append((where, row))
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); {_AGAIN}.") from error
+            raise UserError(f"{path}, line {reader.line_num}: is no CSV ({error}); {AGAIN}.") from error
         return rows
 
     def _record(self, row: dict[str, str], where: str) -> Record:
