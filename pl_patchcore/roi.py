@@ -214,7 +214,7 @@ def _read(path: Path, max_pixels: int | None) -> np.ndarray:
     return bright if bright.any() else levels > 0
 
 
-@lru_cache(1)
+@lru_cache(2)  # of roi and of ignore
 def _read_once(path: Path, max_pixels: int | None, _changed: int) -> np.ndarray:
     """As `_read`; kept until the file changes."""
     return _read(path, max_pixels)

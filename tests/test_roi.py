@@ -13,7 +13,7 @@ from PIL import Image
 from pl_patchcore import PatchCore, Preprocessing, UserError
 from pl_patchcore.anomaly_map import to_original
 from pl_patchcore.data import ImageDataset, Record
-from pl_patchcore.preprocessing import IMAGENET_MEAN
+from pl_patchcore.preprocessing import IMAGENET_MEAN, read_mask
 from pl_patchcore.regions import find_regions
 from pl_patchcore.roi import checked, marked
 
@@ -149,6 +149,17 @@ def test_masks_and_shapes_agree(tmp_path):
         assert np.array_equal(sample["region"], INSIDE)
         assert sample["region"].dtype == torch.uint8
         assert all(torch.equal(value, samples[0][name]) for name, value in sample.items())
+
+
+def test_masks_of_all_images_are_decoded_once(tmp_path, monkeypatch):
+    save(INSIDE, tmp_path / "roi.png")
+    save(~INSIDE, tmp_path / "ignore.png")
+    decoded = []
+    monkeypatch.setattr("pl_patchcore.roi.read_mask", lambda path, most: decoded.append(path.name) or read_mask(path))
+    transform = Preprocessing(32, 28, roi=tmp_path / "roi.png", ignore=tmp_path / "ignore.png")
+    for _ in range(3):
+        transform.apply(Image.new("RGB", (60, 40)))
+    assert sorted(decoded) == ["ignore.png", "roi.png"]
 
 
 def test_colours_outside_change_nothing():
