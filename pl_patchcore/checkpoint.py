@@ -176,9 +176,7 @@ def is_frozen(key: str) -> bool:
 def mark_of(module: Any, began: bool) -> dict[str, Any]:
     """What a checkpoint of a `PatchCore` says of itself, in plain values: its key ``patchcore``.
 
-    Args:
-        module: The module.
-        began: Whether a fit has taken in images.
+    ``began`` tells whether a fit has taken in images.
     """
     return {
         "format": FORMAT,
@@ -266,11 +264,7 @@ def with_settings(kind: type[M], settings: Mapping[str, Any]) -> M:
 
 
 def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) -> dict[str, Any]:
-    """Check a checkpoint's hyper-parameters: data, which must name arguments and hold plain values.
-
-    Raises:
-        UserError: Naming the first one that does not.
-    """
+    """A checkpoint's hyper-parameters, checked: a `UserError` names one that is no argument or no plain value."""
     for name, value in saved.items():
         if name not in known:
             raise UserError(f"{path}: PatchCore has no argument {name!r}, as the file does; fit again.")
@@ -280,39 +274,37 @@ def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) 
 
 
 def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
-    """Compare what a checkpoint's memory bank was made with to the model it is loaded into.
+    """Compare what a fitted model's checkpoint was made with to the model it is loaded into.
 
     Args:
-        checkpoint: A checkpoint of a fitted model.
-        own: The model's identity, with ``preprocessing``. Its weights do not matter where the file brings some.
+        checkpoint: The checkpoint. Where it brings the backbone's weights, those of the model do not matter.
+        own: The model's identity, with ``preprocessing``.
 
     Raises:
         UserError: Naming every difference.
     """
-    saved = checkpoint["patchcore"]["identity"]
-    if len(saved.get("members", ())) != len(own.get("members", ())):
-        kinds = [f"an ensemble of {len(m)}" if (m := x.get("members")) else "a single model" for x in (saved, own)]
+    saved, brings_weights = checkpoint["patchcore"]["identity"], holds_backbone(checkpoint)
+    members = [identity.get("members", []) for identity in (saved, own)]
+    if len(members[0]) != len(members[1]):
+        kinds = [f"an ensemble of {len(found)}" if found else "a single model" for found in members]
         raise UserError(f"the checkpoint is of {kinds[0]}, this is {kinds[1]}; give the model it was fitted with.")
-    shared = [{"preprocessing": x["preprocessing"]} for x in (saved, own)]
-    pairs = list(zip(saved.get("members", [saved]), own.get("members", [own]), strict=True))
-    for theirs, ours in pairs:
-        _compare(theirs | shared[0], ours | shared[1], holds_backbone(checkpoint))
+    of_images = _OF_OLD | saved["preprocessing"], own["preprocessing"]
+    for theirs, ours in zip(members[0] or [saved], members[1] or [own], strict=True):
+        _compare(theirs | of_images[0], ours | of_images[1], brings_weights)
 
 
 def _compare(saved: dict[str, Any], own: dict[str, Any], brings_weights: bool) -> None:
-    theirs = _OF_OLD | saved.get("preprocessing", {})
-    pairs = [(key, saved.get(key), value) for key, value in own.items() if key != "preprocessing"]
-    pairs += [(key, theirs.get(key), value) for key, value in own["preprocessing"].items()]
-    other = [pair for pair in pairs if pair[1] != pair[2] and not (brings_weights and pair[0] == "backbone_sha256")]
+    left_out = {"preprocessing", *["backbone_sha256"] * brings_weights}
+    other = {key: value for key, value in own.items() if key not in left_out and saved.get(key) != value}
     if not other:
         return
-    if [key for key, _, _ in other] == ["backbone_sha256"]:
+    if [*other] == ["backbone_sha256"]:
         raise UserError(
             f"the checkpoint was fitted with other weights of {saved.get('backbone')} "
             f"(sha256 {_short(saved.get('backbone_sha256'))}, here {_short(own['backbone_sha256'])}); give the same "
             "weights, with weights=<path> if they lie elsewhere."
         )
-    listed = "; ".join(f"{key} {_short(a)}, here {_short(b)}" for key, a, b in other)
+    listed = "; ".join(f"{key} {_short(saved.get(key))}, here {_short(value)}" for key, value in other.items())
     raise UserError(f"the checkpoint was fitted with other settings: {listed}; use those, or fit again.")
 
 
@@ -321,10 +313,7 @@ def _short(value: Any) -> str:
 
 
 def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those of a `PatchCore`'s arguments that have a plain form, in it, and the names of the others.
-
-    Paths of weights and masks become absolute, to hold in any folder.
-    """
+    """Those of a `PatchCore`'s arguments that have a plain form, in it, and the names of the others."""
     found: dict[str, Any] = {}
     left_out = []
     for name, value in arguments.items():
@@ -332,11 +321,18 @@ def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[
             found[name] = plain(value)
         except TypeError:
             left_out.append(name)
-    for each in (found, *((found.get("ensemble") or {}).get("members") or ())):
+    make_paths_absolute(found)
+    return found, left_out
+
+
+def make_paths_absolute(settings: Any) -> None:
+    """Make the paths of weights and masks in a model's settings absolute, to hold in any folder."""
+    for each in (settings, *((settings.get("ensemble") or {}).get("members") or ())):
         if isinstance(name := each.get("weights"), str):
             each["weights"] = str(weights_path(name) or name)
-    found |= {name: str(Path(found[name]).absolute()) for name in ("roi", "ignore") if isinstance(found.get(name), str)}
-    return found, left_out
+    for name in ("roi", "ignore"):
+        if isinstance(path := settings.get(name), str):
+            settings[name] = str(Path(path).absolute())
 
 
 def plain(value: Any) -> Any:
