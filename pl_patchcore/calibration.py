@@ -46,19 +46,10 @@ STREAM = 1  # of random numbers: a split of the data set by the same seed must n
 
 
 def calibration_kind(kind: CalibrationKind | None, share: float, most: int, drop: bool = False) -> CalibrationKind:
-    """Look at the arguments of a `PatchCore` that are about calibration.
+    """``calibration`` of a `PatchCore`, or what stands for null.
 
-    Args:
-        kind: ``calibration``.
-        share: ``calibration_share``.
-        most: ``calibration_images``.
-        drop: ``drop_suspicious``.
-
-    Returns:
-        ``kind``, or what stands for null.
-
-    Raises:
-        UserError: If one is out of range, or they contradict each other.
+    A `UserError` if ``calibration_share``, ``calibration_images`` or ``drop_suspicious`` is out of range, or they
+    contradict each other.
     """
     if not 0 <= share < 1:
         raise UserError(f"calibration_share must be in [0, 1), got {share}.")

@@ -1,8 +1,7 @@
 """Checkpoints: reading with clear errors, and refusing another model's.
 
-A checkpoint is Lightning's, loaded with ``weights_only=True``. Beside Lightning's own keys it holds ``patchcore``: the
-format's version, whether there is a memory bank, and what that depends on (`PatchCoreModel.identity` and the
-preprocessing), in plain values.
+A checkpoint is Lightning's, with the key ``patchcore``: the format's version, whether there is a memory bank, and what
+that depends on (`PatchCoreModel.identity` and the preprocessing), in plain values.
 """
 
 from __future__ import annotations
@@ -82,11 +81,7 @@ def read_checkpoint(source: Source) -> Checked:
 
 
 def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
-    """Refuse what is no checkpoint of a fitted PatchCore of this version, whole and in order.
-
-    Raises:
-        UserError: With the reason.
-    """
+    """Refuse what is no checkpoint of a fitted PatchCore of this version, by a `UserError` with the reason."""
     mark = checkpoint.get("patchcore") if isinstance(checkpoint, dict) else None
     if not isinstance(mark, dict) or not is_plain(mark) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
@@ -114,16 +109,10 @@ def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
 
 
 def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Compare the tensors of a checkpoint to those of the module that they are loaded into.
+    """Compare a checkpoint's ``state_dict``, with the backbone's weights, to the `PatchCore` that it is loaded into.
 
-    Args:
-        module: A `PatchCore`.
-        saved: The checkpoint's ``state_dict``, the backbone's weights among them.
-        strict: Whether tensors may be missing or left over.
-
-    Raises:
-        UserError: Naming the first tensor that is missing, unknown, or of another type or shape, or the bank that
-            no patch features of this model can make up.
+    A `UserError` names the first tensor that is of another type or shape, or (``strict``) missing or unknown, or the
+    memory bank that no patch features of this model can make up.
     """
     own = {key: value for key, value in module.state_dict().items() if key in saved or not key.endswith(LATER)}
     for key in sorted({*own, *saved} if strict else {*own} & {*saved}):
@@ -188,7 +177,7 @@ def mark_of(module: Any, began: bool) -> dict[str, Any]:
 
 
 def check_against(module: Any, checkpoint: dict[str, Any], path: str | PathLike[str] | None = None) -> None:
-    """Refuse a checkpoint whose memory bank was not made with a module's features.
+    """Refuse a checkpoint whose memory bank was not made with a module's features, or whose file is damaged.
 
     Args:
         module: The `PatchCore` that it is loaded into; its weights are identified.
@@ -196,7 +185,7 @@ def check_against(module: Any, checkpoint: dict[str, Any], path: str | PathLike[
         path: File that it was read from.
 
     Raises:
-        UserError: As `require_fitted`, `check_identity` and `check_state`, and for a damaged file.
+        UserError: As `require_fitted`, `check_identity` and `check_state`.
     """
     if not isinstance(checkpoint, Checked):
         require_fitted(checkpoint)
@@ -214,7 +203,7 @@ def holds_backbone(checkpoint: dict[str, Any]) -> bool:
 
 
 def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, Any], name: str) -> M:
-    """Make the module of a checkpoint with its hyper-parameters, which are plain values, and those given.
+    """Make the module of a checkpoint with its hyper-parameters, which are plain values.
 
     Args:
         kind: Class of the module.
@@ -223,8 +212,7 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
         name: Name of the file, for errors.
 
     Raises:
-        UserError: If an argument is unknown, one is missing that a file cannot hold, or those given contradict each
-            other.
+        UserError: If an argument is unknown or missing, or those given contradict each other.
     """
     refuse_rate_beside_threshold([name for name, value in overrides.items() if value is not None])
     saved = checkpoint.get("hyper_parameters", {})
@@ -236,10 +224,8 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
                 f"load_from_checkpoint(path, {argument}=...)."
             )
     brings_weights = holds_backbone(checkpoint) and "weights" in arguments and "weights" not in overrides
-    with warnings.catch_warnings():
-        if brings_weights:
-            warnings.simplefilter("ignore", UntrainedBackboneWarning)
-        module = with_settings(kind, (without_weights(arguments) if brings_weights else arguments) | dict(overrides))
+    settings = (without_weights(arguments) if brings_weights else arguments) | dict(overrides)
+    module = with_settings(kind, settings, quiet=brings_weights)
     if brings_weights:
         kept = arguments.keys() & {"weights", "ensemble"} - overrides.keys()
         module.hparams.update({name: arguments[name] for name in kept})
@@ -254,10 +240,16 @@ def without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def with_settings(kind: type[M], settings: Mapping[str, Any]) -> M:
-    """Make a module with settings out of several places: a threshold may stand in one of them, a rate in another."""
+def with_settings(kind: type[M], settings: Mapping[str, Any], *, quiet: bool = False) -> M:
+    """Make a module with settings out of several places: a threshold may stand in one of them, a rate in another.
+
+    ``quiet``: random weights are meant, so there is no warning.
+    """
     by_hand = {name: settings[name] for name in THRESHOLDS if name in settings}
-    module = kind(**{name: value for name, value in settings.items() if name not in by_hand})
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.simplefilter("ignore", UntrainedBackboneWarning)
+        module = kind(**{name: value for name, value in settings.items() if name not in by_hand})
     for name, value in by_hand.items():
         setattr(module, name, value)
     return module
@@ -274,14 +266,9 @@ def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) 
 
 
 def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
-    """Compare what a fitted model's checkpoint was made with to the model it is loaded into.
+    """Compare what a fitted model's checkpoint was made with to the model's own identity, with ``preprocessing``.
 
-    Args:
-        checkpoint: The checkpoint. Where it brings the backbone's weights, those of the model do not matter.
-        own: The model's identity, with ``preprocessing``.
-
-    Raises:
-        UserError: Naming every difference.
+    A `UserError` names every difference. Weights of the model do not matter where the file brings the backbone's.
     """
     saved, brings_weights = checkpoint["patchcore"]["identity"], holds_backbone(checkpoint)
     members = [identity.get("members", []) for identity in (saved, own)]

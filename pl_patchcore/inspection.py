@@ -347,17 +347,13 @@ def _score(
     score: Callable[[dict[str, Any]], dict[str, Tensor]],
     settings: Settings,
 ) -> Iterator[Inspection]:
-    samples = [sample for sample, _ in waiting]
+    batch: dict[str, Any] = {name: [sample[name] for sample, _ in waiting] for name in waiting[0][0]}
     with torch.inference_mode():
-        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-        outputs = score({name: _stacked(each) if name != "region" else each for name, each in batch.items()})
-        outputs = {name: value.cpu() for name, value in outputs.items()}
+        for name in batch.keys() - {"region"}:  # alone, a large image is not copied
+            batch[name] = torch.stack(batch[name]) if len(waiting) > 1 else batch[name][0][None]
+        outputs = {name: value.cpu() for name, value in score(batch).items()}
     for i, (sample, original) in enumerate(waiting):
         yield Inspection.of(outputs, i, geometry(sample), original, settings, sample.get("region"))
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # a large image is not copied
 
 
 def _read_again(path: Path, transform: Preprocessing, state: tuple[int, int]) -> Image.Image:
