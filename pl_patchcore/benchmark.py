@@ -261,12 +261,8 @@ def write_table(
 ) -> None:
     """Write ``benchmark.csv``, ``benchmark.json`` and ``benchmark.md``, and print the table.
 
-    Args:
-        folder: Where to.
-        lines: As of `table_lines`.
-        failed: What went wrong, by row.
-        published: Figures that stand beside ours.
-        others: Published figures of other settings, named below the table.
+    ``lines`` are those of `table_lines`, ``failed`` what went wrong, by row. The figures ``published`` stand beside
+    ours; those of ``others`` are named below the table.
     """
     notes = [f"{name} failed: {reason}" for name, reason in failed.items()]
     for other in reversed(others):

@@ -69,12 +69,7 @@ class Trainer(L.Trainer):
     by_category: dict[str, dict[str, Any]]  # settings of the model that differ; likewise
 
     def run(self, model: PatchCore, datamodule: AnomalyDataModule) -> None:
-        """Fit, then test where there are test images, in one process.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-        """
+        """Fit, then test where there are test images, in one process."""
         self.fit(model, datamodule=datamodule)
         if datamodule.records[1]:
             self.test(model, datamodule=datamodule, verbose=False)
@@ -310,7 +305,7 @@ class PatchCoreCLI(LightningCLI):
         if command in ("test", "validate", "predict", "update", "calibrate"):
             if self.ckpt_path in (None, "", "best", "last", "hpc"):
                 raise UserError(f"{command} needs ckpt_path, the checkpoint of a fitted model: the path of its file.")
-            self._read_checkpoint(parser, self.ckpt_path)
+            self._read_checkpoint(self.ckpt_path)
         parser.add_instantiator(self._make_data, AnomalyDataModule)
 
     def _by_category(self, named: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -344,16 +339,16 @@ class PatchCoreCLI(LightningCLI):
 
     def _make_data(self, kind: type[AnomalyDataModule], *_: Any, **values: Any) -> AnomalyDataModule:
         """Make the data module, and list its images before a backbone is fetched."""
-        made, command = kind(**values), self.config["subcommand"]
-        if command != "benchmark":  # which takes other categories than this one
+        made = kind(**values)
+        if (command := self.config["subcommand"]) != "benchmark":  # which takes other categories than this one
             made.look(command)
         return made
 
-    def _read_checkpoint(self, parser: LightningArgumentParser, path: str) -> None:
-        """Have the model made with the settings of a checkpoint, save what the user sets otherwise.
+    def _read_checkpoint(self, path: str) -> None:
+        """Read the settings of a checkpoint.
 
-        They are data from a file that may come from anywhere. So they do not go through the parser, which would read
-        a class and its arguments out of a string, but straight to the constructor.
+        The file may come from anywhere. So they do not go through the parser, which would read a class and its
+        arguments out of a string, but straight to the constructor.
         """
         checkpoint = read_checkpoint(path)
         self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
@@ -395,8 +390,7 @@ class PatchCoreCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give the Trainer a way to write checkpoints that leaves no half file, unless the user gives another."""
-        trainer = self.config_init[self.config["subcommand"]]["trainer"]
-        plugins = trainer["plugins"] or []
+        plugins = self.config_init[self.subcommand]["trainer"]["plugins"] or []
         plugins = list(plugins) if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeFiles())

@@ -51,11 +51,7 @@ with Path(__file__).with_suffix(".csv").open(newline="", encoding="utf-8") as _f
 
 
 def published_for(data: str, settings: Mapping[str, Any]) -> Published | None:
-    """Find the published run whose settings a configuration repeats.
-
-    Args:
-        data: Name of the data module's class.
-        settings: Settings of the model, all of them.
+    """Find the published run on a data module, by its class's name, with these settings of the model (all of them).
 
     Example:
         >>> settings = {"backbone": "wide_resnet50_2", "coreset_method": "greedy", "coreset_ratio": 0.1}
