@@ -445,7 +445,7 @@ def _benchmark_sets(words: Sequence[str], verbose: bool) -> None:
         raise UserError(f"benchmark: {' '.join(str(error).split())}") from error
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"datasets must be a list of configuration files, got {known.datasets}; [data/mvtec].")
+        raise UserError(f"datasets must be a list of configuration files, got {known.datasets}; try [data/mvtec].")
     sets = {Path(name).with_suffix("").name: name for name in names}
     if len(sets) < len(names):
         raise UserError(f"datasets: two files have one name, {', '.join(names)}; each names a folder of its own.")

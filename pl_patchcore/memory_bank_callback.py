@@ -212,9 +212,8 @@ class MemoryBankCallback(L.Callback):
             data.setup("fit")
             data = data.train_dataloader()
         if trainer.world_size > 1 and isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-            data = same_data(
-                data, DistributedSampler(data.dataset, trainer.world_size, trainer.global_rank, shuffle=False)
-            )
+            sampler: Any = DistributedSampler(data.dataset, trainer.world_size, trainer.global_rank, shuffle=False)
+            data = same_data(data, sampler)
         batches = length_hint(data) or None
         if trainer.fast_dev_run and limit is not None:  # type: ignore[attr-defined]
             batches = min(batches or limit, limit)
