@@ -3,8 +3,7 @@
 Each row (a category, or scene, at a number of shots and a seed) is a process of its own, ``pl-patchcore run``, in a
 folder of its own. So one that fails takes no other with it, memory is given back, and several run at once. A row is
 finished when its ``metrics.json`` is there, which is written whole; a benchmark that was stopped goes on with the
-rows that are not. The table says nothing of time, so that it is the same however often it was stopped. Several data
-sets are benchmarks of their own, each in a folder of its own, and a page that holds all their tables.
+others. Several data sets are benchmarks in folders of their own, and a page that holds all their tables.
 """
 
 from __future__ import annotations
@@ -179,17 +178,16 @@ def _start(job: Job, slot: int, processes: int) -> subprocess.Popen[bytes] | Non
         if job.figures() is not None:
             return None
         output.truncate(0)
-        if processes > 1:
-            job.settings["trainer"]["devices"] = 1
-        with whole_file(job.folder / "job.yaml") as partial:
-            partial.write_text(yaml.safe_dump(job.settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
         environment = dict(os.environ)
         if processes > 1:
+            job.settings["trainer"]["devices"] = 1
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
             visible = environment.get("CUDA_VISIBLE_DEVICES")
             gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        with whole_file(job.folder / "job.yaml") as partial:
+            partial.write_text(yaml.safe_dump(job.settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
         return subprocess.Popen(
             [sys.executable, "-m", "pl_patchcore", "run", "--config", str(job.folder / "job.yaml")],
             stdin=subprocess.DEVNULL,
@@ -263,14 +261,9 @@ def write_table(
 ) -> None:
     """Write ``benchmark.csv``, ``benchmark.json`` and ``benchmark.md``, and print the table.
 
-    Args:
-        folder: Where to.
-        lines: Lines of the table, as of `table_lines`.
-        failed: What went wrong, by row.
-        published: Figures that stand beside ours.
-        others: Published figures of other settings, named below the table.
+    ``lines`` are those of `table_lines`, ``failed`` what went wrong, by row. The figures ``published`` stand beside
+    ours; those of ``others`` are named below the table.
     """
-    _write_csv(folder, lines)
     notes = [f"{name} failed: {reason}" for name, reason in failed.items()]
     for other in reversed(others):
         had = ", ".join(f"{figure_name(key)} {value:.1f}" for key, value in other.average.items())
@@ -278,12 +271,9 @@ def write_table(
     if published is not None and _compared(lines):
         told = f"Published: {published.run} ({published.source}); in percent, with the difference of ours."
         notes.insert(0, told)
-    run = None if published is None else published.run
+    run, cells = None if published is None else published.run, _cells(lines)
     content = {"published": run, "failed": dict(failed), "notes": notes, "rows": list(lines)}
-    _write_json(folder, content)
-    cells = _cells(lines)
-    with whole_file(folder / "benchmark.md") as partial:
-        partial.write_text(_markdown(cells, notes), encoding="utf-8")
+    _write(folder, lines, content, _markdown(cells, notes))
     _print(cells, notes, folder)
 
 
@@ -297,38 +287,33 @@ def write_overview(folder: Path, failed: Mapping[str, str]) -> None:
         folder: Where to; its folders hold the benchmarks of the sets (`write_table`).
         failed: Each set, by the name of its folder, and what went wrong, empty where nothing did.
     """
-    paths = {name: folder / name / "benchmark.json" for name in failed}
-    sets: dict[str, Any] = {
-        name: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"notes": [], "rows": []}
-        for name, path in paths.items()
-    }
+    sets: dict[str, Any] = {}
     for name, reason in failed.items():
+        path = folder / name / "benchmark.json"
+        sets[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
         if not sets[name]["rows"]:
             sets[name] |= {"failed": {name: reason}, "notes": [f"{name} failed: {reason}"]}
-    _write_csv(folder, [{"dataset": name} | line for name, one in sets.items() for line in one["rows"]])
-    _write_json(folder, {"datasets": sets})
+    lines = [{"dataset": name} | line for name, one in sets.items() for line in one["rows"]]
     # of each set and number of shots the last line: the average, or the only one
-    last = {(name, line["shots"]): line | {"category": name} for name, one in sets.items() for line in one["rows"]}
+    last = {(line["dataset"], line["shots"]): line | {"category": line["dataset"]} for line in lines}
     cells = _cells(list(last.values()), "data set")
     pages = [_markdown(cells, [note for one in sets.values() if not one["rows"] for note in one["notes"]])]
     pages += [
         f"## {name}\n\n{_markdown(_cells(one['rows']), one['notes'])}" for name, one in sets.items() if one["rows"]
     ]
-    with whole_file(folder / "benchmark.md") as partial:
-        partial.write_text("\n".join(pages), encoding="utf-8")
+    _write(folder, lines, {"datasets": sets}, "\n".join(pages))
     _print(cells, [], folder)
 
 
-def _write_csv(folder: Path, lines: Sequence[Line]) -> None:
+def _write(folder: Path, lines: Sequence[Line], content: Mapping[str, Any], page: str) -> None:
+    """Write lines as CSV, content as JSON, and a page of Markdown."""
     with whole_file(folder / "benchmark.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
         writer.writeheader()
         writer.writerows(lines)
-
-
-def _write_json(folder: Path, content: Mapping[str, Any]) -> None:
-    with whole_file(folder / "benchmark.json") as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for ending, text in (("json", json.dumps(content, indent=2, ensure_ascii=False) + "\n"), ("md", page)):
+        with whole_file(folder / f"benchmark.{ending}") as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _markdown(cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -361,14 +346,14 @@ def _compared(lines: Sequence[Line]) -> list[str]:
 def _cells(lines: Sequence[Line], what: str = "category") -> list[list[str]]:
     """Header and rows as text, in percent; columns that hold nothing are left out."""
     with_shots = any(line["shots"] is not None for line in lines)
-    compared = _compared(lines)
+    keys, compared = _figure_keys(lines), _compared(lines)
     rows = [[what, *["shots"] * with_shots]]
-    for key in _figure_keys(lines):
+    for key in keys:
         rows[0] += [figure_name(key), *[f"published {figure_name(key)}"] * (key in compared)]
     for line in lines:
         missing = f" ({line['missing']} missing)" if line["missing"] else ""
         row = [line["category"] + missing, *[str(line["shots"] or "all")] * with_shots]
-        for key in _figure_keys(lines):
+        for key in keys:
             value, error, other = (line.get(name) for name in (key, f"{key}_se", f"{key}_published"))
             row.append(_text(value, 100, ".2f") + ("" if error is None else f" ± {100 * error:.2f}"))
             if key in compared:

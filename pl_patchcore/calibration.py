@@ -5,8 +5,7 @@ A threshold is set by the false-alarm rate that the user accepts: split conforma
 ``k = n + 1 - l`` with ``l = floor((n + 1) * rate)``; a new nominal image, drawn as they were, then exceeds it with
 probability ``l / (n + 1)``, whatever the distribution of scores (less where scores tie). Below ``1 / rate - 1``
 images no score is high enough; the highest one then serves, and promises ``1 / (n + 1)``. That is the average over
-draws of the n images. The rate that one draw gives follows Beta(l, n + 1 - l); `promised_rates` gives its mean and
-the value that it stays below in 95 of 100 draws.
+draws of the n images; the rate of one draw follows Beta(l, n + 1 - l) (see `promised_rates`).
 
 ``leave_one_out`` scores each training image against the memory bank without its own rows, so that no image is lost.
 The coreset is not selected again without the image, so neither the proof of the split nor the bound of the jackknife+
@@ -47,19 +46,10 @@ STREAM = 1  # of random numbers: a split of the data set by the same seed must n
 
 
 def calibration_kind(kind: CalibrationKind | None, share: float, most: int, drop: bool = False) -> CalibrationKind:
-    """Look at the arguments of a `PatchCore` that are about calibration.
+    """``calibration`` of a `PatchCore`, or what stands for null.
 
-    Args:
-        kind: ``calibration``.
-        share: ``calibration_share``.
-        most: ``calibration_images``.
-        drop: ``drop_suspicious``.
-
-    Returns:
-        ``kind``, or what stands for null.
-
-    Raises:
-        UserError: If one is out of range, or they contradict each other.
+    A `UserError` if ``calibration_share``, ``calibration_images`` or ``drop_suspicious`` is out of range, or they
+    contradict each other.
     """
     if not 0 <= share < 1:
         raise UserError(f"calibration_share must be in [0, 1), got {share}.")
@@ -104,15 +94,7 @@ def is_held_out(index: int, share: float, seed: int) -> bool:
 
 
 def draw_one_of_each(groups: Mapping[int, int], seed: int, most: int | None = None) -> frozenset[int]:
-    """Draw one image of each group, of at most ``most`` groups (None: all).
-
-    Args:
-        groups: Group of each image.
-        seed: Seed of the draw.
-        most: Groups to draw.
-
-    Returns:
-        The images drawn.
+    """Draw one image of each group, of at most ``most`` groups (None: all); ``groups`` names the group of each image.
 
     Example:
         >>> sorted(draw_one_of_each({0: 7, 1: 7, 2: 8}, seed=0))
@@ -125,28 +107,29 @@ def draw_one_of_each(groups: Mapping[int, int], seed: int, most: int | None = No
     return frozenset(draw.permutation(sorted(of_group.values()))[:most].tolist())
 
 
-def conformal_threshold(scores: Tensor, rate: float) -> tuple[float, float]:
-    """Threshold that nominal scores exceed at a given rate.
+def conformal_threshold(scores: Tensor, rate: float) -> float:
+    """Threshold that nominal scores exceed at a given rate (see `promised_rates`); scores above it are alarms.
 
     Args:
         scores: Scores of held-out nominal images, ``(n,)``, n at least 1.
         rate: False-alarm rate accepted, in (0, 1).
 
-    Returns:
-        The threshold (scores above it are alarms), and the false-alarm rate it promises: at most ``rate``, or
-        ``1 / (n + 1)`` where that is more (see `images_needed`).
-
     Example:
         >>> conformal_threshold(torch.arange(1.0, 20.0), 0.1)  # 19 images: the 18th smallest
-        (18.0, 0.1)
+        18.0
     """
-    n = len(scores)
-    above = max(1, math.floor((n + 1) * rate + SLACK))  # of n + 1 exchangeable scores, so many exceed it
-    return scores.sort().values[n - above].item(), above / (n + 1)
+    return scores.sort().values[len(scores) - _alarms(len(scores), rate)].item()
+
+
+def _alarms(n: int, rate: float) -> int:
+    """Of n + 1 exchangeable scores, how many exceed the threshold."""
+    return max(1, math.floor((n + 1) * rate + SLACK))
 
 
 def promised_rates(n: int, rate: float) -> tuple[float, float]:
     """Share of new nominal images above `conformal_threshold`: on average, and not exceeded with 95 % confidence.
+
+    The first is at most ``rate``, or ``1 / (n + 1)`` where that is more (see `images_needed`).
 
     Example:
         >>> [round(share, 3) for share in promised_rates(5, 0.05)]
@@ -154,7 +137,7 @@ def promised_rates(n: int, rate: float) -> tuple[float, float]:
     """
     from scipy.special import betaincinv  # takes a fifth of a second to import
 
-    above = max(1, math.floor((n + 1) * rate + SLACK))
+    above = _alarms(n, rate)
     return above / (n + 1), float(betaincinv(above, n + 1 - above, CONFIDENCE))
 
 
@@ -197,7 +180,7 @@ class Calibration(nn.Module):
         by_hand: Thresholds set by hand, by name.
 
     Raises:
-        UserError: For a value out of range, when it is set, too.
+        UserError: For a value out of range, also when it is set later.
 
     Example:
         >>> calibration = Calibration(false_alarm_rate=0.5)
@@ -223,8 +206,8 @@ class Calibration(nn.Module):
         self.register_buffer("images", torch.empty(0, dtype=torch.int32))
         self.register_load_state_dict_pre_hook(_take_sizes)  # type: ignore[no-untyped-call]
         self.by_hand: dict[str, float] = {}
-        self.false_alarm_rate, self.image_threshold = false_alarm_rate, image_threshold
-        self.pixel_threshold = pixel_threshold
+        self.false_alarm_rate = false_alarm_rate
+        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
 
     def fill(self, scores: Tensor, peaks: Tensor, images: Tensor | None = None) -> None:
         """Take in the scores, the peaks of the maps and the indices of all images, ``(n,)`` each; None: 0 to n - 1."""
@@ -279,11 +262,7 @@ class Calibration(nn.Module):
 
     @property
     def false_alarm_rate(self) -> float:
-        """Share of nominal images, in (0, 1), that may exceed the thresholds; setting it moves those not set by hand.
-
-        Raises:
-            UserError: When it is set to anything else.
-        """
+        """Share of nominal images, in (0, 1), that may exceed thresholds; setting it moves those not set by hand."""
         return self._rate
 
     @false_alarm_rate.setter
@@ -297,9 +276,6 @@ class Calibration(nn.Module):
         """Score above which an image is anomalous; None where there is none.
 
         Set by hand, or the score that nominal images exceed at ``false_alarm_rate``; None brings the latter back.
-
-        Raises:
-            UserError: When it is set to what is no number above 0.
         """
         return self._threshold("image_threshold", self.scores)
 
@@ -317,7 +293,7 @@ class Calibration(nn.Module):
         self._set_by_hand("pixel_threshold", value)
 
     def _threshold(self, name: str, nominal: Tensor) -> float | None:
-        calibrated = conformal_threshold(nominal, self._rate)[0] if len(nominal) else None
+        calibrated = conformal_threshold(nominal, self._rate) if len(nominal) else None
         return self.by_hand.get(name, calibrated)
 
     def _set_by_hand(self, name: str, value: float | None) -> None:
@@ -346,8 +322,8 @@ class Calibration(nn.Module):
             kind: Where the scores are from.
 
         Raises:
-            UserError: If the calibrated threshold is 0, which no score can be compared to; of ``leave_one_out`` there
-                is none then, and a warning.
+            UserError: If the calibrated threshold is 0, which no score can be compared to; with ``leave_one_out`` the
+                scores are forgotten instead, with a warning.
         """
         try:
             self._tell_calibrated(kind)
@@ -372,10 +348,10 @@ class Calibration(nn.Module):
             log.info("%s is set by hand: %g.", name, value)
 
     def _tell_calibrated(self, kind: CalibrationKind) -> None:
-        if not (n := len(self.scores)):
+        n, rate = len(self.scores), self._rate
+        if n == 0:
             return
-        rate = self._rate
-        threshold, (expected, at_most) = conformal_threshold(self.scores, rate)[0], promised_rates(n, rate)
+        threshold, (expected, at_most) = conformal_threshold(self.scores, rate), promised_rates(n, rate)
         if threshold <= 0:
             raise UserError(
                 f"the threshold is {threshold:g}: {_NAMES[kind]} score 0, as copies of training images do; give images "
@@ -385,7 +361,7 @@ class Calibration(nn.Module):
         log.info(
             "thresholds from %d %s%s: %.4g for anomaly scores, %.4g for anomaly maps; of new nominal images %s%.2g %% "
             "exceed each on average, and with %.0f %% confidence at most %.2g %%.",
-            *(n, _NAMES[kind], earlier, threshold, conformal_threshold(self.peaks, rate)[0]),
+            *(n, _NAMES[kind], earlier, threshold, conformal_threshold(self.peaks, rate)),
             *("approximately " * (kind == "leave_one_out"), 100 * expected, 100 * CONFIDENCE, 100 * at_most),
         )
         if n < images_needed(rate):

@@ -1,8 +1,7 @@
 """Checkpoints: reading with clear errors, and refusing another model's.
 
-A checkpoint is Lightning's, loaded with ``weights_only=True``. Beside Lightning's own keys it holds ``patchcore``: the
-format's version, whether there is a memory bank, and what that depends on (`PatchCoreModel.identity` and the
-preprocessing), in plain values.
+A checkpoint is Lightning's, with the key ``patchcore``: the format's version, whether there is a memory bank, and what
+that depends on (`PatchCoreModel.identity` and the preprocessing), in plain values.
 """
 
 from __future__ import annotations
@@ -82,11 +81,7 @@ def read_checkpoint(source: Source) -> Checked:
 
 
 def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
-    """Refuse what is no checkpoint of a fitted PatchCore of this version, whole and in order.
-
-    Raises:
-        UserError: With the reason.
-    """
+    """Refuse what is no checkpoint of a fitted PatchCore of this version, by a `UserError` with the reason."""
     mark = checkpoint.get("patchcore") if isinstance(checkpoint, dict) else None
     if not isinstance(mark, dict) or not is_plain(mark) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{name}: is no checkpoint of PatchCore; give the .ckpt file that its fit has written.")
@@ -114,16 +109,10 @@ def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:
 
 
 def check_state(module: L.LightningModule, saved: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Compare the tensors of a checkpoint to those of the module that they are loaded into.
+    """Compare a checkpoint's ``state_dict``, with the backbone's weights, to the `PatchCore` that it is loaded into.
 
-    Args:
-        module: A `PatchCore`.
-        saved: The checkpoint's ``state_dict``, the backbone's weights among them.
-        strict: Whether tensors may be missing or left over.
-
-    Raises:
-        UserError: Naming the first tensor that is missing, unknown, or of another type or shape, or the bank that
-            no patch features of this model can make up.
+    A `UserError` names the first tensor that is of another type or shape, or (``strict``) missing or unknown, or the
+    memory bank that no patch features of this model can make up.
     """
     own = {key: value for key, value in module.state_dict().items() if key in saved or not key.endswith(LATER)}
     for key in sorted({*own, *saved} if strict else {*own} & {*saved}):
@@ -176,9 +165,7 @@ def is_frozen(key: str) -> bool:
 def mark_of(module: Any, began: bool) -> dict[str, Any]:
     """What a checkpoint of a `PatchCore` says of itself, in plain values: its key ``patchcore``.
 
-    Args:
-        module: The module.
-        began: Whether a fit has taken in images.
+    ``began`` tells whether a fit has taken in images.
     """
     return {
         "format": FORMAT,
@@ -190,7 +177,7 @@ def mark_of(module: Any, began: bool) -> dict[str, Any]:
 
 
 def check_against(module: Any, checkpoint: dict[str, Any], path: str | PathLike[str] | None = None) -> None:
-    """Refuse a checkpoint whose memory bank was not made with a module's features.
+    """Refuse a checkpoint whose memory bank was not made with a module's features, or whose file is damaged.
 
     Args:
         module: The `PatchCore` that it is loaded into; its weights are identified.
@@ -198,7 +185,7 @@ def check_against(module: Any, checkpoint: dict[str, Any], path: str | PathLike[
         path: File that it was read from.
 
     Raises:
-        UserError: As `require_fitted`, `check_identity` and `check_state`, and for a damaged file.
+        UserError: As `require_fitted`, `check_identity` and `check_state`.
     """
     if not isinstance(checkpoint, Checked):
         require_fitted(checkpoint)
@@ -216,7 +203,7 @@ def holds_backbone(checkpoint: dict[str, Any]) -> bool:
 
 
 def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, Any], name: str) -> M:
-    """Make the module of a checkpoint with its hyper-parameters, which are plain values, and those given.
+    """Make the module of a checkpoint with its hyper-parameters, which are plain values.
 
     Args:
         kind: Class of the module.
@@ -225,8 +212,7 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
         name: Name of the file, for errors.
 
     Raises:
-        UserError: If an argument is unknown, one is missing that a file cannot hold, or those given contradict each
-            other.
+        UserError: If an argument is unknown or missing, or those given contradict each other.
     """
     refuse_rate_beside_threshold([name for name, value in overrides.items() if value is not None])
     saved = checkpoint.get("hyper_parameters", {})
@@ -238,10 +224,8 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
                 f"load_from_checkpoint(path, {argument}=...)."
             )
     brings_weights = holds_backbone(checkpoint) and "weights" in arguments and "weights" not in overrides
-    with warnings.catch_warnings():
-        if brings_weights:
-            warnings.simplefilter("ignore", UntrainedBackboneWarning)
-        module = with_settings(kind, (without_weights(arguments) if brings_weights else arguments) | dict(overrides))
+    settings = (without_weights(arguments) if brings_weights else arguments) | dict(overrides)
+    module = with_settings(kind, settings, quiet=brings_weights)
     if brings_weights:
         kept = arguments.keys() & {"weights", "ensemble"} - overrides.keys()
         module.hparams.update({name: arguments[name] for name in kept})
@@ -256,21 +240,23 @@ def without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def with_settings(kind: type[M], settings: Mapping[str, Any]) -> M:
-    """Make a module with settings out of several places: a threshold may stand in one of them, a rate in another."""
+def with_settings(kind: type[M], settings: Mapping[str, Any], *, quiet: bool = False) -> M:
+    """Make a module with settings out of several places: a threshold may stand in one of them, a rate in another.
+
+    ``quiet``: random weights are meant, so there is no warning.
+    """
     by_hand = {name: settings[name] for name in THRESHOLDS if name in settings}
-    module = kind(**{name: value for name, value in settings.items() if name not in by_hand})
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.simplefilter("ignore", UntrainedBackboneWarning)
+        module = kind(**{name: value for name, value in settings.items() if name not in by_hand})
     for name, value in by_hand.items():
         setattr(module, name, value)
     return module
 
 
 def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) -> dict[str, Any]:
-    """Check a checkpoint's hyper-parameters: data, which must name arguments and hold plain values.
-
-    Raises:
-        UserError: Naming the first one that does not.
-    """
+    """A checkpoint's hyper-parameters, checked: a `UserError` names one that is no argument or no plain value."""
     for name, value in saved.items():
         if name not in known:
             raise UserError(f"{path}: PatchCore has no argument {name!r}, as the file does; fit again.")
@@ -280,39 +266,32 @@ def plain_settings(saved: Mapping[str, Any], known: Collection[str], path: str) 
 
 
 def check_identity(checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
-    """Compare what a checkpoint's memory bank was made with to the model it is loaded into.
+    """Compare what a fitted model's checkpoint was made with to the model's own identity, with ``preprocessing``.
 
-    Args:
-        checkpoint: A checkpoint of a fitted model.
-        own: The model's identity, with ``preprocessing``. Its weights do not matter where the file brings some.
-
-    Raises:
-        UserError: Naming every difference.
+    A `UserError` names every difference. Weights of the model do not matter where the file brings the backbone's.
     """
-    saved = checkpoint["patchcore"]["identity"]
-    if len(saved.get("members", ())) != len(own.get("members", ())):
-        kinds = [f"an ensemble of {len(m)}" if (m := x.get("members")) else "a single model" for x in (saved, own)]
+    saved, brings_weights = checkpoint["patchcore"]["identity"], holds_backbone(checkpoint)
+    members = [identity.get("members", []) for identity in (saved, own)]
+    if len(members[0]) != len(members[1]):
+        kinds = [f"an ensemble of {len(found)}" if found else "a single model" for found in members]
         raise UserError(f"the checkpoint is of {kinds[0]}, this is {kinds[1]}; give the model it was fitted with.")
-    shared = [{"preprocessing": x["preprocessing"]} for x in (saved, own)]
-    pairs = list(zip(saved.get("members", [saved]), own.get("members", [own]), strict=True))
-    for theirs, ours in pairs:
-        _compare(theirs | shared[0], ours | shared[1], holds_backbone(checkpoint))
+    of_images = _OF_OLD | saved["preprocessing"], own["preprocessing"]
+    for theirs, ours in zip(members[0] or [saved], members[1] or [own], strict=True):
+        _compare(theirs | of_images[0], ours | of_images[1], brings_weights)
 
 
 def _compare(saved: dict[str, Any], own: dict[str, Any], brings_weights: bool) -> None:
-    theirs = _OF_OLD | saved.get("preprocessing", {})
-    pairs = [(key, saved.get(key), value) for key, value in own.items() if key != "preprocessing"]
-    pairs += [(key, theirs.get(key), value) for key, value in own["preprocessing"].items()]
-    other = [pair for pair in pairs if pair[1] != pair[2] and not (brings_weights and pair[0] == "backbone_sha256")]
+    left_out = {"preprocessing", *["backbone_sha256"] * brings_weights}
+    other = {key: value for key, value in own.items() if key not in left_out and saved.get(key) != value}
     if not other:
         return
-    if [key for key, _, _ in other] == ["backbone_sha256"]:
+    if [*other] == ["backbone_sha256"]:
         raise UserError(
             f"the checkpoint was fitted with other weights of {saved.get('backbone')} "
             f"(sha256 {_short(saved.get('backbone_sha256'))}, here {_short(own['backbone_sha256'])}); give the same "
             "weights, with weights=<path> if they lie elsewhere."
         )
-    listed = "; ".join(f"{key} {_short(a)}, here {_short(b)}" for key, a, b in other)
+    listed = "; ".join(f"{key} {_short(saved.get(key))}, here {_short(value)}" for key, value in other.items())
     raise UserError(f"the checkpoint was fitted with other settings: {listed}; use those, or fit again.")
 
 
@@ -321,10 +300,7 @@ def _short(value: Any) -> str:
 
 
 def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those of a `PatchCore`'s arguments that have a plain form, in it, and the names of the others.
-
-    Paths of weights and masks become absolute, to hold in any folder.
-    """
+    """Those of a `PatchCore`'s arguments that have a plain form, in it, and the names of the others."""
     found: dict[str, Any] = {}
     left_out = []
     for name, value in arguments.items():
@@ -332,11 +308,18 @@ def plain_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[
             found[name] = plain(value)
         except TypeError:
             left_out.append(name)
-    for each in (found, *((found.get("ensemble") or {}).get("members") or ())):
+    make_paths_absolute(found)
+    return found, left_out
+
+
+def make_paths_absolute(settings: Any) -> None:
+    """Make the paths of weights and masks in a model's settings absolute, to hold in any folder."""
+    for each in (settings, *((settings.get("ensemble") or {}).get("members") or ())):
         if isinstance(name := each.get("weights"), str):
             each["weights"] = str(weights_path(name) or name)
-    found |= {name: str(Path(found[name]).absolute()) for name in ("roi", "ignore") if isinstance(found.get(name), str)}
-    return found, left_out
+    for name in ("roi", "ignore"):
+        if isinstance(path := settings.get(name), str):
+            settings[name] = str(Path(path).absolute())
 
 
 def plain(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """The command ``pl-patchcore``: fit, validate, test, predict, run (fit, then test), update, calibrate and benchmark.
 
-``export`` has neither data module nor Trainer, and is in `export/command.py`. The others are Lightning's command
-line, with four things of its own: settings have one order (`configs.ordered`); ``ckpt_path`` brings
-the model's settings; what a user can put right, such as a misspelt option, is said in one line without a traceback;
-reports are written after test and predict. `commands.py` answers what needs no torch, `option_errors.py` words errors.
+``export`` is in `export/command.py`. The others are Lightning's command line, with four things of its own: settings
+have one order (`configs.ordered`); ``ckpt_path`` brings the model's settings; what a user can put right is said in one
+line without a traceback; reports are written after test and predict. `commands.py` answers what needs no torch,
+`option_errors.py` words errors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 import pl_patchcore.data
 from pl_patchcore.backbone import UntrainedBackboneWarning
-from pl_patchcore.checkpoint import holds_backbone, plain_settings, read_checkpoint, with_settings, without_weights
+from pl_patchcore.checkpoint import (
+    holds_backbone,
+    make_paths_absolute,
+    plain_settings,
+    read_checkpoint,
+    with_settings,
+    without_weights,
+)
 from pl_patchcore.commands import COMMANDS, HELP_INDENT, answered, fail, shorten
 from pl_patchcore.configs import comes_with_the_package, config_file, is_recipe, ordered, read_config
 from pl_patchcore.data import AnomalyDataModule
@@ -49,7 +56,6 @@ from pl_patchcore.option_errors import in_one_line
 from pl_patchcore.options import GROUPS, check_arguments, options_of, refuse_rate_beside_threshold, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport, TrainingImagesReport
-from pl_patchcore.weights_file import weights_path
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +69,7 @@ class Trainer(L.Trainer):
     by_category: dict[str, dict[str, Any]]  # settings of the model that differ; likewise
 
     def run(self, model: PatchCore, datamodule: AnomalyDataModule) -> None:
-        """Fit, then test where there are test images, in one process.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-        """
+        """Fit, then test where there are test images, in one process."""
         self.fit(model, datamodule=datamodule)
         if datamodule.records[1]:
             self.test(model, datamodule=datamodule, verbose=False)
@@ -83,9 +84,7 @@ class Trainer(L.Trainer):
             datamodule: The data.
             ckpt_path: Checkpoint of the fitted model; the updated one is written to the run's folder.
         """
-        checkpoint = read_checkpoint(ckpt_path)
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
+        _load(model, ckpt_path)
         model.update(self, datamodule=datamodule)
 
     def calibrate(self, model: PatchCore, datamodule: AnomalyDataModule, ckpt_path: str = "") -> None:
@@ -103,9 +102,7 @@ class Trainer(L.Trainer):
             return
         folder = output_folder(self)
         lock = hold(folder)
-        checkpoint = read_checkpoint(ckpt_path)
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
+        _load(model, ckpt_path)
         datamodule.transform = datamodule.transform or model.transform
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -160,6 +157,12 @@ class Trainer(L.Trainer):
         benchmark.write_table(Path(folder), benchmark.table_lines(jobs, beside), failed, beside, others)
         if failed:
             raise UserError(f"{len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}; start again to retry.")
+
+
+def _load(model: PatchCore, path: str) -> None:
+    checkpoint = read_checkpoint(path)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
 
 
 class _Parser(LightningArgumentParser):
@@ -278,11 +281,7 @@ class PatchCoreCLI(LightningCLI):
             raise UserError(in_one_line(str(error), self.command_parser.get_defaults().keys())) from error
         command = self.config["subcommand"]
         self.chosen: Any = self.config[command]  # settings of the command
-        if isinstance(weights := self.chosen["model"]["weights"], str):  # a path is saved as one for any folder
-            self.chosen["model"]["weights"] = str(weights_path(weights) or weights)
-        for name in ("roi", "ignore"):
-            if isinstance(path := self.chosen["model"][name], str):
-                self.chosen["model"][name] = str(Path(path).absolute())
+        make_paths_absolute(self.chosen["model"])
         # Next, Lightning would put the checkpoint's settings over the user's own, by way of YAML. It offers no way to
         # leave that out; it does without where there is no ckpt_path.
         self.ckpt_path = self.chosen.pop("ckpt_path", None)
@@ -301,12 +300,12 @@ class PatchCoreCLI(LightningCLI):
             self.given["calibration"] = self.chosen["model"]["calibration"] = None  # a share asks for a split
         parser.add_instantiator(self._make_model, PatchCore)
         seed = self.chosen.get("seed_everything")
-        if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}.")
         if command in ("test", "validate", "predict", "update", "calibrate"):
             if self.ckpt_path in (None, "", "best", "last", "hpc"):
                 raise UserError(f"{command} needs ckpt_path, the checkpoint of a fitted model: the path of its file.")
-            self._read_checkpoint(parser, self.ckpt_path)
+            self._read_checkpoint(self.ckpt_path)
         parser.add_instantiator(self._make_data, AnomalyDataModule)
 
     def _by_category(self, named: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -335,33 +334,28 @@ class PatchCoreCLI(LightningCLI):
             else:
                 self.chosen["model"][name] = value
         if differ:
-            log.info(
-                "by_category: %s has %s.", category, ", ".join(f"{name} {value}" for name, value in differ.items())
-            )
+            listed = ", ".join(f"{name} {value}" for name, value in differ.items())
+            log.info("by_category: %s has %s.", category, listed)
 
     def _make_data(self, kind: type[AnomalyDataModule], *_: Any, **values: Any) -> AnomalyDataModule:
         """Make the data module, and list its images before a backbone is fetched."""
-        made, command = kind(**values), self.config["subcommand"]
-        if command != "benchmark":  # which takes other categories than this one
+        made = kind(**values)
+        if (command := self.config["subcommand"]) != "benchmark":  # which takes other categories than this one
             made.look(command)
         return made
 
-    def _read_checkpoint(self, parser: LightningArgumentParser, path: str) -> None:
-        """Have the model made with the settings of a checkpoint, save what the user sets otherwise.
+    def _read_checkpoint(self, path: str) -> None:
+        """Read the settings of a checkpoint.
 
-        They are data from a file that may come from anywhere. So they do not go through the parser, which would read
-        a class and its arguments out of a string, but straight to the constructor.
+        The file may come from anywhere. So they do not go through the parser, which would read a class and its
+        arguments out of a string, but straight to the constructor.
         """
         checkpoint = read_checkpoint(path)
         self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
         if "backbone" not in self.saved and "backbone" not in self.given:
-            raise UserError(
-                f"{path} was fitted with a module as backbone; give it as model.backbone, or load it in Python."
-            )
+            raise UserError(f"{path} was fitted with a module as backbone; give it as model.backbone.")
         model = self.chosen["model"]
-        changed = [
-            name for name in ("weights", "backbone") if name in self.given and model[name] != self.saved.get(name)
-        ]
+        changed = any(n in self.given and model[n] != self.saved.get(n) for n in ("weights", "backbone"))
         self.brings_weights = holds_backbone(checkpoint) and not changed
 
     def _make_model(self, kind: type[PatchCore], *_: Any, **values: Any) -> PatchCore:
@@ -371,11 +365,9 @@ class PatchCoreCLI(LightningCLI):
         settings = dict(self.saved)
         for name, value in vars(self.given).items():
             settings[name] = {**settings.get(name, {}), **vars(value)} if name in GROUPS else values[name]
-        with warnings.catch_warnings():
-            if self.brings_weights:
-                settings = without_weights(settings)  # the checkpoint's own are loaded over the random ones
-                warnings.simplefilter("ignore", UntrainedBackboneWarning)
-            return with_settings(kind, settings)
+        if self.brings_weights:
+            settings = without_weights(settings)  # the checkpoint's own are loaded over the random ones
+        return with_settings(kind, settings, quiet=self.brings_weights)
 
     def before_instantiate_classes(self) -> None:
         """Do not collect predictions, maps and all, in memory: they are written as they come."""
@@ -398,8 +390,7 @@ class PatchCoreCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give the Trainer a way to write checkpoints that leaves no half file, unless the user gives another."""
-        trainer = self.config_init[self.config["subcommand"]]["trainer"]
-        plugins = trainer["plugins"] or []
+        plugins = self.config_init[self.subcommand]["trainer"]["plugins"] or []
         plugins = list(plugins) if isinstance(plugins, Sequence) and not isinstance(plugins, str) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeFiles())
@@ -414,7 +405,7 @@ class PatchCoreCLI(LightningCLI):
         """Let the saved configuration hold only what the user sets, so that every command can start with it."""
         if self.saved:  # a checkpoint brings the rest of the model
             self.chosen["model"] = self.given
-        for name in ("verbose", "return_predictions", *["ckpt_path"] * (self.ckpt_path is None)):
+        for name in ("verbose", "return_predictions"):
             self.chosen.pop(name, None)
 
     def after_fit(self) -> None:
@@ -454,9 +445,7 @@ def _benchmark_sets(words: Sequence[str], verbose: bool) -> None:
         raise UserError(f"benchmark: {' '.join(str(error).split())}") from error
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f"datasets must be a list of configuration files, got {known.datasets}; [data/mvtec,data/visa]."
-        )
+        raise UserError(f"datasets must be a list of configuration files, got {known.datasets}; try [data/mvtec].")
     sets = {Path(name).with_suffix("").name: name for name in names}
     if len(sets) < len(names):
         raise UserError(f"datasets: two files have one name, {', '.join(names)}; each names a folder of its own.")
@@ -484,7 +473,7 @@ def _unreadable(name: str) -> str:
         raise UserError(f"datasets: {name} names no data set; it needs data with class_path.")
     kind = getattr(pl_patchcore.data, str(data["class_path"]), None)
     try:
-        made = kind(**(data.get("init_args") or {})) if kind is not None else None
+        made = None if kind is None else kind(**(data.get("init_args") or {}))
         if made is not None and not made.download and not made.categories():
             _ = made.listed
     except (UserError, TypeError) as error:

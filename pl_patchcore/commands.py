@@ -42,14 +42,7 @@ options:
 
 
 def answered(words: Sequence[str]) -> bool:
-    """Answer what needs no command: help and version, and words that do not begin with a command.
-
-    Args:
-        words: Words of the command line.
-
-    Returns:
-        Whether that was all that was asked for.
-    """
+    """Answer what needs no command: help, version, and words that begin with none. Returns whether that was all."""
     first = next((word for word in words if word != "-v"), "")
     if first in ("-h", "--help"):
         rows = (f"  {name:12} {text}" for name, text in COMMANDS.items())

@@ -1,7 +1,7 @@
 """The YAML files that come with the package: recipes, data sets, Trainers.
 
-They are the only copy of the recipes. ``pl-patchcore --config recipes/mtd`` and ``PatchCore.from_recipe("mtd")`` read
-them. In the repository they lie in ``configs/``; the wheel holds them as package data.
+``pl-patchcore --config recipes/mtd`` and ``PatchCore.from_recipe("mtd")`` read them. In the repository they lie in
+``configs/``; the wheel holds them as package data.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ def config_names(folder: str = "") -> list[str]:
 
 
 def config_file(name: str | Path) -> Path:
-    """Find a configuration file: a path, or the name of one that comes with the package.
-
-    Raises:
-        UserError: If there is no such file.
+    """Find a configuration file, by its path or the name of one in the package; a `UserError` if there is none.
 
     Example:
         >>> config_file("data/folder").name
@@ -42,18 +39,12 @@ def config_file(name: str | Path) -> Path:
         return path
     if str(name) not in names:
         alike = nearest(path.with_suffix("").as_posix(), names)
-        raise UserError(
-            f"{name}: no such configuration file, nor one that comes with PatchCore; did you mean {alike!r}?"
-        )
+        raise UserError(f"{name}: no such configuration file, here or in the package; did you mean {alike!r}?")
     return CONFIGS / f"{name}.yaml"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a configuration file.
-
-    Raises:
-        UserError: If it is no YAML, or holds no options by name.
-    """
+    """Read a configuration file; a `UserError` if it is no YAML, or holds no options by name."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -64,14 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def recipe(name: str, category: str | None = None) -> dict[str, Any]:
-    """The arguments of `PatchCore` that a recipe sets.
-
-    Args:
-        name: The recipe's.
-        category: Category of a data set, for which it may set others.
-
-    Raises:
-        UserError: If there is no such recipe.
+    """The arguments of `PatchCore` that a recipe sets, with those for a category; a `UserError` if there is none.
 
     Example:
         >>> recipe("mstc")["layers"]
@@ -89,12 +73,7 @@ def recipe(name: str, category: str | None = None) -> dict[str, Any]:
 def with_category(
     model: Mapping[str, Any], by_category: Mapping[str, Any] | None, category: str | None
 ) -> dict[str, Any]:
-    """Settings of a model with those of a category over them.
-
-    Args:
-        model: Arguments of `PatchCore`; groups of options as dicts.
-        by_category: Those that differ, by category: the key ``by_category`` of a configuration file.
-        category: The category; None, or one that is not named: nothing differs.
+    """Settings of a model, groups of options as dicts, with those that ``by_category`` has for a category over them.
 
     Example:
         >>> with_category({"sigma": 4.0, "resize": 448}, {"screw": {"resize": 672}}, "screw")
@@ -110,9 +89,6 @@ def ordered(words: Sequence[str]) -> list[str]:
 
     First the defaults for images of one's own, where the data module is `FolderDataModule` or none is named; then
     recipes that come with the package, other configuration files, and options.
-
-    Args:
-        words: The command and its options.
 
     Example:
         >>> ordered(["fit", "--data.nominal", "good", "-c", "recipes/official"])[:3]

@@ -91,11 +91,7 @@ def _existing(folder: Path) -> Path:
 
 
 def hold(folder: Path) -> FileLock:
-    """Take a folder for this run's reports, until the lock is released or the process ends.
-
-    Raises:
-        UserError: If another run writes into it.
-    """
+    """Take a folder for this run, until the lock is released or the process ends; a `UserError` if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
     # may be taken again by this process, which a lock knows by its path
     lock = FileLock(folder.resolve() / ".in_use", blocking=False, is_singleton=True)
@@ -107,11 +103,7 @@ def hold(folder: Path) -> FileLock:
 
 
 def check_output(folder: Path) -> None:
-    """Make a folder for what a run writes, and see whether it takes files, before the work.
-
-    Raises:
-        UserError: If it does not.
-    """
+    """Make a folder for what a run writes; a `UserError`, before the work, if it takes no files."""
     with whole_file(folder / ".check") as partial:
         partial.write_bytes(bytes(FULL))
     (folder / ".check").unlink()

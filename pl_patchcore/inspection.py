@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class Inspection:
         region: Which pixels of the original count, 0 or 1, ``(H, W)``; None: all.
 
     Attributes:
-        threshold: The image threshold, or None.
-        pixel_threshold: The threshold of maps, or None.
+        threshold: Anomaly score above which an image is anomalous; None where the model has no threshold.
+        pixel_threshold: Value of the map above which a pixel is in ``mask``; likewise.
 
     Example:
         >>> heat = np.array([[1, 1, 5, 1], [1, 1, 1, 1]], np.float32)
@@ -96,7 +96,8 @@ class Inspection:
         region: np.ndarray | None = None,
     ) -> None:
         self.score, self.anomalous, self.p_value = score, anomalous, p_value
-        self.size, self._original, self._settings = original_size, original, settings
+        self.threshold, self.pixel_threshold = settings.threshold, settings.pixel_threshold
+        self.size, self._original, self._least_area = original_size, original, settings.least_area
         self._box = tuple(crop_box or (0.0, 0.0, *original_size))
         as_it_is = heat.shape == tuple(original_size) and self._box == (0, 0, *original_size)
         self._heat = heat if as_it_is else filled(torch.from_numpy(heat)).numpy()
@@ -112,16 +113,7 @@ class Inspection:
         settings: Settings,
         region: Tensor | None = None,
     ) -> Inspection:
-        """What was found in image ``i`` of a batch.
-
-        Args:
-            outputs: As `PatchCore.judge` gives them.
-            i: Number of the image in the batch.
-            place: As `geometry` gives it.
-            original: See the class.
-            settings: See the class.
-            region: See the class.
-        """
+        """What was found in image ``i`` of a batch: of ``outputs`` by `PatchCore.judge`, ``place`` by `geometry`."""
         heat = outputs["anomaly_map"][i].float().cpu()
         if heat.untyped_storage().nbytes() > heat.nbytes:
             heat = heat.clone()  # free of the batch
@@ -138,18 +130,7 @@ class Inspection:
         )
 
     def __repr__(self) -> str:
-        height, width = self.size
-        return f"<Inspection: {self.sentence}; {height}x{width} pixels>"
-
-    @property
-    def threshold(self) -> float | None:
-        """Anomaly score above which an image is anomalous; None where the model has no threshold."""
-        return self._settings.threshold
-
-    @property
-    def pixel_threshold(self) -> float | None:
-        """Value of the map above which a pixel is in ``mask``; None where the model has no threshold."""
-        return self._settings.pixel_threshold
+        return f"<Inspection: {self.sentence}; {self.size[0]}x{self.size[1]} pixels>"
 
     @property
     def verdict(self) -> str | None:
@@ -168,10 +149,7 @@ class Inspection:
 
     @cached_property
     def anomaly_map(self) -> np.ndarray:
-        """Anomaly map on the original image's pixels, float32 ``(H, W)``; NaN where they do not count.
-
-        Those are the pixels that the crop has left out, and those outside of the region.
-        """
+        """Anomaly map on the original image's pixels, float32 ``(H, W)``; NaN outside of the crop and of the region."""
         return self._part(slice(0, self.size[0]), slice(0, self.size[1]))
 
     def map_of_size(self, height: int, width: int) -> np.ndarray:
@@ -211,7 +189,7 @@ class Inspection:
     def _windows(self) -> list[tuple[slice, slice]]:
         """Rows and columns of the original outside of which nothing is above the pixel threshold, from top to bottom.
 
-        The original's map lies between the input's values. No region lies in two of them.
+        The original's map lies between the input's values. No region lies in two windows.
         """
         if (threshold := self.pixel_threshold) is None:
             return []
@@ -240,7 +218,7 @@ class Inspection:
         for rows, columns in self._windows():
             heat = self._part(rows, columns)
             above = heat > self.pixel_threshold
-            found += find_regions(heat, above, self._settings.least_area, (columns.start, rows.start))
+            found += find_regions(heat, above, self._least_area, (columns.start, rows.start))
         return sorted(found, key=lambda region: -region.area)
 
     @cached_property
@@ -258,24 +236,17 @@ class Inspection:
         return self._original()
 
     def picture(self, longest_side: int | None = None) -> Image.Image:
-        """The original image, RGB, greyed outside of the region.
-
-        Args:
-            longest_side: A larger image is brought to so many pixels; None: as it is.
-
-        Raises:
-            UserError: As `original`.
-        """
+        """The original image, as `original`, greyed outside of the region; a larger one of ``longest_side`` pixels."""
         image = smaller(self.original, longest_side)
         return image if self._region is None else greyed(image, self._counts(image.height, image.width))
 
     def draw(self, longest_side: int | None = None) -> Image.Image:
         """Draw `picture` with the outlines of the regions found, and the verdict in a strip below it.
 
-        Where there is none the peak of the map is marked, save on an image found nominal.
+        Without a region the peak of the map is marked, save on an image found nominal.
 
         Args:
-            longest_side: A larger image is brought to so many pixels, without the strip; None: as it is.
+            longest_side: Pixels that a larger image is brought to, without the strip; None: as it is.
 
         Raises:
             UserError: As `original`.
@@ -297,7 +268,6 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the pixels, as plain values that `json.dumps` takes."""
-        height, width = self.size
         return {
             "score": self.score,
             "threshold": self.threshold,
@@ -305,8 +275,8 @@ class Inspection:
             "verdict": self.verdict,
             "p_value": self.p_value,
             "pixel_threshold": self.pixel_threshold,
-            "height": height,
-            "width": width,
+            "height": self.size[0],
+            "width": self.size[1],
             "regions": [region.to_dict() for region in self.regions],
         }
 
@@ -364,8 +334,10 @@ def _prepare(
 ) -> tuple[dict[str, Tensor], Callable[[], Image.Image]]:
     """An image as a sample, and what gives the original again."""
     if isinstance(image, str | os.PathLike):
-        source = _File.of(Path(image).absolute(), transform)
-        return transform.apply(source.read(), path=source.path), source
+        path = Path(image).absolute()
+        check_file(path)
+        original = partial(_read_again, path, transform, _state(path))
+        return transform.apply(transform.read(path), path=path), original
     read = transform.read(image, color)
     return transform.apply(read), read.copy
 
@@ -375,43 +347,25 @@ def _score(
     score: Callable[[dict[str, Any]], dict[str, Tensor]],
     settings: Settings,
 ) -> Iterator[Inspection]:
-    samples = [sample for sample, _ in waiting]
+    batch: dict[str, Any] = {name: [sample[name] for sample, _ in waiting] for name in waiting[0][0]}
     with torch.inference_mode():
-        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-        outputs = score({name: _stacked(each) if name != "region" else each for name, each in batch.items()})
-        outputs = {name: value.cpu() for name, value in outputs.items()}
+        for name in batch.keys() - {"region"}:  # alone, a large image is not copied
+            batch[name] = torch.stack(batch[name]) if len(waiting) > 1 else batch[name][0][None]
+        outputs = {name: value.cpu() for name, value in score(batch).items()}
     for i, (sample, original) in enumerate(waiting):
         yield Inspection.of(outputs, i, geometry(sample), original, settings, sample.get("region"))
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # a large image is not copied
-
-
-@dataclass(frozen=True)
-class _File:
-    """An image file that is to be the same when it is read again."""
-
-    path: Path
-    transform: Preprocessing
-    state: tuple[int, int]  # time of its last change, nanoseconds; size, bytes
-
-    @classmethod
-    def of(cls, path: Path, transform: Preprocessing) -> _File:
-        check_file(path)
-        return cls(path, transform, _state(path))
-
-    def read(self) -> Image.Image:
-        return self.transform.read(self.path)
-
-    def __call__(self) -> Image.Image:
-        check_file(self.path)
-        if _state(self.path) != self.state:
-            raise UserError(f"{shown(self.path)}: has changed since it was inspected; inspect it again.")
-        return self.read()
+def _read_again(path: Path, transform: Preprocessing, state: tuple[int, int]) -> Image.Image:
+    """The image of a file, if that is as it was."""
+    check_file(path)
+    if _state(path) != state:
+        raise UserError(f"{shown(path)}: has changed since it was inspected; inspect it again.")
+    return transform.read(path)
 
 
 def _state(path: Path) -> tuple[int, int]:
+    """Time of a file's last change, nanoseconds, and its size, bytes."""
     found = path.stat()
     return found.st_mtime_ns, found.st_size
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from pl_patchcore.checkpoint import read_checkpoint
 from pl_patchcore.counted import Counted
@@ -79,11 +79,7 @@ class ReleaseOnException(L.Callback):
 
 
 def refuse_monitors(trainer: L.Trainer) -> None:
-    """Refuse callbacks that monitor what there is not before a fit ends.
-
-    Raises:
-        UserError: If there is one.
-    """
+    """Refuse callbacks that monitor what there is not before a fit ends, by a `UserError`."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor not in LOGGED:
@@ -94,15 +90,7 @@ def refuse_monitors(trainer: L.Trainer) -> None:
 
 
 def check_room(trainer: L.Trainer, needed: int) -> None:
-    """Refuse a fit whose checkpoint would find no room on the disk.
-
-    Args:
-        trainer: The Trainer of the fit.
-        needed: Bytes of the checkpoint.
-
-    Raises:
-        UserError: On the process that writes it.
-    """
+    """Refuse a fit whose checkpoint, of ``needed`` bytes, finds no room: a `UserError` on the process that writes."""
     for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
         folder = getattr(callback, "dirpath", None)
         if folder is not None and "://" not in str(folder) and (free := free_bytes(Path(folder))) < needed:
@@ -115,8 +103,7 @@ def check_room(trainer: L.Trainer, needed: int) -> None:
 def begin_without_steps(module: L.LightningModule) -> None:
     """Take no optimiser step from now on; ``global_step`` stays as it is.
 
-    To be called in ``on_train_start``, after Lightning's refusals of clipping and accumulation, which concern modules
-    that step by themselves.
+    To be called in ``on_train_start``: before it, Lightning refuses clipping and accumulation to such modules.
     """
     loop = module.trainer.fit_loop.epoch_loop
     module.automatic_optimization = False
@@ -127,9 +114,7 @@ def begin_without_steps(module: L.LightningModule) -> None:
 def save_by_callbacks(module: L.LightningModule, *, saved: bool) -> None:
     """Count the batches as steps, and have the checkpoint callbacks save, which hold back while there is no step.
 
-    Args:
-        module: A fitted module.
-        saved: Whether a callback has saved since the last batch.
+    ``saved`` tells whether a callback has saved since the last batch.
     """
     trainer, loop = module.trainer, module.trainer.fit_loop.epoch_loop
     batches: Any = loop.batch_progress.current
@@ -150,11 +135,7 @@ def save_by_callbacks(module: L.LightningModule, *, saved: bool) -> None:
 
 
 def single_loader(loaders: Any) -> Any:
-    """The loader of a test or validation.
-
-    Raises:
-        UserError: If there are several.
-    """
+    """The loader of a test or validation; a `UserError` if there are several."""
     several = loaders if isinstance(loaders, Sequence) else [loaders]
     if len(several) > 1:
         raise UserError(
@@ -181,25 +162,23 @@ def calibration_loader(trainer: L.Trainer) -> Any:
     return None if loader is None else loader()
 
 
+def same_data(loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
+    """A new loader of the same data set, in its order if there is no ``sampler``."""
+    options: Any = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn, "sampler": sampler}
+    return DataLoader(loader.dataset, loader.batch_size or 1, **options)
+
+
 def all_images(trainer: L.Trainer, loaders: Any) -> Iterator[tuple[Tensor, Counted | None]]:
     """Images ``(B, 3, H, W)`` of whole data sets, apart from what Lightning has begun; the same on every process."""
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        whole = loader
-        if isinstance(loader, DataLoader):
-            options: Any = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn}
-            whole = DataLoader(loader.dataset, loader.batch_size or 1, **options)
-        for batch in whole:
+        for batch in same_data(loader) if isinstance(loader, DataLoader) else loader:
             device = trainer.strategy.root_device
             for part in same_size_parts(as_batch(batch)):
                 yield trainer.strategy.batch_to_device(part["image"], device), Counted.of(part, device)
 
 
 def refuse_too_few_steps(trainer: L.Trainer) -> None:
-    """Refuse ``max_steps`` that end a fit before all images have come.
-
-    Raises:
-        UserError: If they do.
-    """
+    """Refuse ``max_steps`` that end a fit before all images have come, by a `UserError`."""
     if trainer.max_steps >= 0:
         trainer.fit_loop.setup_data()
         if trainer.max_steps < trainer.num_training_batches < math.inf:
@@ -210,12 +189,7 @@ def refuse_too_few_steps(trainer: L.Trainer) -> None:
 
 
 def all_has_come(trainer: L.Trainer, ended: bool) -> bool:
-    """Whether the last training batch of a fit that goes well has come, on all processes.
-
-    Args:
-        trainer: The Trainer of the fit.
-        ended: Whether this process's loader has ended by itself.
-    """
+    """Whether the last batch of a fit that goes well has come, on all processes; ``ended``: this one's loader has."""
     if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.state.status != TrainerStatus.RUNNING:
         return False  # also after an exception, perhaps of one process only
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
@@ -224,16 +198,7 @@ def all_has_come(trainer: L.Trainer, ended: bool) -> bool:
 
 
 def refuse_unfinished(trainer: L.Trainer, began: bool, fitted: bool) -> None:
-    """Refuse a fit that ended without a memory bank.
-
-    Args:
-        trainer: The Trainer of the fit.
-        began: Whether training has begun.
-        fitted: Whether there is a memory bank.
-
-    Raises:
-        UserError: With the reason.
-    """
+    """Refuse a fit that ended without a memory bank, by a `UserError` with the reason."""
     if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
         raise UserError("the training loader has no batch; look at drop_last, the batch size and limit_train_batches.")
     if not began:

@@ -30,6 +30,7 @@ from pl_patchcore.distributed import Processes, on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import output_folder
 from pl_patchcore.fitting import start_fitting
+from pl_patchcore.lightning_parts import same_data
 from pl_patchcore.options import nearest, refuse_unknown
 from pl_patchcore.patchcore import PatchCore
 
@@ -212,8 +213,7 @@ class MemoryBankCallback(L.Callback):
             data = data.train_dataloader()
         if trainer.world_size > 1 and isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
             sampler: Any = DistributedSampler(data.dataset, trainer.world_size, trainer.global_rank, shuffle=False)
-            options: Any = {"num_workers": data.num_workers, "collate_fn": data.collate_fn, "sampler": sampler}
-            data = DataLoader(data.dataset, data.batch_size or 1, **options)
+            data = same_data(data, sampler)
         batches = length_hint(data) or None
         if trainer.fast_dev_run and limit is not None:  # type: ignore[attr-defined]
             batches = min(batches or limit, limit)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +28,30 @@ class Published:
     """Figures of one published run."""
 
     run: str  # in words
-    source: str  # where they are from
+    source: str
     data: str  # name of the data module's class
     settings: Mapping[str, Any] | None  # of the model, that they were made with; None: not ours to repeat
     average: Figures  # over all categories
     categories: Mapping[str, Figures]  # of each, where known
 
 
-def _read(path: Path) -> tuple[Published, ...]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        runs.setdefault((row["run"], row["data"]), []).append(row)
-    return tuple(
-        Published(
-            *(run, lines[0]["source"], data),
-            settings=yaml.safe_load(lines[0]["settings"]),
-            average=_figures(lines[0]),
-            categories={line["category"]: _figures(line) for line in lines[1:]},
-        )
-        for (run, data), lines in runs.items()
-    )
+def _published(lines: list[dict[str, str]]) -> Published:
+    """A run: the line of its average, and those of its categories."""
+    first, settings = lines[0], yaml.safe_load(lines[0]["settings"])
+    categories = {line["category"]: _figures(line) for line in lines[1:]}
+    return Published(first["run"], first["source"], first["data"], settings, _figures(first), categories)
 
 
 def _figures(line: Mapping[str, str]) -> Figures:
     return {name: float(value) for name, value in line.items() if name not in _NAMES and value}
 
 
-PUBLISHED = _read(Path(__file__).with_suffix(".csv"))
+with Path(__file__).with_suffix(".csv").open(newline="", encoding="utf-8") as _file:
+    PUBLISHED = [_published(list(lines)) for _, lines in groupby(csv.DictReader(_file), itemgetter("run", "data"))]
 
 
 def published_for(data: str, settings: Mapping[str, Any]) -> Published | None:
-    """Find the published run whose settings a configuration repeats.
-
-    Args:
-        data: Name of the data module's class.
-        settings: Settings of the model, all of them.
+    """Find the published run on a data module, by its class's name, with these settings of the model (all of them).
 
     Example:
         >>> settings = {"backbone": "wide_resnet50_2", "coreset_method": "greedy", "coreset_ratio": 0.1}

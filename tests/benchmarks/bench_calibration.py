@@ -78,7 +78,7 @@ def rates_found(model: PatchCoreModel, new: Tensor) -> tuple[int, list[float]]:
     """Number of scores that set the thresholds, and for each of `RATES` the share of the new tiles above."""
     scores = torch.cat([model(part)[0] for part in new.split(32)])
     known = model.calibration.scores
-    return len(known), [(scores > conformal_threshold(known, rate)[0]).double().mean().item() for rate in RATES]
+    return len(known), [(scores > conformal_threshold(known, rate)).double().mean().item() for rate in RATES]
 
 
 def add_rows(table: Table, names: list[str], found: dict[str, list[tuple[int, list[float]]]]) -> list[bool]:
