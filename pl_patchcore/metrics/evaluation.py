@@ -54,10 +54,9 @@ def rows(images: Tensor, row: Callable[[Callable[[Cell], bool]], Row]) -> Row:
 class AnomalyEvaluation(PixelMetric):
     """All figures of a test set, in one pass.
 
-    A defect type's figures are those of a test set of all nominal images and of its own: other types' images
-    do not enter, neither as positives nor with their nominal pixels. A category's figures are those of its own
-    images, nominal and anomalous. Pixels whose mask is 255 (unknown) count in no pixel figure. Figures of images are
-    always exact.
+    A defect type's figures are those of a test set of all nominal images and of its own: other types' images do not
+    enter. A category's figures are those of its own images. Pixels whose mask is 255 (unknown) count in no pixel
+    figure. Figures of images are always exact.
 
     Args:
         fpr_limit: False-positive rate at which the integral of ``pro`` ends, in (0, 1].
@@ -121,7 +120,7 @@ class AnomalyEvaluation(PixelMetric):
         scores, maps = self.check_scores("scores", scores, "B"), self.check_scores("maps", maps, "B H W")
         if len(maps) != len(scores):
             raise UserError(f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both.")
-        labels = self.check_truth("labels", labels, LABELS, scores).long()
+        labels = self.check_truth("labels", labels, LABELS, scores)
         masks = self.check_truth("masks", masks, MASKS, maps)
         cells = self.check_cells(labels, groups, categories)
         nominal, anomalous = masks == 0, masks == 1
@@ -204,8 +203,4 @@ class AnomalyEvaluation(PixelMetric):
             "oracle_pixel_f1": f1,
             "pro": area(curve, self.fpr_limit, weighted=True),
         } | {f"pro_{limit}": area(curve, limit, weighted=True) for limit in SMALL_LIMITS}
-        row = {name: self.figure(figure.value) for name, figure in figures.items()}
-        row["oracle_pixel_f1_threshold"] = self.figure(threshold)
-        if not curve.exact:
-            row |= {f"{name}_bound": self.figure(figure.bound) for name, figure in figures.items()}
-        return row
+        return self.figures(figures, bounds=not curve.exact) | {"oracle_pixel_f1_threshold": self.figure(threshold)}

@@ -2,8 +2,8 @@
 
 A defect counts as found once so many of its pixels are: its saturation area (a missing object may be anywhere in the
 place left free for it). At each threshold sPRO is the mean over all defects of ``min(found pixels / saturation area,
-1)``; the false-positive rate is the share found of the pixels of all images that are of no defect; and the figure is
-the area below it up to a rate of 0.05 or another, divided by it, with the end point interpolated.
+1)``. The false-positive rate is the share found of all pixels of no defect. The figure is the area below the curve up
+to a rate of 0.05 or another, divided by it, with the end point interpolated.
 
 Only a defect's largest scores matter, as many as its saturation area, each with the weight 1 / saturation area. So
 sPRO is PRO of these pixels, and the curve, the bins and their bounds are those of `curve.py` and `streaming.py`.
@@ -134,13 +134,12 @@ class SPRO(PixelMetric):
 
         def row(chosen: Callable[[Cell], bool]) -> Row:
             own = curve(chosen)
-            figures = {f"spro_{limit:g}": area(own, limit, weighted=True) for limit in self.fpr_limits}
-            bounds = {} if own.exact else {f"{name}_bound": figure.bound for name, figure in figures.items()}
-            values = {name: figure.value for name, figure in figures.items()} | bounds
-            return {name: self.figure(value) for name, value in values.items()}
+            areas = {name: area(own, limit, weighted=True) for name, limit in limits.items()}
+            return self.figures(areas, bounds=not own.exact)
 
+        limits = {f"spro_{limit:g}": limit for limit in self.fpr_limits}
         found = rows(dim_zero_cat(self.images).cpu(), row)
-        names = [f"spro_{limit:g}" for limit in self.fpr_limits]
-        groups = list(found["by_group"].values())
-        means = {name: np.mean([group[name].item() for group in groups] or [np.nan]) for name in names}
-        return found | {f"mean_{name}": self.figure(float(value)) for name, value in means.items()}
+        for name in limits:
+            groups = [group[name].item() for group in found["by_group"].values()]
+            found[f"mean_{name}"] = self.figure(float(np.mean(groups or [np.nan])))
+        return found

@@ -56,17 +56,14 @@ class SegF1(RawMetric):
         0.8
     """
 
-    hits: Tensor
-    alarms: Tensor
-    anomalous: Tensor
+    counts: Tensor
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
         if not math.isfinite(threshold):
             raise UserError(f"threshold must be a finite number, got {threshold}; calibrate the model, or choose one.")
         self.threshold = threshold
-        for name in ("hits", "alarms", "anomalous"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")  # as `f1_at` takes them
 
     @one_thread()
     def update(self, maps: Tensor, masks: Tensor) -> None:
@@ -76,14 +73,12 @@ class SegF1(RawMetric):
 
     def count(self, scores: Tensor, truth: Tensor) -> None:
         """Add scores and the truth of each."""
-        above = exceeds(scores, self.threshold)
-        self.hits += (above & (truth == 1)).sum()
-        self.alarms += (above & (truth == 0)).sum()
-        self.anomalous += (truth == 1).sum()
+        above, anomalous = exceeds(scores, self.threshold), truth == 1
+        self.counts += torch.stack([(above & anomalous).sum(), (above & (truth == 0)).sum(), anomalous.sum()])
 
     def compute(self) -> Tensor:
         """F1 of all updates, 0-d float64."""
-        return self.report(Figure(f1_at(int(self.hits), int(self.alarms), int(self.anomalous)), 0.0))
+        return self.report(Figure(f1_at(*self.counts.tolist()), 0.0))
 
 
 class ClassF1(SegF1):
