@@ -26,7 +26,7 @@ from PIL import Image
 from pl_patchcore.files import whole_file
 from pl_patchcore.inspection import GREY
 from pl_patchcore.regions import Polygon
-from pl_patchcore.report.pictures import COLOUR_MAP, colour_scale
+from pl_patchcore.report.pictures import COLOUR_MAP, colour_scale, remove_earlier
 
 SMALL, LARGE = 320, 900  # pixels, the longer side of the pictures in the grid and in the large view
 QUALITY = 80  # of JPEG
@@ -41,7 +41,7 @@ class PageImage:
     """An image for the page.
 
     Args:
-        name: Name that is shown.
+        name: Path or name; the last two parts of a path are shown.
         score: Anomaly score, finite.
         image: RGB, uint8 ``(H, W, 3)``.
         anomaly_map: float32 ``(H, W)``, NaN where the image does not count.
@@ -73,15 +73,6 @@ class _Record:
     high: float = 0.0
     pictures: dict[str, bytes] = field(default_factory=dict)  # small, large, mask: as they are shown; map: in levels
 
-    @property
-    def anomalous(self) -> bool:
-        return bool(self.shown["label"] == 1)
-
-    def __lt__(self, other: _Record) -> bool:
-        """Whether the other image is nearer to an error, and of more interest."""
-        sign = -1 if self.anomalous else 1
-        return (sign * self.shown["score"], -self.order) < (sign * other.shown["score"], -other.order)
-
 
 class Page:
     """Collects images and writes ``report.html``.
@@ -93,13 +84,14 @@ class Page:
 
     def __init__(self) -> None:
         self.records: list[_Record] = []
-        self.kept: tuple[list[_Record], list[_Record]] = ([], [])  # heaps: not anomalous, anomalous
+        # images whose pictures are kept, not anomalous and anomalous ones: heaps, the first the farthest from an error
+        self.kept: tuple[list[tuple[float, int, int, _Record]], ...] = ([], [])
 
     def add(self, item: PageImage) -> None:
         """Take an image; nothing of it but small pictures is kept."""
         height, width = item.anomaly_map.shape
         shown = {
-            "name": item.name,
+            "name": "/".join(Path(item.name).parts[-2:]),
             "score": float(item.score),
             "label": item.label,
             "defect": item.defect,
@@ -107,8 +99,7 @@ class Page:
             "outline": _path(item.outlines),
         }
         record = _Record(item.order, shown)
-        self._take(record)
-        if any(record is kept for kept in self.kept[record.anomalous]):
+        if self._take(record):
             record.low, record.high, levels = _levels(item.anomaly_map)
             record.pictures = _pictures(item) | {"map": _encode(Image.fromarray(levels), "PNG")}
 
@@ -117,12 +108,17 @@ class Page:
         for record in other.records:
             self._take(record)
 
-    def _take(self, record: _Record) -> None:
+    def _take(self, record: _Record) -> bool:
+        """Take an image; whether its pictures are to be kept."""
+        score, anomalous = record.shown["score"], record.shown["label"] == 1
+        place = (-score if anomalous else score, -record.order, len(self.records), record)
         self.records.append(record)
-        heap = self.kept[record.anomalous]
-        heapq.heappush(heap, record)
-        if len(heap) > MOST_PICTURES:
-            heapq.heappop(heap).pictures = {}
+        if len(heap := self.kept[anomalous]) < MOST_PICTURES:
+            heapq.heappush(heap, place)
+            return True
+        farthest = heapq.heappushpop(heap, place)[-1]
+        farthest.pictures = {}
+        return farthest is not record
 
     def write(
         self,
@@ -150,9 +146,7 @@ class Page:
             The page's path.
         """
         (folder / "report.html").unlink(missing_ok=True)
-        for old in (folder / "report").glob("*.*"):
-            if re.fullmatch(r"\d{6}-(small|large|mask|map)\.(jpg|png)", old.name):  # others are the user's own
-                old.unlink()
+        remove_earlier(folder / "report", r"\d{6}-(small|large|mask|map)\.(jpg|png)")
         records = sorted(self.records, key=lambda record: record.order)
         low, high = colour_scale(pixel_threshold or 0.0)
         if not high > 0:

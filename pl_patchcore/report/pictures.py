@@ -37,6 +37,27 @@ ERRORS = {"lowest_anomalous": "missed", "highest_nominal": "false_alarm"}  # nam
 COLOUR_MAP = "inferno"  # from black to yellow, as bright as the value is high
 LONGEST_SIDE = 1600  # pixels of a picture's image; larger ones are brought to that, or a little less
 BAND = 2**20  # pixels of an image that are made smaller at once
+NAME_LENGTH = 48  # characters of an image's name in a file's, of at most 4 bytes each; file systems take 255 bytes
+
+
+def file_name(number: str, path: str) -> str:
+    """Name, without a suffix, of a file about an image."""
+    return f"{number}-{Path(path).stem[:NAME_LENGTH]}"
+
+
+def remove_earlier(folder: Path, pattern: str) -> None:
+    """Remove files of an earlier run, whose names match a regular expression; others are the user's own."""
+    for old in folder.glob("*"):
+        if re.fullmatch(pattern, old.name, re.DOTALL):
+            old.unlink(missing_ok=True)  # another machine may remove it, too
+
+
+def side_by_side(left: Image.Image, right: Image.Image, gap: int = 0) -> Image.Image:
+    """Two pictures of one size beside each other, with black between them."""
+    both = Image.new("RGB", (2 * left.width + gap, left.height))
+    both.paste(left)
+    both.paste(right, (left.width + gap, 0))
+    return both
 
 
 def colour_scale(pixel_threshold: float) -> tuple[float, float]:
@@ -91,6 +112,14 @@ class Shown:
         rgb = (self.image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         outside = self.anomaly_map.isnan().cpu().numpy()
         return np.asarray(greyed(Image.fromarray(rgb), ~outside)) if outside.any() else rgb
+
+    @property
+    def truth(self) -> np.ndarray | None:
+        """The mask, bool ``(H, W)``; None where nothing of it is known."""
+        if self.mask is None or (self.mask == UNKNOWN).all():
+            return None
+        found: np.ndarray = self.mask.cpu().numpy() == 1
+        return found
 
 
 class Gallery:
@@ -147,9 +176,7 @@ class Gallery:
             low, high = float(values.min()), float(np.quantile(values, 0.995))
         else:
             low, high = colour_scale(pixel_threshold)
-        for old in folder.glob("*.png"):
-            if re.fullmatch(rf"({'|'.join([*GROUPS, *ERRORS.values()])})_\d+", old.stem):  # others are the user's own
-                old.unlink()
+        remove_earlier(folder, rf"({'|'.join([*GROUPS, *ERRORS.values()])})_\d+\.png")
         for name, place, item in self.named(image_threshold):
             figure = _panels(item, name, low, max(high, low + 1e-12), pixel_threshold)
             with whole_file(folder / f"{name}_{place}.png") as partial:
@@ -197,10 +224,10 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     axes[0].imshow(image)
-    if item.mask is None or (item.mask == UNKNOWN).all():
+    if (truth := item.truth) is None:
         axes[1].text(0.5, 0.5, "unknown", ha="center", va="center", transform=axes[1].transAxes)
     else:
-        axes[1].imshow(np.where(np.isnan(heat), 0.5, item.mask.numpy() == 1), cmap="gray", vmin=0, vmax=1)
+        axes[1].imshow(np.where(np.isnan(heat), 0.5, truth), cmap="gray", vmin=0, vmax=1)
     figure.colorbar(axes[2].imshow(heat, **colours), ax=axes[2], shrink=0.8)
     axes[3].imshow(image)
     share = np.clip((np.nan_to_num(heat, nan=low) - low) / (high - low), 0, 1)
