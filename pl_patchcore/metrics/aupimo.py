@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -30,10 +29,10 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import ROUNDING, UNDEFINED, Column, Figure
+from pl_patchcore.metrics.curve import ROUNDING, UNDEFINED, Chosen, Column, Figure
 from pl_patchcore.metrics.evaluation import Row, rows
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, RawMetric
-from pl_patchcore.metrics.streaming import Cell, nonzero, select
+from pl_patchcore.metrics.streaming import nonzero, select
 from pl_patchcore.numerics import one_thread
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def shared_rates(
         num_thresholds: Number of thresholds from ``lowest`` to the largest score.
 
     Returns:
-        None where the rates do not reach one of the bounds, or both are nearest to one threshold.
+        None where the rates do not reach a bound, or both are nearest to one threshold.
 
     Example:
         >>> scores, pixels = np.arange(8, dtype=np.float32), np.full(8, 8)
@@ -243,7 +242,7 @@ class AUPIMO(RawMetric):
         overlaps = [thin(part, SHARES) for part in overlaps] if thins else overlaps
         rates = cache(self._rates)
 
-        def areas(chosen: Callable[[Cell], bool]) -> Column:
+        def areas(chosen: Chosen) -> Column:
             """Figure of each image and its bound, ``(2, N)``, NaN where there is none."""
             members = [i for i, cell in enumerate(cells) if chosen(cell) and pixels[i]]
             shared = rates(frozenset(cells[i][2] for i in members if cells[i][0] == 0))
@@ -253,7 +252,7 @@ class AUPIMO(RawMetric):
                     found[:, i] = overlap_area(overlaps[i].numpy(), pixels[i], shared, self.bounds)
             return found
 
-        def row(chosen: Callable[[Cell], bool]) -> Row:
+        def row(chosen: Chosen) -> Row:
             found = areas(chosen)
             defined = found[:, ~np.isnan(found[0])]
             mean = Figure(*defined.mean(axis=1).tolist()) if defined.size else UNDEFINED

@@ -12,7 +12,7 @@ Sources: Fawcett 2006 (ROC, ties as straight lines), Bergmann et al. 2020 (PRO).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +63,11 @@ class Curve(NamedTuple):
     def defined(self) -> bool:
         """Whether there is something nominal and something anomalous."""
         return self.nominal > 0 and len(self.scores) > 0
+
+
+Cell = tuple[int, ...]  # what pixels are kept apart by: numbers that name a group of images
+Chosen = Callable[[Cell], bool]  # whether a cell is one of those asked for
+Curves = Callable[[Chosen], Curve]  # gives the curve of all pixels of the chosen cells
 
 
 def descending(nominal: int, *ascending: Column) -> Curve:

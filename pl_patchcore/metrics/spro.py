@@ -15,7 +15,7 @@ takes all, so that it agrees to about as much. Next: `named.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,9 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import area
+from pl_patchcore.metrics.curve import Chosen, area
 from pl_patchcore.metrics.evaluation import Row, rows
 from pl_patchcore.metrics.state import LABELS, PIXEL_LIMIT, Mode, PixelMetric, check_fpr_limit
-from pl_patchcore.metrics.streaming import Cell
 from pl_patchcore.numerics import one_thread
 
 Defect = tuple[Any, int]  # mask (H, W), bool, array or tensor; saturation area in pixels
@@ -132,7 +131,7 @@ class SPRO(PixelMetric):
         """
         curve = self.curves()
 
-        def row(chosen: Callable[[Cell], bool]) -> Row:
+        def row(chosen: Chosen) -> Row:
             own = curve(chosen)
             areas = {name: area(own, limit, weighted=True) for name, limit in limits.items()}
             return self.figures(areas, bounds=not own.exact)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import starmap
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, Figure, area, exact_curve, sort_scores
-from pl_patchcore.metrics.streaming import Cell, Histogram, Pixels, add_pixels, binned_curves, merge, select, zeros
+from pl_patchcore.metrics.curve import Chosen, Curve, Curves, Figure, area, exact_curve, sort_scores
+from pl_patchcore.metrics.streaming import Histogram, Pixels, add_pixels, binned_curves, merge, select, zeros
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
@@ -147,9 +147,7 @@ class RawMetric(Metric):
 
 
 class PixelMetric(RawMetric):
-    """Base of the metrics of a curve: keeps scores exactly or in bins of bounded memory.
-
-    Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images.
+    """Base of the metrics of a curve: keeps scores exactly or in bins, apart by cells of ``columns`` numbers.
 
     Args:
         mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
@@ -184,7 +182,7 @@ class PixelMetric(RawMetric):
         super().sync(*args, **kwargs)
 
     def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
-        """Keep the pixels of a batch: the scores of nominal and of anomalous ones, run after run, float32.
+        """Keep the scores of the nominal and the anomalous pixels of a batch, run after run, float32.
 
         A row of ``segments``, int64 ``(n, columns + 2)``, is the cell of a run, and its numbers of nominal and of
         anomalous pixels; ``areas``, int32, are those of the anomalous pixels' regions (1 where they do not matter).
@@ -205,8 +203,8 @@ class PixelMetric(RawMetric):
         areas = torch.ones(len(anomalous), dtype=torch.int32) if areas is None else areas
         self.keep(torch.tensor([[0, len(nominal), len(anomalous)]]), nominal, anomalous, areas)
 
-    def curves(self) -> Callable[[Callable[[Cell], bool]], Curve]:
-        """What gives the curve of all pixels of the cells that a condition holds for."""
+    def curves(self) -> Curves:
+        """Curves of all pixels kept."""
         streams = self._binned() or (self.mode == "auto" and self._waiting() > self.pixel_limit)
         return binned_curves(self._fold()) if streams else exact_curves(self._pixels())
 
@@ -244,8 +242,8 @@ class PixelMetric(RawMetric):
         return histogram
 
 
-def exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], Curve]:
-    """What gives the curve of all pixels of the cells that a condition holds for, by sorting each cell once."""
+def exact_curves(parts: Sequence[Pixels]) -> Curves:
+    """Curves without an error, by sorting each cell once."""
     nominal = defaultdict(list)
     for part in parts:
         if not len(part.areas):
@@ -253,7 +251,7 @@ def exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], 
     ascending = {cell: sort_scores(scores) for cell, scores in nominal.items()}
     nothing = Pixels((), torch.empty(0, dtype=torch.float32))
 
-    def curve(chosen: Callable[[Cell], bool]) -> Curve:
+    def curve(chosen: Chosen) -> Curve:
         own = [nothing, *(part for part in parts if len(part.areas) and chosen(part.cell))]
         scores, areas = torch.cat([part.scores.cpu() for part in own]), torch.cat([part.areas.cpu() for part in own])
         return exact_curve([ranked for cell, ranked in ascending.items() if chosen(cell)], scores, areas)

@@ -15,7 +15,7 @@ Bins are filled on the scores' device, and read on the CPU. Next: `state.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Column, Curve, descending
+from pl_patchcore.metrics.curve import Cell, Chosen, Column, Curve, Curves, descending
 
 BINS = 2**17  # 4 MB: 28 bytes a bin
 APART = 8  # times as many where many cells share them, each named by several numbers
@@ -31,8 +31,6 @@ MIXED = -1  # a bin that holds several scores
 UNIT = 2**40  # fixed point of the weights
 MOST = 2**62  # sum of weights that int64 holds with room to spare: 4 million regions
 PIECE = 2**16  # pixels handled at once: their temporaries stay in the processor's cache
-
-Cell = tuple[int, ...]  # what pixels are kept apart by: numbers that name a group of images
 
 
 class Pixels(NamedTuple):
@@ -203,11 +201,8 @@ def _check_weights(*weights: Tensor) -> None:
         )
 
 
-def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Curve]:
-    """What gives the curve of the cells that a condition holds for: a row for each bin that holds anomalous pixels.
-
-    A row is ``mixed`` where its bin holds more than one distinct score, nominal ones counted too.
-    """
+def binned_curves(histogram: Histogram) -> Curves:
+    """Curves with a row for each bin of anomalous pixels, ``mixed`` where it holds several scores of any pixels."""
     cells, cell = torch.unique(histogram.buckets[:, :-1], dim=0, return_inverse=True)
     names, cell_of, upper = [tuple(name) for name in cells.tolist()], cell.cpu().numpy(), histogram.buckets[:, -1].cpu()
     columns = [column.cpu().numpy() for column in histogram[1:]]
@@ -215,7 +210,7 @@ def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Cu
     bucket, inside = filled >> histogram.bits, filled & (2**histogram.bits - 1)
     keys = (upper.numpy()[bucket] << 16) + (inside << (16 - histogram.bits))
 
-    def curve(chosen: Callable[[Cell], bool]) -> Curve:
+    def curve(chosen: Chosen) -> Curve:
         own = np.flatnonzero(np.array([chosen(name) for name in names], bool)[cell_of[bucket]])
         own = own[keys[own].argsort(kind="stable")]
         key, starts = np.unique(keys[own], return_index=True)  # bins of one key, of several cells, side by side

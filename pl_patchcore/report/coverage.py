@@ -18,10 +18,9 @@ SHOWN = 20_000  # patch features drawn and measured, at most
 
 
 def draw_coverage(features: Tensor, rows: Tensor, path: Path) -> None:
-    """Draw which of ``features`` were selected, beside a random selection of the same size.
+    """Draw which features were selected, beside a random selection of the same size, on two principal components.
 
-    Both panels show the features on their first two principal components. The titles give the mean and largest
-    distance of the features drawn to the nearest selected one, in all dimensions.
+    The titles give the mean and largest distance of the features drawn to the nearest selected one, in all dimensions.
 
     Args:
         features: (Projected) patch features, ``(N, d)``.

@@ -1,8 +1,8 @@
 """Scores, maps and outlines -> ``report.html``, one file that a person opens in a browser, without a network.
 
-Reads one image at a time, and keeps of it small pictures only. ``report.html`` beside this file is the template: its
-style and script are the page's own. Names of images and defects are data of strangers: they go to the page as JSON, and
-its script sets them as text. A content security policy forbids any other script, and any address outside.
+``report.html`` beside this file is the template: its style and script are the page's own. Names of images and defects
+are data of strangers: they go to the page as JSON, and its script sets them as text. A content security policy forbids
+any other script, and any address outside.
 """
 
 from __future__ import annotations
@@ -89,13 +89,12 @@ class Page:
 
     def add(self, item: PageImage) -> None:
         """Take an image; nothing of it but small pictures is kept."""
-        height, width = item.anomaly_map.shape
         shown = {
             "name": "/".join(Path(item.name).parts[-2:]),
             "score": float(item.score),
             "label": item.label,
             "defect": item.defect,
-            "size": [width, height],
+            "size": item.anomaly_map.shape[::-1],
             "outline": _path(item.outlines),
         }
         record = _Record(item.order, shown)
@@ -132,7 +131,7 @@ class Page:
         """Write ``report.html``, and ``report/`` beside it where the pictures are too many for one file.
 
         An earlier page goes first, so that a page that is there has its pictures. One colour scale serves all maps:
-        from 0 to twice ``pixel_threshold``, which so has the middle colour; without one over all values.
+        that of `colour_scale`; without ``pixel_threshold`` over all values.
 
         Args:
             folder: Where to write.
@@ -150,15 +149,15 @@ class Page:
         records = sorted(self.records, key=lambda record: record.order)
         low, high = colour_scale(pixel_threshold or 0.0)
         if not high > 0:
-            ranges = [(record.low, record.high) for record in records if record.pictures]
-            low, high = min((r[0] for r in ranges), default=0.0), max((r[1] for r in ranges), default=1.0)
+            low = min((record.low for record in records if record.pictures), default=0.0)
+            high = max((record.high for record in records if record.pictures), default=1.0)
         pictures = [_finished(record, low, max(high, low + 1e-12)) for record in records]
         inline = sum(len(data) for each in pictures for data in each.values()) <= MOST_INLINE
         images = []
         for number, (record, each) in enumerate(zip(records, pictures, strict=True)):
             place = {kind: _place(folder, number, kind, data, inline) for kind, data in each.items()}
             images.append(record.shown | place)
-        start, reason = _start([(record.shown["score"], record.shown["label"]) for record in records], threshold)
+        start, reason = _start(images, threshold)
         content = {
             "images": images,
             "figures": list(figures.items()),
@@ -176,11 +175,7 @@ class Page:
 
 
 def best_f1_threshold(nominal: np.ndarray, anomalous: np.ndarray) -> float:
-    """Threshold, between two scores, above which the F1 of calling images anomalous is the best; of several the lowest.
-
-    Args:
-        nominal: Scores of nominal images, ``(n,)``.
-        anomalous: Scores of anomalous images, ``(m,)``, at least one.
+    """Threshold, between two of the scores ``(n,)`` and ``(m,)``, m > 0, above which F1 is the best; the lowest such.
 
     Example:
         >>> best_f1_threshold(np.array([1.0, 2.0]), np.array([4.0, 5.0]))
@@ -193,18 +188,18 @@ def best_f1_threshold(nominal: np.ndarray, anomalous: np.ndarray) -> float:
     return float(between[np.argmax(2 * caught / (caught + alarms + len(anomalous)))])
 
 
-def _start(scores: Sequence[tuple[float, int | None]], threshold: float | None) -> tuple[float, str]:
+def _start(images: Sequence[dict[str, Any]], threshold: float | None) -> tuple[float, str]:
     """Where the slider starts, and a sentence that says why."""
     if threshold is not None:
         return float(threshold), "The slider starts at the model's threshold."
-    of = {label: np.array([score for score, found in scores if found == label]) for label in (0, 1)}
+    nominal, anomalous = ([image["score"] for image in images if image["label"] == label] for label in (0, 1))
     none = "The model has no threshold, so it gives no verdicts. The slider starts "
-    if len(of[0]) and len(of[1]):
-        start = best_f1_threshold(of[0], of[1])
+    if nominal and anomalous:
+        start = best_f1_threshold(np.array(nominal), np.array(anomalous))
         return start, none + "where F1 on these images is best. It has seen their labels: no promise for other images."
-    if len(of[0]):
-        return float(of[0].max()), none + "at the highest score of a nominal image."
-    return max((score for score, _ in scores), default=0.0), none + "at the highest score."
+    if nominal:
+        return max(nominal), none + "at the highest score of a nominal image."
+    return max((image["score"] for image in images), default=0.0), none + "at the highest score."
 
 
 def _path(polygons: Sequence[Polygon | np.ndarray]) -> str:

@@ -1,8 +1,7 @@
 """Anomaly maps as pictures: image, mask, map and overlay side by side.
 
-Only the images a report shows are kept while the test runs, in four short lists, and of large ones what is shown. Of a
-model with thresholds the colours go from 0 to twice the pixel threshold, so that a colour means the same in every
-picture. Where a map is NaN the image does not count, and is greyed.
+Only the images a report shows are kept while the test runs, and of large ones what is shown. Of a model with thresholds
+a colour means the same in every picture (`colour_scale`). Where a map is NaN the image does not count, and is greyed.
 """
 
 from __future__ import annotations
@@ -123,14 +122,9 @@ class Shown:
 
 
 class Gallery:
-    """The most and least anomalous images, a few of each.
+    """The most and least anomalous images, ``size`` of each of `GROUPS`.
 
-    ``most_anomalous`` and ``lowest_anomalous`` are the anomalous images with the highest and lowest scores,
-    ``highest_nominal`` and ``least_anomalous`` the nominal ones. Where a threshold says that such an image is an error,
-    its picture is called ``missed`` or ``false_alarm``.
-
-    Args:
-        size: Images per group.
+    Where a threshold says that such an image is an error, its picture is called ``missed`` or ``false_alarm``.
     """
 
     def __init__(self, size: int) -> None:
@@ -149,9 +143,9 @@ class Gallery:
         sign, group = GROUPS[name][1], self.groups[name]
         place = bisect([(-sign * shown.score, shown.order) for shown in group], (-sign * item.score, item.order))
         if place < self.size:
+            image, heat = item.image.cpu().clone(), item.anomaly_map.cpu().clone()
             mask = None if item.mask is None else item.mask.cpu().clone()
-            kept = replace(item, image=item.image.cpu().clone(), anomaly_map=item.anomaly_map.cpu().clone(), mask=mask)
-            group.insert(place, kept)
+            group.insert(place, replace(item, image=image, anomaly_map=heat, mask=mask))
             del group[self.size :]
 
     def merge(self, other: Gallery) -> None:
@@ -164,9 +158,8 @@ class Gallery:
     def write(self, folder: Path, image_threshold: float | None = None, pixel_threshold: float | None = None) -> int:
         """Draw all groups into ``folder``, in place of an earlier run's pictures; returns the number of pictures.
 
-        One colour scale serves all, and stands beside each map: by `colour_scale`; without ``pixel_threshold`` from
-        the lowest value shown to the 99.5 % quantile of the values shown. The contour stands at ``pixel_threshold``,
-        without one at the scale's middle. Neither knows of labels. ``image_threshold`` is marked among the scores.
+        One colour scale serves all: that of `colour_scale`; without ``pixel_threshold`` from the lowest to the 99.5 %
+        quantile of the values shown. The contour stands at ``pixel_threshold``, without one at the scale's middle.
         """
         shown = [item for group in self.groups.values() for item in group]
         if not shown:
@@ -215,9 +208,9 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
     image, heat = item.picture, item.anomaly_map.numpy()
-    red, green, blue = (level / 255 for level in GREY)
-    colours: dict[str, Any] = {"cmap": matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=(red, green, blue))}
-    colours |= {"vmin": low, "vmax": high}
+    grey = "#{:02x}{:02x}{:02x}".format(*GREY)
+    colour_map = matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=grey)
+    colours: dict[str, Any] = {"cmap": colour_map, "vmin": low, "vmax": high}
     level, meaning = (0.5 * (low + high), "mid-scale") if threshold is None else (threshold, "threshold")
     titles = ("image", "mask", "anomaly map", f"overlay, contour at {level:.3g} ({meaning})")
     for axis, title in zip(axes, titles, strict=True):

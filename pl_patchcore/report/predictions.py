@@ -33,7 +33,7 @@ GAP = 8  # pixels between an image and its map
 class _Row(NamedTuple):
     """What is written of an image."""
 
-    cells: list[str]
+    cells: list[Any]
     image: dict[str, Any]  # as `annotations`, of `coco_image`; its id is the number in the data set
     annotations: list[dict[str, Any]]
 
@@ -44,11 +44,11 @@ class PredictionWriter(Callback):
     ``predictions.csv`` has the columns ``path``, ``score`` (numbers of 6 significant digits); of a model with
     thresholds ``verdict`` (``ok`` or ``defect``), ``anomalous`` (1 where the score is above the threshold, else 0),
     ``threshold``, ``normalized`` (the score in units of the threshold), ``p_value`` (share of nominal images that score
-    so high), ``regions`` (their number) and of the largest one, if there is one, ``left``, ``top``, ``right``,
-    ``bottom`` and ``area``, pixels of the original image; then ``picture`` and ``map``, where they are written. It gets
-    its name when it is whole. With several processes the first one writes it, in the order of the data set, once all
-    are done; each writes the pictures and maps of its share. Of a model with thresholds ``defects.json`` has all
-    regions in COCO's format. ``report.html`` shows all images, their scores and the threshold in a browser.
+    so high), ``regions`` (their number) and of the largest one ``left``, ``top``, ``right``, ``bottom`` and ``area``,
+    pixels of the original image; then ``picture`` and ``map``, where they are written. It gets its name when it is
+    whole. Of several processes the first one writes it, in the order of the data set. Of a model with thresholds
+    ``defects.json`` has all regions in COCO's format. ``report.html`` shows all images, their scores and the threshold
+    in a browser.
 
     Args:
         maps: Also write each anomaly map, on the original image's pixels (NaN where these do not count), as
@@ -92,13 +92,7 @@ class PredictionWriter(Callback):
             remove_earlier(folder / "pictures", r"[0-9]{6}-.*\.jpg")
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int = 0,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
     ) -> None:
         """Write a batch."""
         if self.file is None:
@@ -187,7 +181,8 @@ class PredictionWriter(Callback):
             values["map"] = f"maps/{name}.npy"
             with whole_file(folder / "maps" / f"{name}.npy") as partial:
                 np.save(partial, found.anomaly_map)
-        return _Row([_cell(values.get(column)) for column in self._header()], *coco_image(found, number, path))
+        cells = [f"{cell:.{DIGITS}g}" if isinstance(cell, float) else cell for cell in map(values.get, self._header())]
+        return _Row(cells, *coco_image(found, number, path))
 
 
 def _for_page(found: Inspection, row: _Row) -> PageImage:
@@ -196,12 +191,6 @@ def _for_page(found: Inspection, row: _Row) -> PageImage:
     lines = [np.array(polygon) * scale for region in found.regions for polygon in region.polygons]
     heat, image = found.map_of_size(picture.height, picture.width), row.image
     return PageImage(image["file_name"], found.score, np.asarray(picture), heat, lines, order=image["id"])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
 
 
 def _geometry(outputs: dict[str, Any], i: int) -> tuple[tuple[int, int], tuple[float, ...]]:

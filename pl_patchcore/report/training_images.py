@@ -62,13 +62,13 @@ class TrainingImagesReport(Callback):
         dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         if dataset is None or collate is None or isinstance(dataset, IterableDataset):
             return 0
-        for place, each in enumerate(shown := listed[: self.pictures], 1):
+        for number, each in enumerate(shown := listed[: self.pictures], 1):
             batch = same_size_parts(as_batch(collate([dataset[each.image]])))[0]
             image = batch["image"].to(model.device)
             with trainer.precision_plugin.forward_context():
                 _, maps = score_without_rows(model.model, image, each.group, Counted.of(batch, model.device))
-            item = Shown.of(each.score, place, each.name, image[0], maps[0], None, model.transform)
-            with whole_file(folder / f"{file_name(f'{place:03d}', each.name)}.jpg") as partial:
+            item = Shown.of(each.score, number, each.name, image[0], maps[0], None, model.transform)
+            with whole_file(folder / f"{file_name(f'{number:03d}', each.name)}.jpg") as partial:
                 _picture(item, each, model.pixel_threshold).save(partial, quality=90)
         return len(shown)
 
