@@ -99,7 +99,7 @@ class SPRO(PixelMetric):
 
     def _add(self, cell: Tensor, scores: Tensor, defects: Sequence[Defect]) -> None:
         """Add an image, whose label, group and category are ``cell``."""
-        free, found, areas = ~scores.isnan(), [], []
+        free, found = ~scores.isnan(), [scores.new_empty(0)]
         counted = free.clone()
         for mask, saturation in defects:
             mask = torch.as_tensor(mask, device=scores.device)
@@ -111,13 +111,12 @@ class SPRO(PixelMetric):
                 )
             inside = scores[mask & counted]
             found.append(inside.topk(min(int(saturation), len(inside))).values)
-            areas.append(torch.full((len(found[-1]),), len(found[-1]), dtype=torch.int32))
             free &= ~mask
-        nominal = scores[free] if defects or not cell[0] else scores[:0].flatten()
-        nominal = self.check_scores("maps", nominal)
-        anomalous = self.check_scores("maps", torch.cat([scores.new_empty(0), *found]))
+        nominal = scores[free] if defects or not cell[0] else scores.new_empty(0)
+        nominal, anomalous = (self.check_scores("maps", part) for part in (nominal, torch.cat(found)))
         segment = torch.cat([cell, cell.new_tensor([len(nominal), len(anomalous)])])
-        self.keep(segment[None], nominal, anomalous, torch.cat([torch.empty(0, dtype=torch.int32), *areas]))
+        areas = torch.cat([torch.full((len(part),), len(part), dtype=torch.int32) for part in found])
+        self.keep(segment[None], nominal, anomalous, areas)
 
     @one_thread()
     def compute(self) -> Row:  # type: ignore[override]

@@ -118,7 +118,7 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
     while pieces := _add_known(histogram, pieces):
         cells = {piece.cell for piece in pieces}
         met = [_buckets(cell, torch.cat([piece.scores for piece in pieces if piece.cell == cell])) for cell in cells]
-        histogram = merge([histogram], torch.cat(met))
+        histogram = merge([histogram, zeros(torch.cat(met))])
     _check_weights(histogram.weights)
     return histogram
 
@@ -171,17 +171,18 @@ def _buckets(cell: Cell, scores: Tensor) -> Tensor:
     return torch.cat([upper.new_tensor(cell).expand(len(upper), -1), upper], dim=1)
 
 
-def merge(histograms: Sequence[Histogram], room: Tensor | None = None) -> Histogram:
-    """Histogram of all pixels in several, and of further buckets, ``room``; bins as coarse as the budget asks for."""
+def merge(histograms: Sequence[Histogram]) -> Histogram:
+    """Histogram of all buckets and pixels in several, with bins as coarse as the budget asks for."""
     _check_weights(*(histogram.weights for histogram in histograms))
-    known = [histogram.buckets for histogram in histograms]
-    rows = torch.cat(known if room is None else [*known, room])
+    rows = torch.cat([histogram.buckets for histogram in histograms])
     buckets, place = torch.unique(rows, dim=0, return_inverse=True)
     budget = BINS if buckets.shape[1] == 2 else APART * BINS
     merged = zeros(buckets, max(budget, len(buckets)))
     for histogram in histograms:
         own, place = place[: len(histogram.buckets)], place[len(histogram.buckets) :]
-        for before, after in zip(histogram[1:], merged[1:], strict=True) if len(own) else ():
+        if not len(own) or not len(histogram.nominal):
+            continue
+        for before, after in zip(histogram[1:], merged[1:], strict=True):
             finer = before[: len(own) << histogram.bits].view(len(own), 2**merged.bits, -1)
             added = finer.sum(2, dtype=finer.dtype)
             bins = after[: len(buckets) << merged.bits].view(len(buckets), -1)  # a view

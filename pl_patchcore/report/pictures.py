@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -68,13 +67,8 @@ def overlay(image: Image.Image, heat: np.ndarray, low: float, high: float) -> Im
     """Lay the colours of an anomaly map ``(H, W)`` over an image of its size, the thicker the higher; none for NaN."""
     share = np.clip((np.nan_to_num(heat, nan=low) - low) / max(high - low, 1e-12), 0, 1)  # (H, W)
     colours = matplotlib.colormaps[COLOUR_MAP](share)[..., :3] * 255
-    weight = _thickness(share)[..., None]
+    weight = 0.7 * share[..., None] ** 2
     return Image.fromarray((np.asarray(image) * (1 - weight) + colours * weight).round().astype(np.uint8))
-
-
-def _thickness(share: np.ndarray) -> np.ndarray:
-    """How much of the image the colours hide, by the place on the scale."""
-    return 0.7 * share**2
 
 
 def smaller_rgb(transform: Preprocessing, image: Tensor, factor: int) -> Tensor:
@@ -208,9 +202,7 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
     image, heat = item.picture, item.anomaly_map.numpy()
-    grey = "#{:02x}{:02x}{:02x}".format(*GREY)
-    colour_map = matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=grey)
-    colours: dict[str, Any] = {"cmap": colour_map, "vmin": low, "vmax": high}
+    colour_map = matplotlib.colormaps[COLOUR_MAP].with_extremes(bad="#{:02x}{:02x}{:02x}".format(*GREY))
     level, meaning = (0.5 * (low + high), "mid-scale") if threshold is None else (threshold, "threshold")
     titles = ("image", "mask", "anomaly map", f"overlay, contour at {level:.3g} ({meaning})")
     for axis, title in zip(axes, titles, strict=True):
@@ -221,10 +213,8 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
         axes[1].text(0.5, 0.5, "unknown", ha="center", va="center", transform=axes[1].transAxes)
     else:
         axes[1].imshow(np.where(np.isnan(heat), 0.5, truth), cmap="gray", vmin=0, vmax=1)
-    figure.colorbar(axes[2].imshow(heat, **colours), ax=axes[2], shrink=0.8)
-    axes[3].imshow(image)
-    share = np.clip((np.nan_to_num(heat, nan=low) - low) / (high - low), 0, 1)
-    axes[3].imshow(heat, alpha=_thickness(share), **colours)
+    figure.colorbar(axes[2].imshow(heat, cmap=colour_map, vmin=low, vmax=high), ax=axes[2], shrink=0.8)
+    axes[3].imshow(overlay(Image.fromarray(image), heat, low, high))
     if np.nanmin(heat) < level < np.nanmax(heat):
         axes[3].contour(heat, levels=[level], colors="cyan", linewidths=1.2)
     title = f"{group.replace('_', ' ')}: {item.title}, anomaly score {item.score:.4g}"
