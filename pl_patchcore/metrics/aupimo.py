@@ -1,9 +1,8 @@
 """Maps and masks -> AUPIMO: how much of each anomalous image's defect is found at very few false alarms.
 
-For each anomalous image the share of its anomalous pixels that are found (true-positive rate) is drawn against a
-false-positive rate that all images share: the mean over the **nominal images** of their shares of pixels above the
-threshold. The area below it from a rate of 1e-5 to one of 1e-4, on a logarithmic axis, divided by the length of that
-axis, is the image's AUPIMO.
+For each anomalous image the share of its anomalous pixels that are found is drawn against a false-positive rate that
+all images share: the mean over the **nominal images** of their shares of pixels above the threshold. The area below it
+from a rate of 1e-5 to one of 1e-4, on a logarithmic axis, divided by the axis' length, is the image's AUPIMO.
 
 Source: Bertoldo et al. 2024, "AUPIMO: Redefining Visual Anomaly Detection Benchmarks with High Speed and Low
 Tolerance", and its implementation (jpcbertoldo/aupimo; in anomalib 2 as `anomalib.metrics.AUPIMO`), which this equals
@@ -96,7 +95,7 @@ def shared_rates(
 
 
 def overlap_area(scores: Column, pixels: int, rates: SharedRates, bounds: tuple[float, float]) -> Figure:
-    """AUPIMO of an image with so many anomalous ``pixels``, between the ``bounds`` of the rates.
+    """AUPIMO of an image with so many anomalous ``pixels``.
 
     Args:
         scores: Scores of these pixels, ascending, ``(n,)``, n > 0: all, or some of them (see `thin`).
@@ -216,8 +215,7 @@ class AUPIMO(RawMetric):
                 self.nominal.append(own)
                 self.nominal_images.append(cell.new_tensor([pixels, cell[2]]).expand(len(own), 2))
             else:
-                own = own.sort().values
-                self.anomalous.append(thin(own, SHARES) if thins else own)
+                self.anomalous.append(thin(own.sort().values, SHARES if thins else pixels))
                 kept = len(self.anomalous[-1])
             self.images.append(torch.cat([cell, cell.new_tensor([pixels, kept])])[None])
         self.images, self.lowest = [dim_zero_cat(self.images)], [dim_zero_cat(self.lowest)]
@@ -230,10 +228,10 @@ class AUPIMO(RawMetric):
         """Figures of all updates.
 
         Returns:
-            ``aupimo``, the mean of the anomalous images that have anomalous pixels, 0-d float64, and where scores
-            were left out ``aupimo_bound``; ``per_image``, ``(N,)`` float64 in the order of the updates (of
-            one process after the other), NaN for all other images; ``by_group`` and ``by_category`` as
-            `AnomalyEvaluation`. NaN where the nominal images have fewer than 1 / lower bound pixels.
+            ``aupimo``, the mean of the anomalous images that have anomalous pixels, 0-d float64, and where scores were
+            left out ``aupimo_bound``; ``per_image``, ``(N,)`` float64 in the order of the updates (of one process after
+            the other), NaN for others; ``by_group`` and ``by_category`` as `AnomalyEvaluation`. NaN where the nominal
+            images have fewer than 1 / lower bound pixels.
         """
         images, thins = dim_zero_cat(self.images).cpu(), self._thins()
         cells = [tuple(cell) for cell in images[:, :3].tolist()]

@@ -6,11 +6,9 @@ is the largest number that keeps all bins within `BINS` (`APART` times that wher
 most 16, where a bin is a single float32. So the histogram depends on the scores alone: not on their order, their
 batches or the number of processes, bit for bit.
 
-Scores within a factor of two get 2^17 bins; the worst input (every float32 bucket met) still gets 2^8 for each factor
-of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. A
-bin that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64.
-
-Bins are filled on the scores' device, and read on the CPU. Next: `state.py`.
+Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. A bin that
+holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64. Bins are
+filled on the scores' device, and read on the CPU. Next: `state.py`.
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ def f1_at(hits: int, alarms: int, anomalous: int) -> float:
 
 
 class SegF1(RawMetric):
-    """F1 of the pixels of all images together, at a given threshold; pixels whose mask is 255 do not count.
-
-    NaN without anomalous pixels; false alarms in nominal images count.
+    """F1 of the pixels of all images together; pixels whose mask is 255 do not count. NaN without anomalous pixels.
 
     Args:
         threshold: A pixel is called anomalous when its score > threshold.
@@ -82,7 +80,7 @@ class SegF1(RawMetric):
 
 
 class ClassF1(SegF1):
-    """F1 of images, by their anomaly scores at a given threshold; NaN without anomalous images.
+    """F1 of images by their anomaly scores; NaN without anomalous images.
 
     Args:
         threshold: An image is called anomalous when its score > threshold.

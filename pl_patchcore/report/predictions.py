@@ -175,11 +175,11 @@ class PredictionWriter(Callback):
         name = file_name(f"{number:06d}", path)
         if self.pictures:
             values["picture"] = f"pictures/{name}.jpg"
-            with whole_file(folder / "pictures" / f"{name}.jpg") as partial:
+            with whole_file(folder / values["picture"]) as partial:
                 _picture(found).save(partial, quality=90, subsampling=0)
         if self.maps:
             values["map"] = f"maps/{name}.npy"
-            with whole_file(folder / "maps" / f"{name}.npy") as partial:
+            with whole_file(folder / values["map"]) as partial:
                 np.save(partial, found.anomaly_map)
         cells = [f"{cell:.{DIGITS}g}" if isinstance(cell, float) else cell for cell in map(values.get, self._header())]
         return _Row(cells, *coco_image(found, number, path))

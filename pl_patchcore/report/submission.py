@@ -171,8 +171,7 @@ def _wrong(path: Path) -> str:
     try:
         if path.suffix == ".png":
             with Image.open(path) as image:
-                levels = image.getcolors(2) if image.mode == "L" else None
-            right = levels is not None and {level for _, level in levels} <= {0, 255}
+                right = image.mode == "L" and {level for _, level in image.getcolors() or ()} <= {0, 255}
             return "" if right else "must have one channel of 8 bits with the levels 0 and 255"
         with tifffile.TiffFile(path) as file:
             (series,) = file.series
