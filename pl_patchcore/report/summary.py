@@ -132,12 +132,10 @@ class TestReport(Callback):
 
     on_validation_batch_start = on_test_batch_start
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """As in a test."""
         if trainer.state.fn == "validate":
-            self.on_test_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+            self.on_test_batch_end(trainer, *args, **kwargs)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """As after a test."""
