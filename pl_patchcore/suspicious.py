@@ -2,8 +2,8 @@
 
 A training image is scored against the memory bank without its own rows (`calibration.py`), so a defect that no other
 image shows scores as high as it would in a test. Defects of one kind cover each other. An image stands out where its
-score is more than `DEVIATIONS` scaled median absolute deviations above the median (Iglewicz and Hoaglin 1993, who take
-3.5 for normally distributed values). Neither the median nor that deviation moves much while most images are nominal.
+score is more than `DEVIATIONS` scaled median absolute deviations above the median (Iglewicz and Hoaglin 1993), neither
+of which moves much while most images are nominal.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
 # An anomaly score is the largest of many distances. Where such scores follow the law of largest values (Gumbel), 3.5
-# names one nominal image in 80 (more of a few images only): few to look at. 5 would name one in 400, and miss half of
-# the defective ones that 3.5 finds among magnetic tiles.
+# names one nominal image in 80. 5 would name one in 400, and miss half of the defective magnetic tiles that 3.5 finds.
 DEVIATIONS = 3.5
 SCALE = 1.4826  # of the median absolute deviation, to the standard deviation of a normal distribution
 LEAST = 10  # scores below which their spread is not known well enough
@@ -39,7 +38,7 @@ class TrainingImage(NamedTuple):
         score: Its anomaly score, with the other images that stand out still in the memory bank.
         stands_out: Whether the score stands out.
         left_out: Whether the image was left out of the memory bank for it.
-        group: Number in `MemoryBank.images` of the group that it belongs to; None where it was left out.
+        group: Number of its group in `MemoryBank.images`; None where it was left out.
     """
 
     image: int
@@ -63,10 +62,9 @@ def stands_out_above(scores: Sequence[float]) -> float | None:
     """
     if len(scores) < LEAST:
         return None
-    values = np.asarray(scores, dtype=np.float64)
-    median = np.median(values)
-    deviation = float(np.median(np.abs(values - median)))
-    return float(median) + DEVIATIONS * SCALE * deviation if deviation else None
+    median = float(np.median(scores))
+    deviation = float(np.median(np.abs(np.subtract(scores, median))))
+    return median + DEVIATIONS * SCALE * deviation if deviation else None
 
 
 def worst_groups(suspects: Sequence[int], groups: Mapping[int, int]) -> frozenset[int]:
@@ -102,28 +100,24 @@ def tell(images: Sequence[TrainingImage], above: float | None, left_out: int, nu
         number: Number of training images.
         drop: Whether they were to be left out.
     """
-    if images and above is None:
-        log.log(
-            logging.WARNING if drop else logging.INFO,
-            "which training images stand out needs %d scores that differ: none of %d is named.",
-            *(LEAST, len(images)),
-        )
     suspects = [each for each in images if each.stands_out]
+    if images and above is None:
+        said = "which training images stand out needs %d scores that differ: none of %d is named."
+        log.log(logging.WARNING if drop else logging.INFO, said, LEAST, len(images))
+    elif drop and above is not None and not suspects:
+        log.info("drop_suspicious: none of %d training images stands out; none is left out.", len(images))
     if not suspects:
-        if drop and above is not None:
-            log.info("drop_suspicious: none of %d training images stands out; none is left out.", len(images))
         return
     named = ", ".join(f"{each.name} ({each.score:.4g})" for each in suspects[:NAMED])
-    log.warning(
-        "%d of %d training images stand out from the others by their score: %s%s. Look whether they are nominal%s.",
-        *(len(suspects), len(images), named, f" and {more} more" if (more := len(suspects) - NAMED) > 0 else ""),
-        "" if drop else "; drop_suspicious leaves such images out",
-    )
+    more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+    hint = "" if drop else "; drop_suspicious leaves such images out"
+    said = "%d of %d training images stand out from the others by their score: %s%s. Look whether they are nominal%s."
+    log.warning(said, len(suspects), len(images), named, more, hint)
     if drop and (kept := sum(not each.left_out for each in suspects)):
         log.warning("drop_suspicious leaves out at most a tenth of the images: %d of those that stand out stay.", kept)
     if left_out:
-        log.info(
+        said = (
             "drop_suspicious: %d of %d training images are left out, and the memory bank is selected again; the rate "
-            "that the thresholds promise holds for parts like those kept.",
-            *(left_out, number),
+            "that the thresholds promise holds for parts like those kept."
         )
+        log.info(said, left_out, number)

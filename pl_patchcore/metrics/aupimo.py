@@ -1,26 +1,24 @@
 """Maps and masks -> AUPIMO: how much of each anomalous image's defect is found at very few false alarms.
 
-For each anomalous image the share of its anomalous pixels that are found (true-positive rate) is drawn against a
-false-positive rate that all images share: the mean over the **nominal images** of their shares of pixels above the
-threshold. The area below it from a rate of 1e-5 to one of 1e-4, on a logarithmic axis, divided by the length of that
-axis, is the image's AUPIMO.
+For each anomalous image the share of its anomalous pixels that are found is drawn against a false-positive rate that
+all images share: the mean over the **nominal images** of their shares of pixels above the threshold. The area below it
+from a rate of 1e-5 to one of 1e-4, on a logarithmic axis, divided by the axis' length, is the image's AUPIMO.
 
 Source: Bertoldo et al. 2024, "AUPIMO: Redefining Visual Anomaly Detection Benchmarks with High Speed and Low
 Tolerance", and its implementation (jpcbertoldo/aupimo; in anomalib 2 as `anomalib.metrics.AUPIMO`), which this equals
-on the same maps: 300,000 thresholds in equal steps from the smallest to the largest score of the nominal images, a
-pixel counts from the threshold on, the integral runs between the thresholds whose rates are nearest to the two bounds
-(of equally near ones the smallest threshold) by the trapezoidal rule, and is cut to [0, 1]. Departures: an image is
-nominal by its label, not by an empty mask; pixels whose mask is 255 do not count; where the rates do not reach the
-bounds, figures are NaN in place of an error, and 30 thresholds or fewer between them are not refused.
+on the same maps. There are 300,000 thresholds in equal steps from the smallest to the largest score of the nominal
+images, and a pixel counts from the threshold on. The integral runs between the thresholds whose rates are nearest to
+the two bounds (of equally near ones the smallest threshold) by the trapezoidal rule, and is cut to [0, 1]. Departures:
+an image is nominal by its label, not by an empty mask; pixels whose mask is 255 do not count; where the rates do not
+reach the bounds, figures are NaN in place of an error; few thresholds between them are not refused.
 
-Only the largest 0.01 % of the nominal scores matter, so that bounded memory holds them; next: `named.py`.
+Only the largest 0.01 % of the nominal scores matter, so that bounded memory holds them. Next: `named.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -30,10 +28,10 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import ROUNDING, UNDEFINED, Column, Figure
+from pl_patchcore.metrics.curve import ROUNDING, UNDEFINED, Chosen, Column, Figure
 from pl_patchcore.metrics.evaluation import Row, rows
-from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, RawMetric, check_mode
-from pl_patchcore.metrics.streaming import Cell, nonzero, select
+from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, RawMetric
+from pl_patchcore.metrics.streaming import nonzero, select
 from pl_patchcore.numerics import one_thread
 
 log = logging.getLogger(__name__)
@@ -56,8 +54,8 @@ def shared_rates(
     images: int,
     lowest: float,
     whole: bool,
-    bounds: tuple[float, float] = (1e-5, 1e-4),
-    num_thresholds: int = THRESHOLDS,
+    bounds: tuple[float, float],
+    num_thresholds: int,
 ) -> SharedRates | None:
     """Mean false-positive rate of the nominal images at thresholds in equal steps, between two rates.
 
@@ -71,7 +69,7 @@ def shared_rates(
         num_thresholds: Number of thresholds from ``lowest`` to the largest score.
 
     Returns:
-        None where the rates do not reach one of the bounds, or both are nearest to one threshold.
+        None where the rates do not reach a bound, or both are nearest to one threshold.
 
     Example:
         >>> scores, pixels = np.arange(8, dtype=np.float32), np.full(8, 8)
@@ -89,22 +87,21 @@ def shared_rates(
     if reached < bounds[1]:
         text = "AUPIMO keeps the %d largest nominal scores, which end at a rate of %.2g, below %g: it is not computed."
         log.warning(text, len(scores), reached, bounds[1])
-    if reached < bounds[1] or rates[-1] > bounds[0] * (1 + ROUNDING):
         return None
     last, first = (int(np.abs(rates - bound).argmin()) for bound in bounds)
-    return (
-        SharedRates(thresholds[first : last + 1][::-1], np.log(rates[first : last + 1][::-1])) if first < last else None
-    )
+    if rates[-1] > bounds[0] * (1 + ROUNDING) or first >= last:
+        return None
+    return SharedRates(thresholds[first : last + 1][::-1], np.log(rates[first : last + 1][::-1]))
 
 
-def overlap_area(scores: Column, pixels: int, rates: SharedRates, bounds: tuple[float, float] = (1e-5, 1e-4)) -> Figure:
-    """AUPIMO of an image, and its bound.
+def overlap_area(scores: Column, pixels: int, rates: SharedRates, bounds: tuple[float, float]) -> Figure:
+    """AUPIMO of an image with so many anomalous ``pixels``.
 
     Args:
-        scores: Their scores, ascending, ``(n,)``, n > 0: all, or some of them (see `thin`).
-        pixels: Number of anomalous pixels.
-        rates: Thresholds and their rates, of `shared_rates`.
-        bounds: Those of the rates.
+        scores: Scores of these pixels, ascending, ``(n,)``, n > 0: all, or some of them (see `thin`).
+        pixels: Their number.
+        rates: Of `shared_rates`.
+        bounds: Of the rates.
     """
     axis = math.log(bounds[1] / bounds[0])
     found = 1 - np.searchsorted(scores, rates.thresholds) / len(scores)
@@ -167,13 +164,12 @@ class AUPIMO(RawMetric):
         mode: Mode = "auto",
         pixel_limit: int = PIXEL_LIMIT,
     ) -> None:
-        super().__init__()
-        check_mode(mode, pixel_limit)
+        super().__init__(mode, pixel_limit)
         if not 0 < bounds[0] < bounds[1] < 1:
             raise UserError(f"bounds must be 0 < lower < upper < 1, got {bounds}; published figures use (1e-5, 1e-4).")
         if num_thresholds < 2:
             raise UserError(f"num_thresholds must be 2 or more, got {num_thresholds}; published figures use 300000.")
-        self.bounds, self.num_thresholds, self.mode, self.pixel_limit = bounds, num_thresholds, mode, pixel_limit
+        self.bounds, self.num_thresholds = bounds, num_thresholds
         self.add_list("images", torch.int64, 5)  # cell, number of pixels, number of scores in `anomalous`
         self.add_list("lowest")  # smallest score of each image's pixels
         self.add_list("nominal")  # largest scores of nominal images,
@@ -208,22 +204,18 @@ class AUPIMO(RawMetric):
         labels = (masks == 1).flatten(1).any(dim=1) if labels is None else labels
         labels = self.check_truth("labels", labels, LABELS, maps.new_empty(len(maps)))
         cells, thins = self.check_cells(labels, groups, categories), self._thins()
-        floors = dict(
-            zip(dim_zero_cat(self.floor_categories).tolist(), dim_zero_cat(self.floors).tolist(), strict=True)
-        )
+        full, floors = (dim_zero_cat(state).tolist() for state in (self.floor_categories, self.floors))
+        floor_of = dict(zip(full, floors, strict=True))
         for cell, scores, mask in zip(cells, maps, masks, strict=True):
-            own = select(
-                scores, mask == cell[0]
-            )  # the nominal pixels of a nominal image, the anomalous ones of the others
+            own = select(scores, mask == cell[0])  # nominal pixels of a nominal image, anomalous ones of another
             pixels, kept = len(own), 0
             self.lowest.append(own.min()[None] if pixels else own.new_zeros(1))
             if cell[0] == 0:
-                own = select(own, own >= floors.get(int(cell[2]), -math.inf))
+                own = select(own, own >= floor_of.get(int(cell[2]), -math.inf))
                 self.nominal.append(own)
                 self.nominal_images.append(cell.new_tensor([pixels, cell[2]]).expand(len(own), 2))
             else:
-                own = own.sort().values
-                self.anomalous.append(thin(own, SHARES) if thins else own)
+                self.anomalous.append(thin(own.sort().values, SHARES if thins else pixels))
                 kept = len(self.anomalous[-1])
             self.images.append(torch.cat([cell, cell.new_tensor([pixels, kept])])[None])
         self.images, self.lowest = [dim_zero_cat(self.images)], [dim_zero_cat(self.lowest)]
@@ -236,22 +228,19 @@ class AUPIMO(RawMetric):
         """Figures of all updates.
 
         Returns:
-            ``aupimo``, the mean of the anomalous images that have anomalous pixels, 0-d float64, and where scores
-            were left out ``aupimo_bound``; ``per_image``, ``(N,)`` float64 in the order of the updates (of
-            one process after the other), NaN for all other images; ``by_group`` and ``by_category`` as
-            `AnomalyEvaluation`. NaN where the nominal images have fewer than 1 / lower bound pixels.
+            ``aupimo``, the mean of the anomalous images that have anomalous pixels, 0-d float64, and where scores were
+            left out ``aupimo_bound``; ``per_image``, ``(N,)`` float64 in the order of the updates (of one process after
+            the other), NaN for others; ``by_group`` and ``by_category`` as `AnomalyEvaluation`. NaN where the nominal
+            images have fewer than 1 / lower bound pixels.
         """
-        images = dim_zero_cat(self.images).cpu()
-        cells, pixels, kept = (
-            [tuple(cell) for cell in images[:, :3].tolist()],
-            images[:, 3].tolist(),
-            images[:, 4].tolist(),
-        )
+        images, thins = dim_zero_cat(self.images).cpu(), self._thins()
+        cells = [tuple(cell) for cell in images[:, :3].tolist()]
+        pixels, kept = images[:, 3:].T.tolist()
         overlaps = dim_zero_cat(self.anomalous).cpu().split(kept)
-        overlaps = [thin(part, SHARES) for part in overlaps] if (thins := self._thins()) else overlaps
+        overlaps = [thin(part, SHARES) for part in overlaps] if thins else overlaps
         rates = cache(self._rates)
 
-        def areas(chosen: Callable[[Cell], bool]) -> Column:
+        def areas(chosen: Chosen) -> Column:
             """Figure of each image and its bound, ``(2, N)``, NaN where there is none."""
             members = [i for i, cell in enumerate(cells) if chosen(cell) and pixels[i]]
             shared = rates(frozenset(cells[i][2] for i in members if cells[i][0] == 0))
@@ -261,11 +250,11 @@ class AUPIMO(RawMetric):
                     found[:, i] = overlap_area(overlaps[i].numpy(), pixels[i], shared, self.bounds)
             return found
 
-        def row(chosen: Callable[[Cell], bool]) -> Row:
+        def row(chosen: Chosen) -> Row:
             found = areas(chosen)
             defined = found[:, ~np.isnan(found[0])]
-            value, bound = defined.mean(axis=1).tolist() if defined.size else UNDEFINED
-            return {"aupimo": self.figure(value)} | ({"aupimo_bound": self.figure(bound)} if thins else {})
+            mean = Figure(*defined.mean(axis=1).tolist()) if defined.size else UNDEFINED
+            return self.figures({"aupimo": mean}, thins)
 
         return rows(images[:, :3], row) | {"per_image": self.figure(areas(lambda _: True)[0].tolist())}
 

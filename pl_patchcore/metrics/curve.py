@@ -1,7 +1,6 @@
 """Anomalous scores ranked among nominal ones -> areas, average precision, best F1.
 
-One curve serves all figures. AUROC weighs all anomalous pixels alike, PRO weighs each by 1 / area of its region;
-average precision and F1 count. Rows come from sorted scores (`exact_curve`) or from bins (`streaming.binned_curves`).
+One curve serves all figures. Rows come from sorted scores (`exact_curve`) or from bins (`streaming.binned_curves`).
 In a bin that holds several distinct values the order is unknown, and the true figure lies between all ties counted for
 and all against: each function returns the middle and half the distance, which is 0 for exact rows.
 
@@ -12,7 +11,7 @@ Sources: Fawcett 2006 (ROC, ties as straight lines), Bergmann et al. 2020 (PRO).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +64,11 @@ class Curve(NamedTuple):
         return self.nominal > 0 and len(self.scores) > 0
 
 
+Cell = tuple[int, ...]  # what pixels are kept apart by: numbers that name a group of images
+Chosen = Callable[[Cell], bool]  # whether a cell is one of those asked for
+Curves = Callable[[Chosen], Curve]  # gives the curve of all pixels of the chosen cells
+
+
 def descending(nominal: int, *ascending: Column) -> Curve:
     """Curve of columns that are given by ascending score."""
     return Curve(nominal, *(np.flip(column).copy() for column in ascending))
@@ -113,8 +117,8 @@ def area(curve: Curve, fpr_limit: float = 1.0, *, weighted: bool = False) -> Fig
     - ``0`` where ``f_lo >= limit``,
     - ``(limit - f_lo)^2 / (2 (f_hi - f_lo))`` where the limit falls between them (interpolated end point),
 
-    and the figure is the mean of these, ``weighted`` by the curve's weights or not, divided by the limit: the trapezoid
-    rule on the full curve, without the curve. AUROC is limit 1 and equal weights; PRO is limit 0.3 and weighted.
+    and the figure is the mean of these, ``weighted`` by the curve's weights or not, divided by the limit. AUROC is
+    limit 1 and equal weights; PRO is limit 0.3 and weights of 1 / area of the pixel's region.
 
     Example:
         >>> area(exact_curve([np.array([40.0, 42.0])], torch.tensor([42.0, 70.0])))

@@ -15,10 +15,10 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, area, average_precision, best_f1, exact_curve, sort_scores
+from pl_patchcore.metrics.curve import Chosen, Curve, area, average_precision, best_f1, exact_curve, sort_scores
 from pl_patchcore.metrics.regions import pixel_areas
 from pl_patchcore.metrics.state import LABELS, MASKS, PIXEL_LIMIT, Mode, PixelMetric
-from pl_patchcore.metrics.streaming import Cell, select
+from pl_patchcore.metrics.streaming import select
 from pl_patchcore.metrics.thresholded import exceeds, f1_at
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
@@ -27,13 +27,12 @@ Row = dict[str, Any]
 SMALL_LIMITS = (0.05, 0.01)  # of PRO, beside the main one
 
 
-def rows(images: Tensor, row: Callable[[Callable[[Cell], bool]], Row]) -> Row:
-    """The ``row`` of all images, ``by_group`` those of each group, and ``by_category`` those of each category.
+def rows(images: Tensor, row: Callable[[Chosen], Row]) -> Row:
+    """The row of all images, ``by_group`` those of each group, and ``by_category`` those of each category.
 
     Args:
-        images: Label, group (0 for nominal images) and category of each image, ``(N, 3)``, int64.
-        row: Figures of the images, and of their pixels, whose cell (label, group, category) a condition holds for:
-            of a group all nominal images and its own, of a category all its images.
+        images: Cells: label, group (0 for nominal images) and category of each image, ``(N, 3)``, int64.
+        row: Figures of chosen cells: of a group all nominal images and its own, of a category all its images.
     """
     label, group, category = images.unbind(1)
     overall, categories = row(lambda _: True), category.unique().tolist()
@@ -54,10 +53,9 @@ def rows(images: Tensor, row: Callable[[Callable[[Cell], bool]], Row]) -> Row:
 class AnomalyEvaluation(PixelMetric):
     """All figures of a test set, in one pass.
 
-    A defect type's figures are those of a test set of all nominal images and of its own: other types' images
-    do not enter, neither as positives nor with their nominal pixels. A category's figures are those of its own
-    images, nominal and anomalous. Pixels whose mask is 255 (unknown) count in no pixel figure. Figures of images are
-    always exact.
+    A defect type's figures are those of a test set of all nominal images and of its own: other types' images do not
+    enter. A category's figures are those of its own images. Pixels whose mask is 255 (unknown) count in no pixel
+    figure. Figures of images are always exact.
 
     Args:
         fpr_limit: False-positive rate at which the integral of ``pro`` ends, in (0, 1].
@@ -121,7 +119,7 @@ class AnomalyEvaluation(PixelMetric):
         scores, maps = self.check_scores("scores", scores, "B"), self.check_scores("maps", maps, "B H W")
         if len(maps) != len(scores):
             raise UserError(f"maps must be one for each score, got {len(maps)} for {len(scores)} scores; pass both.")
-        labels = self.check_truth("labels", labels, LABELS, scores).long()
+        labels = self.check_truth("labels", labels, LABELS, scores)
         masks = self.check_truth("masks", masks, MASKS, maps)
         cells = self.check_cells(labels, groups, categories)
         nominal, anomalous = masks == 0, masks == 1
@@ -151,11 +149,9 @@ class AnomalyEvaluation(PixelMetric):
             - ``image_auroc``, ``image_average_precision``, ``oracle_image_f1``, ``oracle_image_f1_threshold``;
             - ``pixel_auroc``, ``pixel_auroc_anomalous`` (of anomalous images that are not lost),
               ``pixel_average_precision``, ``oracle_pixel_f1``, ``oracle_pixel_f1_threshold``, ``pro``, ``pro_0.05``,
-              ``pro_0.01``; in streaming mode each figure has its bound beside it, ``pixel_auroc_bound`` and so on (not
-              for the threshold);
-            - ``image_detection_rate``, share of the anomalous images above the threshold, if there is one;
-            - ``image_false_alarm_rate`` and ``pixel_false_alarm_rate``, shares of the nominal images and nominal
-              pixels above the thresholds, for those thresholds that are set;
+              ``pro_0.01``; in streaming mode each has its bound, ``pixel_auroc_bound`` and so on (not the threshold);
+            - of thresholds that are set, shares above them: ``image_detection_rate`` of the anomalous images,
+              ``image_false_alarm_rate`` of the nominal images, ``pixel_false_alarm_rate`` of the nominal pixels;
             - ``class_f1`` and ``seg_f1``, F1 of images and of the pixels of all images at these thresholds;
             - ``nominal``, ``anomalous`` and ``lost``, numbers of images (lost: anomalous ones with a known mask that
               holds no anomalous pixel any more: resize and crop took the defect away);
@@ -166,7 +162,7 @@ class AnomalyEvaluation(PixelMetric):
         scores, images = dim_zero_cat(self.image_scores).cpu(), dim_zero_cat(self.images).cpu()
         curve = self.curves()
 
-        def row(chosen: Callable[[Cell], bool]) -> Row:
+        def row(chosen: Chosen) -> Row:
             members = torch.tensor([chosen(tuple(cell)) for cell in images[:, :3].tolist()], dtype=torch.bool)
             pixels = self._pixel_row(curve(chosen), curve(lambda cell: cell[0] == 1 and chosen(cell)))
             return self._image_row(scores[members], images[members]) | pixels
@@ -204,8 +200,4 @@ class AnomalyEvaluation(PixelMetric):
             "oracle_pixel_f1": f1,
             "pro": area(curve, self.fpr_limit, weighted=True),
         } | {f"pro_{limit}": area(curve, limit, weighted=True) for limit in SMALL_LIMITS}
-        row = {name: self.figure(figure.value) for name, figure in figures.items()}
-        row["oracle_pixel_f1_threshold"] = self.figure(threshold)
-        if not curve.exact:
-            row |= {f"{name}_bound": self.figure(figure.bound) for name, figure in figures.items()}
-        return row
+        return self.figures(figures, bounds=not curve.exact) | {"oracle_pixel_f1_threshold": self.figure(threshold)}

@@ -64,8 +64,7 @@ class TestFigures:
         `SPRO.update` takes them, of the original's size.
 
         Raises:
-            UserError: If there is no label, or the size of the original is not known or not the mask's; as the metrics'
-                updates.
+            UserError: If there is no label, or the original's size is not known or not the mask's; as `update`.
         """
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
@@ -73,8 +72,9 @@ class TestFigures:
             return
         labels, masks = torch.as_tensor(batch["label"], device=scores.device), batch.get("mask")
         defects = batch.get("defect", ["anomalous"] * len(scores))
-        groups, categories = _numbers(defects), None
+        groups = _numbers(defects)
         self.defects |= {g: d for g, d, y in zip(groups.tolist(), defects, labels.tolist(), strict=True) if y == 1}
+        categories = torch.zeros_like(groups)
         if "category" in batch:
             categories = _numbers(batch["category"])
             self.categories |= dict(zip(categories.tolist(), batch["category"], strict=True))
@@ -85,23 +85,15 @@ class TestFigures:
         if self.size == "input" and isinstance(maps, Tensor) and not isinstance(masks, list):
             self._update(scores, maps, labels, masks, groups, categories)
             return
-        for i in range(len(scores)):  # sizes differ
-            one, truth = slice(i, i + 1), None if masks is None else masks[i][None]
-            heat = maps[i]
+        for i, heat in enumerate(maps):  # sizes differ
             if self.size == "original":
                 _check_original(batch, i)
                 heat = _on_original(batch, i, heat)
-            category = None if categories is None else categories[one]
-            self._update(scores[one], heat[None], labels[one], truth, groups[one], category)
+            one, mask = slice(i, i + 1), None if masks is None else masks[i][None]
+            self._update(scores[one], heat[None], labels[one], mask, groups[one], categories[one])
 
     def _update(
-        self,
-        scores: Tensor,
-        maps: Tensor,
-        labels: Tensor,
-        masks: Tensor | None,
-        groups: Tensor,
-        categories: Tensor | None,
+        self, scores: Tensor, maps: Tensor, labels: Tensor, masks: Tensor | None, groups: Tensor, categories: Tensor
     ) -> None:
         """Add images of one size; where the map is NaN the mask is unknown."""
         masks = torch.full_like(maps, UNKNOWN, dtype=torch.uint8) if masks is None else masks
@@ -125,8 +117,7 @@ class TestFigures:
             self.defects, self.categories = self.defects | others[0], self.categories | others[1]
         by_defect = {_own_name(self.defects[number]): _plain(row) for number, row in overall["by_group"].items()}
         rows = overall["by_category"] if self.categories else {}
-        names = {number: _own_name(self.categories.get(number, str(number))) for number in rows}
-        by_category = {names[number]: _plain(row) for number, row in rows.items()}
+        by_category = {_own_name(self.categories.get(number, str(number))): _plain(row) for number, row in rows.items()}
         return {"all": _plain(overall)} | dict(sorted(by_defect.items())), dict(sorted(by_category.items()))
 
 

@@ -59,8 +59,7 @@ class PRO(PixelAUROC):
     of **all** nominal pixels of **all** images given, nominal images among them), integrated to a rate of 0.3 with
     the end point interpolated, and divided by 0.3 (Bergmann et al. 2020). A region is a connected component of
     mask == 1 in one image (8 neighbours). So PRO is the area under a ROC curve whose anomalous pixels weigh 1 / area
-    of their region. Published tables differ: the official PatchCore numbers take anomalous images only, and such
-    figures cannot be compared with these.
+    of their region. The official PatchCore numbers take anomalous images only: they cannot be compared with these.
 
     An anomalous image whose mask is empty adds nominal pixels and no region; constant scores give ``fpr_limit / 2``.
 

@@ -2,8 +2,8 @@
 
 A defect counts as found once so many of its pixels are: its saturation area (a missing object may be anywhere in the
 place left free for it). At each threshold sPRO is the mean over all defects of ``min(found pixels / saturation area,
-1)``; the false-positive rate is the share found of the pixels of all images that are of no defect; and the figure is
-the area below it up to a rate of 0.05 or another, divided by it, with the end point interpolated.
+1)``. The false-positive rate is the share found of all pixels of no defect. The figure is the area below the curve up
+to a rate of 0.05 or another, divided by it, with the end point interpolated.
 
 Only a defect's largest scores matter, as many as its saturation area, each with the weight 1 / saturation area. So
 sPRO is PRO of these pixels, and the curve, the bins and their bounds are those of `curve.py` and `streaming.py`.
@@ -15,7 +15,7 @@ takes all, so that it agrees to about as much. Next: `named.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,9 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import area
+from pl_patchcore.metrics.curve import Chosen, area
 from pl_patchcore.metrics.evaluation import Row, rows
 from pl_patchcore.metrics.state import LABELS, PIXEL_LIMIT, Mode, PixelMetric, check_fpr_limit
-from pl_patchcore.metrics.streaming import Cell
 from pl_patchcore.numerics import one_thread
 
 Defect = tuple[Any, int]  # mask (H, W), bool, array or tensor; saturation area in pixels
@@ -100,7 +99,7 @@ class SPRO(PixelMetric):
 
     def _add(self, cell: Tensor, scores: Tensor, defects: Sequence[Defect]) -> None:
         """Add an image, whose label, group and category are ``cell``."""
-        free, found, areas = ~scores.isnan(), [], []
+        free, found = ~scores.isnan(), [scores.new_empty(0)]
         counted = free.clone()
         for mask, saturation in defects:
             mask = torch.as_tensor(mask, device=scores.device)
@@ -112,13 +111,12 @@ class SPRO(PixelMetric):
                 )
             inside = scores[mask & counted]
             found.append(inside.topk(min(int(saturation), len(inside))).values)
-            areas.append(torch.full((len(found[-1]),), len(found[-1]), dtype=torch.int32))
             free &= ~mask
-        nominal = scores[free] if defects or not cell[0] else scores[:0].flatten()
-        nominal = self.check_scores("maps", nominal)
-        anomalous = self.check_scores("maps", torch.cat([scores.new_empty(0), *found]))
+        nominal = scores[free] if defects or not cell[0] else scores.new_empty(0)
+        nominal, anomalous = (self.check_scores("maps", part) for part in (nominal, torch.cat(found)))
         segment = torch.cat([cell, cell.new_tensor([len(nominal), len(anomalous)])])
-        self.keep(segment[None], nominal, anomalous, torch.cat([torch.empty(0, dtype=torch.int32), *areas]))
+        areas = torch.cat([torch.full((len(part),), len(part), dtype=torch.int32) for part in found])
+        self.keep(segment[None], nominal, anomalous, areas)
 
     @one_thread()
     def compute(self) -> Row:  # type: ignore[override]
@@ -132,15 +130,14 @@ class SPRO(PixelMetric):
         """
         curve = self.curves()
 
-        def row(chosen: Callable[[Cell], bool]) -> Row:
+        def row(chosen: Chosen) -> Row:
             own = curve(chosen)
-            figures = {f"spro_{limit:g}": area(own, limit, weighted=True) for limit in self.fpr_limits}
-            bounds = {} if own.exact else {f"{name}_bound": figure.bound for name, figure in figures.items()}
-            values = {name: figure.value for name, figure in figures.items()} | bounds
-            return {name: self.figure(value) for name, value in values.items()}
+            areas = {name: area(own, limit, weighted=True) for name, limit in limits.items()}
+            return self.figures(areas, bounds=not own.exact)
 
+        limits = {f"spro_{limit:g}": limit for limit in self.fpr_limits}
         found = rows(dim_zero_cat(self.images).cpu(), row)
-        names = [f"spro_{limit:g}" for limit in self.fpr_limits]
-        groups = list(found["by_group"].values())
-        means = {name: np.mean([group[name].item() for group in groups] or [np.nan]) for name in names}
-        return found | {f"mean_{name}": self.figure(float(value)) for name, value in means.items()}
+        for name in limits:
+            groups = [group[name].item() for group in found["by_group"].values()]
+            found[f"mean_{name}"] = self.figure(float(np.mean(groups or [np.nan])))
+        return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import starmap
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Curve, Figure, area, exact_curve, sort_scores
-from pl_patchcore.metrics.streaming import Cell, Histogram, Pixels, add_pixels, binned_curves, merge, select, zeros
+from pl_patchcore.metrics.curve import Chosen, Curve, Curves, Figure, area, exact_curve, sort_scores
+from pl_patchcore.metrics.streaming import Histogram, Pixels, add_pixels, binned_curves, merge, select, zeros
 from pl_patchcore.numerics import one_thread
 from pl_patchcore.preprocessing import UNKNOWN
 
@@ -35,14 +35,6 @@ PIXELS = ("segments", "nominal", "anomalous", "areas")  # states that hold pixel
 BINS = tuple(f"bin_{name}" for name in Histogram._fields)  # states of a histogram; the fields are public
 
 
-def check_mode(mode: str, pixel_limit: int) -> None:
-    """A `UserError` for a mode or a limit that there is not."""
-    if mode not in ("auto", "exact", "streaming"):
-        raise UserError(f"mode must be auto, exact or streaming, got {mode!r}.")
-    if pixel_limit < 0:
-        raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
-
-
 def check_fpr_limit(fpr_limit: float) -> None:
     """A `UserError` for a false-positive rate at which no integral can end."""
     if not 0 < fpr_limit <= 1:
@@ -50,10 +42,9 @@ def check_fpr_limit(fpr_limit: float) -> None:
 
 
 class RawMetric(Metric):
-    """Base of the metrics: checks raw scores and ground truth, keeps them in lists.
+    """Base of the metrics: checks raw scores and ground truth, keeps them in lists (see `PixelMetric`).
 
-    States are lists of tensors, of one empty one at the start: processes that saw no image hand in the same kinds of
-    tensors as all.
+    A list state starts with one empty tensor, so that a process that saw no image hands in tensors of the same kinds.
     """
 
     is_differentiable = False
@@ -63,8 +54,13 @@ class RawMetric(Metric):
     plot_upper_bound = 1.0
     error_bound: float | None = None  # of the last computed figure; 0 if exact, None before the first
 
-    def __init__(self) -> None:
+    def __init__(self, mode: Mode = "exact", pixel_limit: int = PIXEL_LIMIT) -> None:
         super().__init__()
+        if mode not in ("auto", "exact", "streaming"):
+            raise UserError(f"mode must be auto, exact or streaming, got {mode!r}.")
+        if pixel_limit < 0:
+            raise UserError(f"pixel_limit must be 0 or more, got {pixel_limit}; it counts pixels of all maps.")
+        self.mode, self.pixel_limit = mode, pixel_limit
         self._empty: dict[str, Tensor] = {}
 
     def add_list(self, name: str, dtype: torch.dtype = torch.float32, *columns: int, reduction: Any = "cat") -> None:
@@ -134,6 +130,13 @@ class RawMetric(Metric):
         self.error_bound = figure.bound
         return self.figure(figure.value)
 
+    def figures(self, named: Mapping[str, Figure], bounds: bool) -> dict[str, Any]:
+        """Figures by their names as 0-d tensors; with ``bounds`` each one's bound, too."""
+        values = {name: figure.value for name, figure in named.items()}
+        if bounds:
+            values |= {f"{name}_bound": figure.bound for name, figure in named.items()}
+        return {name: self.figure(value) for name, value in values.items()}
+
     def figure(self, value: float | list[float]) -> Tensor:
         """A figure as 0-d tensor, or several ``(n,)``, on the metric's device: float64, float32 where there is none."""
         return torch.tensor(value, dtype=torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
@@ -144,9 +147,7 @@ class RawMetric(Metric):
 
 
 class PixelMetric(RawMetric):
-    """Base of the metrics of a curve: keeps scores exactly or in bins of bounded memory.
-
-    Pixels are kept apart by cell, a row of ``columns`` numbers that names a group of images.
+    """Base of the metrics of a curve: keeps scores exactly or in bins, apart by cells of ``columns`` numbers.
 
     Args:
         mode: ``exact`` keeps every pixel. ``streaming`` keeps a histogram of bounded memory, and after ``compute``
@@ -161,10 +162,9 @@ class PixelMetric(RawMetric):
     weighted = False  # whether the curve weighs anomalous pixels by 1 / area of their region
 
     def __init__(self, mode: Mode = "auto", pixel_limit: int = PIXEL_LIMIT, fpr_limit: float = 1.0) -> None:
-        super().__init__()
-        check_mode(mode, pixel_limit)
+        super().__init__(mode, pixel_limit)
         check_fpr_limit(fpr_limit)
-        self.mode, self.pixel_limit, self.fpr_limit = mode, pixel_limit, fpr_limit
+        self.fpr_limit = fpr_limit
         # as they came: all pixels, or in streaming mode those that wait for the histogram
         self.add_list("segments", torch.int64, self.columns + 2)  # cell, numbers of nominal and anomalous pixels
         self.add_list("nominal")
@@ -182,7 +182,7 @@ class PixelMetric(RawMetric):
         super().sync(*args, **kwargs)
 
     def keep(self, segments: Tensor, nominal: Tensor, anomalous: Tensor, areas: Tensor) -> None:
-        """Keep the pixels of a batch: the scores of nominal and of anomalous ones, run after run, float32.
+        """Keep the scores of the nominal and the anomalous pixels of a batch, run after run, float32.
 
         A row of ``segments``, int64 ``(n, columns + 2)``, is the cell of a run, and its numbers of nominal and of
         anomalous pixels; ``areas``, int32, are those of the anomalous pixels' regions (1 where they do not matter).
@@ -193,8 +193,8 @@ class PixelMetric(RawMetric):
         if self.mode == "exact" or self._waiting() <= (FLUSH if binned else self.pixel_limit):
             return
         if not binned:
-            text = "more than %d pixels: %s goes on in streaming mode, with bounded memory and error."
-            log.info(text, self.pixel_limit, type(self).__name__)
+            said = "more than %d pixels: %s goes on in streaming mode, with bounded memory and error."
+            log.info(said, self.pixel_limit, type(self).__name__)
         self._fold()
 
     def keep_flat(self, scores: Tensor, truth: Tensor, areas: Tensor | None = None) -> None:
@@ -203,8 +203,8 @@ class PixelMetric(RawMetric):
         areas = torch.ones(len(anomalous), dtype=torch.int32) if areas is None else areas
         self.keep(torch.tensor([[0, len(nominal), len(anomalous)]]), nominal, anomalous, areas)
 
-    def curves(self) -> Callable[[Callable[[Cell], bool]], Curve]:
-        """What gives the curve of all pixels of the cells that a condition holds for."""
+    def curves(self) -> Curves:
+        """Curves of all pixels kept."""
         streams = self._binned() or (self.mode == "auto" and self._waiting() > self.pixel_limit)
         return binned_curves(self._fold()) if streams else exact_curves(self._pixels())
 
@@ -242,8 +242,8 @@ class PixelMetric(RawMetric):
         return histogram
 
 
-def exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], Curve]:
-    """What gives the curve of all pixels of the cells that a condition holds for, by sorting each cell once."""
+def exact_curves(parts: Sequence[Pixels]) -> Curves:
+    """Curves without an error, by sorting each cell once."""
     nominal = defaultdict(list)
     for part in parts:
         if not len(part.areas):
@@ -251,7 +251,7 @@ def exact_curves(parts: Sequence[Pixels]) -> Callable[[Callable[[Cell], bool]], 
     ascending = {cell: sort_scores(scores) for cell, scores in nominal.items()}
     nothing = Pixels((), torch.empty(0, dtype=torch.float32))
 
-    def curve(chosen: Callable[[Cell], bool]) -> Curve:
+    def curve(chosen: Chosen) -> Curve:
         own = [nothing, *(part for part in parts if len(part.areas) and chosen(part.cell))]
         scores, areas = torch.cat([part.scores.cpu() for part in own]), torch.cat([part.areas.cpu() for part in own])
         return exact_curve([ranked for cell, ranked in ascending.items() if chosen(cell)], scores, areas)

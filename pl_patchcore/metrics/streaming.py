@@ -6,16 +6,14 @@ is the largest number that keeps all bins within `BINS` (`APART` times that wher
 most 16, where a bin is a single float32. So the histogram depends on the scores alone: not on their order, their
 batches or the number of processes, bit for bit.
 
-Scores within a factor of two get 2^17 bins; the worst input (every float32 bucket met) still gets 2^8 for each factor
-of two. Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. A
-bin that holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64.
-
-Bins are filled on the scores' device, and read on the CPU. Next: `state.py`.
+Measured bounds: 1e-5 for continuous scores within a factor of two, 7e-5 for a normal distribution around 0. A bin that
+holds a single value adds no error. Weights of anomalous pixels, 1 / area of the region, are summed in int64. Bins are
+filled on the scores' device, and read on the CPU. Next: `state.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.errors import UserError
-from pl_patchcore.metrics.curve import Column, Curve, descending
+from pl_patchcore.metrics.curve import Cell, Chosen, Column, Curve, Curves, descending
 
 BINS = 2**17  # 4 MB: 28 bytes a bin
 APART = 8  # times as many where many cells share them, each named by several numbers
@@ -31,8 +29,6 @@ MIXED = -1  # a bin that holds several scores
 UNIT = 2**40  # fixed point of the weights
 MOST = 2**62  # sum of weights that int64 holds with room to spare: 4 million regions
 PIECE = 2**16  # pixels handled at once: their temporaries stay in the processor's cache
-
-Cell = tuple[int, ...]  # what pixels are kept apart by: numbers that name a group of images
 
 
 class Pixels(NamedTuple):
@@ -120,7 +116,7 @@ def add_pixels(histogram: Histogram, parts: Sequence[Pixels]) -> Histogram:
     while pieces := _add_known(histogram, pieces):
         cells = {piece.cell for piece in pieces}
         met = [_buckets(cell, torch.cat([piece.scores for piece in pieces if piece.cell == cell])) for cell in cells]
-        histogram = merge([histogram], torch.cat(met))
+        histogram = merge([histogram, zeros(torch.cat(met))])
     _check_weights(histogram.weights)
     return histogram
 
@@ -173,17 +169,18 @@ def _buckets(cell: Cell, scores: Tensor) -> Tensor:
     return torch.cat([upper.new_tensor(cell).expand(len(upper), -1), upper], dim=1)
 
 
-def merge(histograms: Sequence[Histogram], room: Tensor | None = None) -> Histogram:
-    """Histogram of all pixels in several, and of further buckets, ``room``; bins as coarse as the budget asks for."""
+def merge(histograms: Sequence[Histogram]) -> Histogram:
+    """Histogram of all buckets and pixels in several, with bins as coarse as the budget asks for."""
     _check_weights(*(histogram.weights for histogram in histograms))
-    known = [histogram.buckets for histogram in histograms]
-    rows = torch.cat(known if room is None else [*known, room])
+    rows = torch.cat([histogram.buckets for histogram in histograms])
     buckets, place = torch.unique(rows, dim=0, return_inverse=True)
     budget = BINS if buckets.shape[1] == 2 else APART * BINS
     merged = zeros(buckets, max(budget, len(buckets)))
     for histogram in histograms:
         own, place = place[: len(histogram.buckets)], place[len(histogram.buckets) :]
-        for before, after in zip(histogram[1:], merged[1:], strict=True) if len(own) else ():
+        if not len(own) or not len(histogram.nominal):
+            continue
+        for before, after in zip(histogram[1:], merged[1:], strict=True):
             finer = before[: len(own) << histogram.bits].view(len(own), 2**merged.bits, -1)
             added = finer.sum(2, dtype=finer.dtype)
             bins = after[: len(buckets) << merged.bits].view(len(buckets), -1)  # a view
@@ -203,11 +200,8 @@ def _check_weights(*weights: Tensor) -> None:
         )
 
 
-def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Curve]:
-    """What gives the curve of the cells that a condition holds for: a row for each bin that holds anomalous pixels.
-
-    A row is ``mixed`` where its bin holds more than one distinct score, nominal ones counted too.
-    """
+def binned_curves(histogram: Histogram) -> Curves:
+    """Curves with a row for each bin of anomalous pixels, ``mixed`` where it holds several scores of any pixels."""
     cells, cell = torch.unique(histogram.buckets[:, :-1], dim=0, return_inverse=True)
     names, cell_of, upper = [tuple(name) for name in cells.tolist()], cell.cpu().numpy(), histogram.buckets[:, -1].cpu()
     columns = [column.cpu().numpy() for column in histogram[1:]]
@@ -215,7 +209,7 @@ def binned_curves(histogram: Histogram) -> Callable[[Callable[[Cell], bool]], Cu
     bucket, inside = filled >> histogram.bits, filled & (2**histogram.bits - 1)
     keys = (upper.numpy()[bucket] << 16) + (inside << (16 - histogram.bits))
 
-    def curve(chosen: Callable[[Cell], bool]) -> Curve:
+    def curve(chosen: Chosen) -> Curve:
         own = np.flatnonzero(np.array([chosen(name) for name in names], bool)[cell_of[bucket]])
         own = own[keys[own].argsort(kind="stable")]
         key, starts = np.unique(keys[own], return_index=True)  # bins of one key, of several cells, side by side

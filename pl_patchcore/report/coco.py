@@ -18,13 +18,7 @@ CATEGORY = {"id": 1, "name": "defect", "supercategory": "anomaly"}
 
 
 def coco_image(inspection: Inspection, number: int, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Entry of an image, and of each of its regions but for their ids.
-
-    Args:
-        inspection: What was found.
-        number: Number of the image in the data set, its id.
-        path: Where the image is.
-    """
+    """Entry of an image in ``path``, whose id is a ``number``, and of each of its regions but for their ids."""
     height, width = inspection.size
     scores = {"score": rounded(inspection.score), "anomalous": inspection.anomalous}
     image = {"id": number, "file_name": path, "height": height, "width": width} | scores
@@ -34,7 +28,7 @@ def coco_image(inspection: Inspection, number: int, path: str) -> tuple[dict[str
 def write_coco(path: Path, images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> None:
     """Write entries by `coco_image` of all images; the regions are numbered from 1."""
     numbered = [{"id": number} | entry for number, entry in enumerate(annotations, 1)]
-    content = {"images": list(images), "annotations": numbered, "categories": [CATEGORY]}
+    content = {"images": images, "annotations": numbered, "categories": [CATEGORY]}
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -72,5 +66,4 @@ def run_lengths(region: Region, size: tuple[int, int]) -> list[int]:
     breaks = np.nonzero(np.diff(pixels) != 1)[0]
     begins, ends = pixels[np.r_[0, breaks + 1]], pixels[np.r_[breaks, len(pixels) - 1]] + 1
     borders = np.r_[0, np.stack([begins, ends], 1).ravel(), size[0] * size[1]]
-    lengths: list[int] = np.diff(borders).tolist()
-    return lengths
+    return list(np.diff(borders).tolist())

@@ -18,10 +18,9 @@ SHOWN = 20_000  # patch features drawn and measured, at most
 
 
 def draw_coverage(features: Tensor, rows: Tensor, path: Path) -> None:
-    """Draw which of ``features`` were selected, beside a random selection of the same size.
+    """Draw which features were selected, beside a random selection of the same size, on two principal components.
 
-    Both panels show the features on their first two principal components. The titles give the mean and largest
-    distance of the features drawn to the nearest selected one, in all dimensions.
+    The titles give the mean and largest distance of the features drawn to the nearest selected one, in all dimensions.
 
     Args:
         features: (Projected) patch features, ``(N, d)``.
@@ -51,9 +50,7 @@ def draw_coverage(features: Tensor, rows: Tensor, path: Path) -> None:
 
 
 class CoverageReport(Callback):
-    """Draws ``coverage.png`` when a fit ends: the coreset in its patch features, beside a random one.
-
-    Reads the module's ``selected``: projected patch features and the rows picked, or None.
+    """Draws ``coverage.png`` when a fit ends, of the module's ``selected``: projected patch features and rows, or None.
 
     Args:
         draw: Whether to draw it.
@@ -67,8 +64,9 @@ class CoverageReport(Callback):
         folder = output_folder(trainer)
         if not self.draw or not trainer.is_global_zero:
             return
-        said = "No coverage.png: there is one only for a single model with a greedy coreset, fitted by one process."
-        if (selected := getattr(pl_module, "selected", None)) is not None:
+        if (selected := getattr(pl_module, "selected", None)) is None:
+            said = "No coverage.png: there is one only for a single model with a greedy coreset, fitted by one process."
+        else:
             features, rows = selected
             draw_coverage(features, rows, folder / "coverage.png")
             said = f"Written to {folder}: coverage.png"

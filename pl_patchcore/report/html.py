@@ -1,8 +1,8 @@
 """Scores, maps and outlines -> ``report.html``, one file that a person opens in a browser, without a network.
 
-Reads one image at a time, and keeps of it small pictures only. ``report.html`` beside this file is the template: its
-style and script are the page's own. Names of images and defects are data of strangers: they go to the page as JSON, and
-its script sets them as text. A content security policy forbids any other script, and any address outside.
+``report.html`` beside this file is the template: its style and script are the page's own. Names of images and defects
+are data of strangers: they go to the page as JSON, and its script sets them as text. A content security policy forbids
+any other script, and any address outside.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from pl_patchcore.files import whole_file
 from pl_patchcore.inspection import GREY
 from pl_patchcore.regions import Polygon
-from pl_patchcore.report.pictures import COLOUR_MAP, colour_scale
+from pl_patchcore.report.pictures import COLOUR_MAP, colour_scale, remove_earlier
 
 SMALL, LARGE = 320, 900  # pixels, the longer side of the pictures in the grid and in the large view
 QUALITY = 80  # of JPEG
@@ -41,7 +41,7 @@ class PageImage:
     """An image for the page.
 
     Args:
-        name: Name that is shown.
+        name: Path or name; the last two parts of a path are shown.
         score: Anomaly score, finite.
         image: RGB, uint8 ``(H, W, 3)``.
         anomaly_map: float32 ``(H, W)``, NaN where the image does not count.
@@ -73,15 +73,6 @@ class _Record:
     high: float = 0.0
     pictures: dict[str, bytes] = field(default_factory=dict)  # small, large, mask: as they are shown; map: in levels
 
-    @property
-    def anomalous(self) -> bool:
-        return bool(self.shown["label"] == 1)
-
-    def __lt__(self, other: _Record) -> bool:
-        """Whether the other image is nearer to an error, and of more interest."""
-        sign = -1 if self.anomalous else 1
-        return (sign * self.shown["score"], -self.order) < (sign * other.shown["score"], -other.order)
-
 
 class Page:
     """Collects images and writes ``report.html``.
@@ -93,22 +84,21 @@ class Page:
 
     def __init__(self) -> None:
         self.records: list[_Record] = []
-        self.kept: tuple[list[_Record], list[_Record]] = ([], [])  # heaps: not anomalous, anomalous
+        # images whose pictures are kept, not anomalous and anomalous ones: heaps, the first the farthest from an error
+        self.kept: tuple[list[tuple[float, int, int, _Record]], ...] = ([], [])
 
     def add(self, item: PageImage) -> None:
         """Take an image; nothing of it but small pictures is kept."""
-        height, width = item.anomaly_map.shape
         shown = {
-            "name": item.name,
+            "name": "/".join(Path(item.name).parts[-2:]),
             "score": float(item.score),
             "label": item.label,
             "defect": item.defect,
-            "size": [width, height],
+            "size": item.anomaly_map.shape[::-1],
             "outline": _path(item.outlines),
         }
         record = _Record(item.order, shown)
-        self._take(record)
-        if any(record is kept for kept in self.kept[record.anomalous]):
+        if self._take(record):
             record.low, record.high, levels = _levels(item.anomaly_map)
             record.pictures = _pictures(item) | {"map": _encode(Image.fromarray(levels), "PNG")}
 
@@ -117,12 +107,17 @@ class Page:
         for record in other.records:
             self._take(record)
 
-    def _take(self, record: _Record) -> None:
+    def _take(self, record: _Record) -> bool:
+        """Take an image; whether its pictures are to be kept."""
+        score, anomalous = record.shown["score"], record.shown["label"] == 1
+        place = (-score if anomalous else score, -record.order, len(self.records), record)
         self.records.append(record)
-        heap = self.kept[record.anomalous]
-        heapq.heappush(heap, record)
-        if len(heap) > MOST_PICTURES:
-            heapq.heappop(heap).pictures = {}
+        if len(heap := self.kept[anomalous]) < MOST_PICTURES:
+            heapq.heappush(heap, place)
+            return True
+        farthest = heapq.heappushpop(heap, place)[-1]
+        farthest.pictures = {}
+        return farthest is not record
 
     def write(
         self,
@@ -136,7 +131,7 @@ class Page:
         """Write ``report.html``, and ``report/`` beside it where the pictures are too many for one file.
 
         An earlier page goes first, so that a page that is there has its pictures. One colour scale serves all maps:
-        from 0 to twice ``pixel_threshold``, which so has the middle colour; without one over all values.
+        that of `colour_scale`; without ``pixel_threshold`` over all values.
 
         Args:
             folder: Where to write.
@@ -150,21 +145,19 @@ class Page:
             The page's path.
         """
         (folder / "report.html").unlink(missing_ok=True)
-        for old in (folder / "report").glob("*.*"):
-            if re.fullmatch(r"\d{6}-(small|large|mask|map)\.(jpg|png)", old.name):  # others are the user's own
-                old.unlink()
+        remove_earlier(folder / "report", r"\d{6}-(small|large|mask|map)\.(jpg|png)")
         records = sorted(self.records, key=lambda record: record.order)
         low, high = colour_scale(pixel_threshold or 0.0)
         if not high > 0:
-            ranges = [(record.low, record.high) for record in records if record.pictures]
-            low, high = min((r[0] for r in ranges), default=0.0), max((r[1] for r in ranges), default=1.0)
+            low = min((record.low for record in records if record.pictures), default=0.0)
+            high = max((record.high for record in records if record.pictures), default=1.0)
         pictures = [_finished(record, low, max(high, low + 1e-12)) for record in records]
         inline = sum(len(data) for each in pictures for data in each.values()) <= MOST_INLINE
         images = []
         for number, (record, each) in enumerate(zip(records, pictures, strict=True)):
             place = {kind: _place(folder, number, kind, data, inline) for kind, data in each.items()}
             images.append(record.shown | place)
-        start, reason = _start([(record.shown["score"], record.shown["label"]) for record in records], threshold)
+        start, reason = _start(images, threshold)
         content = {
             "images": images,
             "figures": list(figures.items()),
@@ -182,11 +175,7 @@ class Page:
 
 
 def best_f1_threshold(nominal: np.ndarray, anomalous: np.ndarray) -> float:
-    """Threshold, between two scores, above which the F1 of calling images anomalous is the best; of several the lowest.
-
-    Args:
-        nominal: Scores of nominal images, ``(n,)``.
-        anomalous: Scores of anomalous images, ``(m,)``, at least one.
+    """Threshold, between two of the scores ``(n,)`` and ``(m,)``, m > 0, above which F1 is the best; the lowest such.
 
     Example:
         >>> best_f1_threshold(np.array([1.0, 2.0]), np.array([4.0, 5.0]))
@@ -199,18 +188,18 @@ def best_f1_threshold(nominal: np.ndarray, anomalous: np.ndarray) -> float:
     return float(between[np.argmax(2 * caught / (caught + alarms + len(anomalous)))])
 
 
-def _start(scores: Sequence[tuple[float, int | None]], threshold: float | None) -> tuple[float, str]:
+def _start(images: Sequence[dict[str, Any]], threshold: float | None) -> tuple[float, str]:
     """Where the slider starts, and a sentence that says why."""
     if threshold is not None:
         return float(threshold), "The slider starts at the model's threshold."
-    of = {label: np.array([score for score, found in scores if found == label]) for label in (0, 1)}
+    nominal, anomalous = ([image["score"] for image in images if image["label"] == label] for label in (0, 1))
     none = "The model has no threshold, so it gives no verdicts. The slider starts "
-    if len(of[0]) and len(of[1]):
-        start = best_f1_threshold(of[0], of[1])
+    if nominal and anomalous:
+        start = best_f1_threshold(np.array(nominal), np.array(anomalous))
         return start, none + "where F1 on these images is best. It has seen their labels: no promise for other images."
-    if len(of[0]):
-        return float(of[0].max()), none + "at the highest score of a nominal image."
-    return max((score for score, _ in scores), default=0.0), none + "at the highest score."
+    if nominal:
+        return max(nominal), none + "at the highest score of a nominal image."
+    return max((image["score"] for image in images), default=0.0), none + "at the highest score."
 
 
 def _path(polygons: Sequence[Polygon | np.ndarray]) -> str:

@@ -1,8 +1,7 @@
 """Anomaly maps as pictures: image, mask, map and overlay side by side.
 
-Only the images a report shows are kept while the test runs, in four short lists, and of large ones what is shown. Of a
-model with thresholds the colours go from 0 to twice the pixel threshold, so that a colour means the same in every
-picture. Where a map is NaN the image does not count, and is greyed.
+Only the images a report shows are kept while the test runs, and of large ones what is shown. Of a model with thresholds
+a colour means the same in every picture (`colour_scale`). Where a map is NaN the image does not count, and is greyed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -37,6 +35,27 @@ ERRORS = {"lowest_anomalous": "missed", "highest_nominal": "false_alarm"}  # nam
 COLOUR_MAP = "inferno"  # from black to yellow, as bright as the value is high
 LONGEST_SIDE = 1600  # pixels of a picture's image; larger ones are brought to that, or a little less
 BAND = 2**20  # pixels of an image that are made smaller at once
+NAME_LENGTH = 48  # characters of an image's name in a file's, of at most 4 bytes each; file systems take 255 bytes
+
+
+def file_name(number: str, path: str) -> str:
+    """Name, without a suffix, of a file about an image."""
+    return f"{number}-{Path(path).stem[:NAME_LENGTH]}"
+
+
+def remove_earlier(folder: Path, pattern: str) -> None:
+    """Remove files of an earlier run, whose names match a regular expression; others are the user's own."""
+    for old in folder.glob("*"):
+        if re.fullmatch(pattern, old.name, re.DOTALL):
+            old.unlink(missing_ok=True)  # another machine may remove it, too
+
+
+def side_by_side(left: Image.Image, right: Image.Image, gap: int = 0) -> Image.Image:
+    """Two pictures of one size beside each other, with black between them."""
+    both = Image.new("RGB", (2 * left.width + gap, left.height))
+    both.paste(left)
+    both.paste(right, (left.width + gap, 0))
+    return both
 
 
 def colour_scale(pixel_threshold: float) -> tuple[float, float]:
@@ -48,13 +67,8 @@ def overlay(image: Image.Image, heat: np.ndarray, low: float, high: float) -> Im
     """Lay the colours of an anomaly map ``(H, W)`` over an image of its size, the thicker the higher; none for NaN."""
     share = np.clip((np.nan_to_num(heat, nan=low) - low) / max(high - low, 1e-12), 0, 1)  # (H, W)
     colours = matplotlib.colormaps[COLOUR_MAP](share)[..., :3] * 255
-    weight = _thickness(share)[..., None]
+    weight = 0.7 * share[..., None] ** 2
     return Image.fromarray((np.asarray(image) * (1 - weight) + colours * weight).round().astype(np.uint8))
-
-
-def _thickness(share: np.ndarray) -> np.ndarray:
-    """How much of the image the colours hide, by the place on the scale."""
-    return 0.7 * share**2
 
 
 def smaller_rgb(transform: Preprocessing, image: Tensor, factor: int) -> Tensor:
@@ -92,16 +106,19 @@ class Shown:
         outside = self.anomaly_map.isnan().cpu().numpy()
         return np.asarray(greyed(Image.fromarray(rgb), ~outside)) if outside.any() else rgb
 
+    @property
+    def truth(self) -> np.ndarray | None:
+        """The mask, bool ``(H, W)``; None where nothing of it is known."""
+        if self.mask is None or (self.mask == UNKNOWN).all():
+            return None
+        found: np.ndarray = self.mask.cpu().numpy() == 1
+        return found
+
 
 class Gallery:
-    """The most and least anomalous images, a few of each.
+    """The most and least anomalous images, ``size`` of each of `GROUPS`.
 
-    ``most_anomalous`` and ``lowest_anomalous`` are the anomalous images with the highest and lowest scores,
-    ``highest_nominal`` and ``least_anomalous`` the nominal ones. Where a threshold says that such an image is an error,
-    its picture is called ``missed`` or ``false_alarm``.
-
-    Args:
-        size: Images per group.
+    Where a threshold says that such an image is an error, its picture is called ``missed`` or ``false_alarm``.
     """
 
     def __init__(self, size: int) -> None:
@@ -120,9 +137,9 @@ class Gallery:
         sign, group = GROUPS[name][1], self.groups[name]
         place = bisect([(-sign * shown.score, shown.order) for shown in group], (-sign * item.score, item.order))
         if place < self.size:
+            image, heat = item.image.cpu().clone(), item.anomaly_map.cpu().clone()
             mask = None if item.mask is None else item.mask.cpu().clone()
-            kept = replace(item, image=item.image.cpu().clone(), anomaly_map=item.anomaly_map.cpu().clone(), mask=mask)
-            group.insert(place, kept)
+            group.insert(place, replace(item, image=image, anomaly_map=heat, mask=mask))
             del group[self.size :]
 
     def merge(self, other: Gallery) -> None:
@@ -135,9 +152,8 @@ class Gallery:
     def write(self, folder: Path, image_threshold: float | None = None, pixel_threshold: float | None = None) -> int:
         """Draw all groups into ``folder``, in place of an earlier run's pictures; returns the number of pictures.
 
-        One colour scale serves all, and stands beside each map: by `colour_scale`; without ``pixel_threshold`` from
-        the lowest value shown to the 99.5 % quantile of the values shown. The contour stands at ``pixel_threshold``,
-        without one at the scale's middle. Neither knows of labels. ``image_threshold`` is marked among the scores.
+        One colour scale serves all: that of `colour_scale`; without ``pixel_threshold`` from the lowest to the 99.5 %
+        quantile of the values shown. The contour stands at ``pixel_threshold``, without one at the scale's middle.
         """
         shown = [item for group in self.groups.values() for item in group]
         if not shown:
@@ -147,9 +163,7 @@ class Gallery:
             low, high = float(values.min()), float(np.quantile(values, 0.995))
         else:
             low, high = colour_scale(pixel_threshold)
-        for old in folder.glob("*.png"):
-            if re.fullmatch(rf"({'|'.join([*GROUPS, *ERRORS.values()])})_\d+", old.stem):  # others are the user's own
-                old.unlink()
+        remove_earlier(folder, rf"({'|'.join([*GROUPS, *ERRORS.values()])})_\d+\.png")
         for name, place, item in self.named(image_threshold):
             figure = _panels(item, name, low, max(high, low + 1e-12), pixel_threshold)
             with whole_file(folder / f"{name}_{place}.png") as partial:
@@ -188,23 +202,19 @@ def _panels(item: Shown, group: str, low: float, high: float, threshold: float |
     figure = Figure(figsize=(13, 3.7), layout="constrained")
     axes = figure.subplots(1, 4)
     image, heat = item.picture, item.anomaly_map.numpy()
-    red, green, blue = (level / 255 for level in GREY)
-    colours: dict[str, Any] = {"cmap": matplotlib.colormaps[COLOUR_MAP].with_extremes(bad=(red, green, blue))}
-    colours |= {"vmin": low, "vmax": high}
+    colour_map = matplotlib.colormaps[COLOUR_MAP].with_extremes(bad="#{:02x}{:02x}{:02x}".format(*GREY))
     level, meaning = (0.5 * (low + high), "mid-scale") if threshold is None else (threshold, "threshold")
     titles = ("image", "mask", "anomaly map", f"overlay, contour at {level:.3g} ({meaning})")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     axes[0].imshow(image)
-    if item.mask is None or (item.mask == UNKNOWN).all():
+    if (truth := item.truth) is None:
         axes[1].text(0.5, 0.5, "unknown", ha="center", va="center", transform=axes[1].transAxes)
     else:
-        axes[1].imshow(np.where(np.isnan(heat), 0.5, item.mask.numpy() == 1), cmap="gray", vmin=0, vmax=1)
-    figure.colorbar(axes[2].imshow(heat, **colours), ax=axes[2], shrink=0.8)
-    axes[3].imshow(image)
-    share = np.clip((np.nan_to_num(heat, nan=low) - low) / (high - low), 0, 1)
-    axes[3].imshow(heat, alpha=_thickness(share), **colours)
+        axes[1].imshow(np.where(np.isnan(heat), 0.5, truth), cmap="gray", vmin=0, vmax=1)
+    figure.colorbar(axes[2].imshow(heat, cmap=colour_map, vmin=low, vmax=high), ax=axes[2], shrink=0.8)
+    axes[3].imshow(overlay(Image.fromarray(image), heat, low, high))
     if np.nanmin(heat) < level < np.nanmax(heat):
         axes[3].contour(heat, levels=[level], colors="cyan", linewidths=1.2)
     title = f"{group.replace('_', ' ')}: {item.title}, anomaly score {item.score:.4g}"

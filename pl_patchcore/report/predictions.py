@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import cache
 from functools import partial as bound
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
@@ -24,22 +23,18 @@ from pl_patchcore.inspection import GREY, Inspection, Settings, geometry, with_s
 from pl_patchcore.preprocessing import Preprocessing
 from pl_patchcore.report.coco import DIGITS, coco_image, write_coco
 from pl_patchcore.report.html import LARGE, Page, PageImage
-from pl_patchcore.report.pictures import LONGEST_SIDE, colour_scale, overlay
+from pl_patchcore.report.pictures import LONGEST_SIDE, colour_scale, file_name, overlay, remove_earlier, side_by_side
 
 VERDICT = ("verdict", "anomalous", "threshold", "normalized", "p_value")  # columns of a model with a threshold
 REGIONS = ("regions", "left", "top", "right", "bottom", "area")  # and of one with a threshold of pixels
-NAME_LENGTH = 48  # characters of an image's name in its map's, of at most 4 bytes each; file systems take 255 bytes
 GAP = 8  # pixels between an image and its map
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """What is written of an image."""
 
-    number: int  # in the data set
-    cells: list[str]
-    anomalous: bool | None
-    image: dict[str, Any]  # of `coco_image`
+    cells: list[Any]
+    image: dict[str, Any]  # as `annotations`, of `coco_image`; its id is the number in the data set
     annotations: list[dict[str, Any]]
 
 
@@ -49,11 +44,11 @@ class PredictionWriter(Callback):
     ``predictions.csv`` has the columns ``path``, ``score`` (numbers of 6 significant digits); of a model with
     thresholds ``verdict`` (``ok`` or ``defect``), ``anomalous`` (1 where the score is above the threshold, else 0),
     ``threshold``, ``normalized`` (the score in units of the threshold), ``p_value`` (share of nominal images that score
-    so high), ``regions`` (their number) and of the largest one, if there is one, ``left``, ``top``, ``right``,
-    ``bottom`` and ``area``, pixels of the original image; then ``picture`` and ``map``, where they are written. It gets
-    its name when it is whole. With several processes the first one writes it, in the order of the data set, once all
-    are done; each writes the pictures and maps of its share. Of a model with thresholds ``defects.json`` has all
-    regions in COCO's format. ``report.html`` shows all images, their scores and the threshold in a browser.
+    so high), ``regions`` (their number) and of the largest one ``left``, ``top``, ``right``, ``bottom`` and ``area``,
+    pixels of the original image; then ``picture`` and ``map``, where they are written. It gets its name when it is
+    whole. Of several processes the first one writes it, in the order of the data set. Of a model with thresholds
+    ``defects.json`` has all regions in COCO's format. ``report.html`` shows all images, their scores and the threshold
+    in a browser.
 
     Args:
         maps: Also write each anomaly map, on the original image's pixels (NaN where these do not count), as
@@ -69,32 +64,35 @@ class PredictionWriter(Callback):
         self.maps, self.pictures, self.least_area, self.page = maps, pictures, least_area, page
         self.settings = Settings()  # of the model under way
         self.file: IO[str] | None = None  # open while images are scored
-        self.lock: FileLock | None = None  # on the folder, of the first process
-        self.rows: list[_Row] = []
-        self.shown = Page()
+        self.held = ExitStack()  # closes the file, and of the first process releases the folder
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Open the file under a temporary name."""
         folder = output_folder(trainer)
         if trainer.is_global_zero:
-            self.lock = hold(folder)
+            self.held.callback(hold(folder).release)
         self.settings = Settings(pl_module.image_threshold, pl_module.pixel_threshold, self.least_area)
         if trainer.local_rank == 0:  # machines may share the folder
-            _remove_old(folder, [".npy"] * self.maps + [".jpg"] * self.pictures)
+            self._remove_old(folder)
         trainer.strategy.barrier()  # nobody writes a map before the old ones are gone
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        self.file = (folder / f"predictions{rank}.csv.partial").open("w", newline="", encoding="utf-8")
+        partial = folder / f"predictions{rank}.csv.partial"
+        self.file = self.held.enter_context(partial.open("w", newline="", encoding="utf-8"))
         csv.writer(self.file).writerow(self._header())
-        self.rows, self.shown = [], Page()
+        self.rows, self.shown = list[_Row](), Page()
+
+    def _remove_old(self, folder: Path) -> None:
+        """Remove what an earlier run wrote of each image, and before it the files that name these."""
+        (folder / "defects.json").unlink(missing_ok=True)
+        if self.maps or self.pictures:
+            (folder / "predictions.csv").unlink(missing_ok=True)
+        if self.maps:
+            remove_earlier(folder / "maps", r"[0-9]{6}-.*\.npy")
+        if self.pictures:
+            remove_earlier(folder / "pictures", r"[0-9]{6}-.*\.jpg")
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int = 0,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
     ) -> None:
         """Write a batch."""
         if self.file is None:
@@ -104,10 +102,10 @@ class PredictionWriter(Callback):
         dataset = getattr(loader, "dataset", None)
         for i in range(len(outputs["score"])):
             number = int(outputs["index"][i]) if trainer.world_size > 1 else len(self.rows)
-            original = (
-                bound(_read, dataset, int(outputs["index"][i])) if isinstance(dataset, ImageDataset)
-                else bound(_input, pl_module.transform, batch, outputs, i)
-            )  # fmt: skip
+            if isinstance(dataset, ImageDataset):
+                original = bound(_read, dataset, int(outputs["index"][i]))
+            else:
+                original = bound(_input, pl_module.transform, batch, outputs, i)
             place, region = _geometry(outputs, i), outputs["region"][i] if "region" in outputs else None
             found = Inspection.of(outputs, i, place, cache(original), self.settings, region)  # a file is read once
             row = self._row(found, outputs, i, number)
@@ -122,6 +120,7 @@ class PredictionWriter(Callback):
             return
         self.file.close()
         partial, rows, self.file, self.rows = Path(self.file.name), self.rows, None, []
+        folder, threshold, pixel_threshold = partial.parent, self.settings.threshold, self.settings.pixel_threshold
         if trainer.world_size > 1:
             shares = pl_module.processes().objects((rows, self.shown))
             if not trainer.is_global_zero:
@@ -129,37 +128,27 @@ class PredictionWriter(Callback):
                 return
             for _, page in shares[1:]:
                 self.shown.merge(page)
-            rows = sorted((row for share, _ in shares for row in share), key=lambda row: row.number)
+            rows = sorted((row for share, _ in shares for row in share), key=lambda row: row.image["id"])
             with partial.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([self._header(), *(row.cells for row in rows)])
-        if self.settings.pixel_threshold is not None:
+        if pixel_threshold is not None:
             annotations = [annotation for row in rows for annotation in row.annotations]
-            write_coco(partial.parent / "defects.json", [row.image for row in rows], annotations)
-        thresholds = self.settings.threshold, self.settings.pixel_threshold
-        page = (
-            self.shown.write(partial.parent, f"Predictions: {partial.parent}", {}, *thresholds) if self.page else None
-        )
-        target = partial.replace(partial.parent / "predictions.csv")
-        self._release()
-        console = plain_console()
+            write_coco(folder / "defects.json", [row.image for row in rows], annotations)
+        if self.page:
+            self.shown.write(folder, f"Predictions: {folder}", {}, threshold, pixel_threshold)
+        target, console = partial.replace(folder / "predictions.csv"), plain_console()
+        self.held.close()
         console.print(f"{len(rows)} anomaly scores written to {target}")
-        if page is not None:
-            console.print(f"To look at in a browser: {page}")
-        if self.settings.threshold is not None:
-            defects = sum(row.anomalous is True for row in rows)
-            console.print(f"{defects} of {len(rows)} defect (threshold {self.settings.threshold:.4g})", highlight=False)
+        if self.page:
+            console.print(f"To look at in a browser: {folder / 'report.html'}")
+        if threshold is not None:
+            defects = sum(row.image["anomalous"] is True for row in rows)
+            console.print(f"{defects} of {len(rows)} defect (threshold {threshold:.4g})", highlight=False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave an unfinished file under its temporary name."""
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-        self._release()
-
-    def _release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
-        self.lock = None
+        self.held.close()
+        self.file = None
 
     def _header(self) -> list[str]:
         verdict = VERDICT if self.settings.threshold is not None else ()
@@ -183,43 +172,25 @@ class PredictionWriter(Callback):
         if found.regions:
             largest = found.regions[0]
             values |= dict(zip(REGIONS[1:], (*largest.box, largest.area), strict=True))
-        name = f"{number:06d}-{Path(path).stem[:NAME_LENGTH]}"
+        name = file_name(f"{number:06d}", path)
         if self.pictures:
             values["picture"] = f"pictures/{name}.jpg"
-            with whole_file(folder / "pictures" / f"{name}.jpg") as partial:
+            with whole_file(folder / values["picture"]) as partial:
                 _picture(found).save(partial, quality=90, subsampling=0)
         if self.maps:
             values["map"] = f"maps/{name}.npy"
-            with whole_file(folder / "maps" / f"{name}.npy") as partial:
+            with whole_file(folder / values["map"]) as partial:
                 np.save(partial, found.anomaly_map)
-        return _Row(
-            number, [_cell(values.get(column)) for column in self._header()],
-            found.anomalous, *coco_image(found, number, path),
-        )  # fmt: skip
+        cells = [f"{cell:.{DIGITS}g}" if isinstance(cell, float) else cell for cell in map(values.get, self._header())]
+        return _Row(cells, *coco_image(found, number, path))
 
 
 def _for_page(found: Inspection, row: _Row) -> PageImage:
     picture = found.picture(LARGE)
     scale = picture.width / found.size[1]
     lines = [np.array(polygon) * scale for region in found.regions for polygon in region.polygons]
-    heat, name = found.map_of_size(picture.height, picture.width), "/".join(Path(row.image["file_name"]).parts[-2:])
-    return PageImage(name, found.score, np.asarray(picture), heat, lines, order=row.number)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
-
-
-def _remove_old(folder: Path, suffixes: list[str]) -> None:
-    """Remove what an earlier run wrote of each image, and before it the files that name these."""
-    for name in ("predictions.csv", "defects.json") if suffixes else ("defects.json",):
-        (folder / name).unlink(missing_ok=True)
-    for suffix in suffixes:
-        for place in ("maps", "pictures"):
-            for old in (folder / place).glob(f"{'[0-9]' * 6}-*{suffix}"):
-                old.unlink(missing_ok=True)
+    heat, image = found.map_of_size(picture.height, picture.width), row.image
+    return PageImage(image["file_name"], found.score, np.asarray(picture), heat, lines, order=image["id"])
 
 
 def _geometry(outputs: dict[str, Any], i: int) -> tuple[tuple[int, int], tuple[float, ...]]:
@@ -253,7 +224,4 @@ def _picture(found: Inspection) -> Image.Image:
     image = found.picture(LONGEST_SIDE)
     low, high = colour_scale(found.pixel_threshold)
     coloured = overlay(image, found.map_of_size(image.height, image.width), low, high)
-    picture = Image.new("RGB", (2 * drawn.width + GAP, drawn.height))
-    picture.paste(drawn)
-    picture.paste(with_strip(coloured, f"map: {low:g} to {high:.4g}"), (drawn.width + GAP, 0))
-    return picture
+    return side_by_side(drawn, with_strip(coloured, f"map: {low:g} to {high:.4g}"), GAP)

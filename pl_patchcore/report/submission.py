@@ -8,7 +8,6 @@ data_for_upload.py``. One category is predicted at a time; when the last one is 
 
 from __future__ import annotations
 
-import logging
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +28,6 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.files import plain_console, whole_file
 from pl_patchcore.inspection import geometry
 
-log = logging.getLogger(__name__)
-
 KINDS = {"anomaly_images": ".tiff", "anomaly_images_thresholded": ".png"}  # folder: suffix of its files
 HIGHEST = float(np.finfo(np.float16).max)  # of a map
 _THREADS = 8  # that check files
@@ -40,8 +37,8 @@ class SubmissionWriter(Callback):
     """Writes a submission for the evaluation server of MVTec AD 2 while ``predict`` scores a category of it.
 
     Call ``predict`` for each category, each with the model of that category and the same folder. At the end of each
-    its files are checked; when all eight are there, the whole folder is, and is packed as ``<folder>.tar.gz``, ready to
-    be uploaded. The folder takes 40 GB.
+    its files are checked; when all eight are there, the whole folder is checked, and packed as ``<folder>.tar.gz``,
+    ready to be uploaded. The folder takes 40 GB.
 
     Args:
         folder: Folder of the submission, of all categories.
@@ -88,12 +85,12 @@ class SubmissionWriter(Callback):
             return
         check_submission(self.folder, [self.category])
         there = {path.name for path in (self.folder / "anomaly_images").iterdir()}
-        console = plain_console()
         if missing := sorted(set(mvtec_ad_2.PRIVATE_COUNTS) - there):
-            console.print(f"Submission {self.folder}: {self.category} is complete; to come: {', '.join(missing)}")
-            return
-        check_submission(self.folder)
-        console.print(f"Submission complete, to be uploaded to https://benchmark.mvtec.com: {pack(self.folder)}")
+            said = f"Submission {self.folder}: {self.category} is complete; to come: {', '.join(missing)}"
+        else:
+            check_submission(self.folder)
+            said = f"Submission complete, to be uploaded to https://benchmark.mvtec.com: {pack(self.folder)}"
+        plain_console().print(said)
 
     def _write(self, path: Path, heat: Tensor) -> None:
         """Write a map ``(H, W)``; pixels that do not count, NaN, have the lowest score of the image."""
@@ -135,8 +132,7 @@ def check_submission(folder: str | Path, categories: Iterable[str] | None = None
             _compare(place, mvtec_ad_2.PRIVATE)
             for part, ending in mvtec_ad_2.PRIVATE.items():
                 names = [f"{number:03d}_{ending}{suffix}" for number in range(counts[category])]
-                _compare(place / part, names)
-                files += [place / part / name for name in names]
+                files += _compare(place / part, names)
     with ThreadPoolExecutor(_THREADS) as pool:
         found = tqdm(pool.map(_wrong, files), "Checking the submission", len(files), delay=2, unit=" files")
         for path, wrong in zip(files, found, strict=True):
@@ -154,17 +150,18 @@ def pack(folder: Path) -> Path:
     return target
 
 
-def _compare(folder: Path, wanted: Iterable[str]) -> None:
-    """Refuse a folder that does not hold exactly the wanted names."""
+def _compare(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Refuse a folder that does not hold exactly what is to have these names; return that."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder in the submission; predict what it should hold.")
-    there, names = {path.name for path in folder.iterdir()}, set(wanted)
-    if missing := sorted(names - there):
+    there, wanted = set(folder.iterdir()), [folder / name for name in names]
+    if missing := sorted({*wanted} - there):
         raise UserError(
-            f"{folder / missing[0]}: is missing in the submission, one of {len(missing)}; predict this category again."
+            f"{missing[0]}: is missing in the submission, one of {len(missing)}; predict this category again."
         )
-    if stray := sorted(there - names):
-        raise UserError(f"{folder / stray[0]}: belongs to no submission, one of {len(stray)}; remove it.")
+    if stray := sorted(there - {*wanted}):
+        raise UserError(f"{stray[0]}: belongs to no submission, one of {len(stray)}; remove it.")
+    return wanted
 
 
 def _wrong(path: Path) -> str:
@@ -174,8 +171,7 @@ def _wrong(path: Path) -> str:
     try:
         if path.suffix == ".png":
             with Image.open(path) as image:
-                levels = image.getcolors(2) if image.mode == "L" else None
-            right = levels is not None and {level for _, level in levels} <= {0, 255}
+                right = image.mode == "L" and {level for _, level in image.getcolors() or ()} <= {0, 255}
             return "" if right else "must have one channel of 8 bits with the levels 0 and 255"
         with tifffile.TiffFile(path) as file:
             (series,) = file.series

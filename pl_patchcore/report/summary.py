@@ -9,14 +9,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 from rich.table import Column, Table
 from torch import Tensor
@@ -56,14 +55,15 @@ class TestReport(Callback):
         if pictures < 0:
             raise UserError(f"pictures must be 0 or more, got {pictures}.")
         self.pictures, self.page = pictures, page
-        self.lock: FileLock | None = None  # on the folder, of the first process
+        self.held = ExitStack()  # of the first process releases the folder
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the last test."""
         self.gallery, self.shown = Gallery(self.pictures), Page()
         self.seconds, self.images = 0.0, 0
         folder = output_folder(trainer)
-        self.lock = hold(folder) if trainer.is_global_zero else None
+        if trainer.is_global_zero:
+            self.held.callback(hold(folder).release)
 
     def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -91,8 +91,7 @@ class TestReport(Callback):
             if self.pictures:
                 self.gallery.add(item, label)
             if self.page:
-                item = replace(item, title="/".join(Path(name).parts[-2:]))
-                self.shown.add(_for_page(item, label, kind, pl_module.pixel_threshold))
+                self.shown.add(_for_page(item, name, label, kind, pl_module.pixel_threshold))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print and write."""
@@ -112,43 +111,31 @@ class TestReport(Callback):
         console.print(_table("defect", figures, seconds))
         if len(categories) > 1:
             console.print(_table("category", {"all": figures["all"], **categories}, seconds))
-        notes = []
-        if lost := figures["all"]["lost"]:
-            notes.append(
-                f"{lost} anomalous images have lost their whole defect to the resize, the centre crop or the region, "
-                "and count as anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize "
-                "small specks."
-            )
-        for line in (notes := [*notes, *_missing(figures["all"])]):
+        for line in (notes := list(_notes(figures["all"]))):
             console.print(line)
         console.print(f"Written to {folder}: metrics.json" + (f" and {written} pictures" if written else ""))
-        for key, name in ALARMS.items():
-            if not math.isnan(rate := figures["all"].get(key, math.nan)):
-                console.print(f"{name} {rate:.4g}", highlight=False)
+        for name, rate in _known(ALARMS, figures["all"]).items():
+            console.print(f"{name} {rate}", highlight=False)
         for key in dict.fromkeys((*FIGURES, *headline)):
             console.print(f"{FIGURES.get(key, key)} {figures['all'].get(key, math.nan):.4f}", highlight=False)
         if self.page:
-            title, values = f"Test report: {folder}", _for_reading(figures["all"], seconds)
+            values = _known(FIGURES | ALARMS, figures["all"]) | {"seconds per image": f"{seconds:.3g}"}
             thresholds = pl_module.image_threshold, pl_module.pixel_threshold
-            page = self.shown.write(folder, title, values, *thresholds, notes)
+            page = self.shown.write(folder, f"Test report: {folder}", values, *thresholds, notes)
             console.print(f"To look at in a browser: {page}")
-        self._release()
+        self.held.close()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As before a test, but within a fit, which scores nothing."""
         if trainer.state.fn == "validate":
             self.on_test_start(trainer, pl_module)
 
-    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """As in a test."""
-        self.on_test_batch_start(trainer, *args, **kwargs)
+    on_validation_batch_start = on_test_batch_start
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """As in a test."""
         if trainer.state.fn == "validate":
-            self.on_test_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+            self.on_test_batch_end(trainer, *args, **kwargs)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """As after a test."""
@@ -157,16 +144,17 @@ class TestReport(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the folder to others."""
-        self._release()
-
-    def _release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
-        self.lock = None
+        self.held.close()
 
 
-def _missing(figures: dict[str, Any]) -> Iterator[str]:
-    """Say why there are no figures of a kind."""
+def _notes(figures: dict[str, Any]) -> Iterator[str]:
+    """What a reader of the figures should know: which images are lost, why there are no figures of a kind."""
+    if lost := figures["lost"]:
+        yield (
+            f"{lost} anomalous images have lost their whole defect to the resize, the centre crop or the region, and "
+            "count as anomalous all the same; --model.crop null keeps the whole image, a larger --model.resize small "
+            "specks."
+        )
     for kind in ("nominal", "anomalous"):
         if not figures[kind]:
             yield f"There are no {kind} test images: image AUROC needs both nominal and anomalous ones."
@@ -210,30 +198,18 @@ def _at_input(mask: Tensor, crop_box: Sequence[float], size: Sequence[int]) -> T
     return torch.from_numpy(np.where(inside, found, UNKNOWN).astype(np.uint8))
 
 
-def _for_page(item: Shown, label: int, kind: str, pixel_threshold: float | None) -> PageImage:
+def _for_page(item: Shown, name: str, label: int, kind: str, pixel_threshold: float | None) -> PageImage:
     """An image as the page takes it; its size is the network's, or that of a picture."""
     heat = item.anomaly_map.cpu().numpy()
-    known = item.mask is not None and not bool((item.mask == UNKNOWN).all())
     regions = [] if pixel_threshold is None else find_regions(heat, heat > pixel_threshold)
-    return PageImage(
-        name=item.title,
-        score=item.score,
-        image=item.picture,
-        anomaly_map=heat,
-        outlines=[polygon for region in regions for polygon in region.polygons],
-        mask=item.mask.cpu().numpy() == 1 if known and item.mask is not None else None,
-        label=label,
-        defect=kind,
-        order=item.order,
-    )
+    lines = [polygon for region in regions for polygon in region.polygons]
+    return PageImage(name, item.score, item.picture, heat, lines, item.truth, label, kind, item.order)
 
 
-def _for_reading(figures: dict[str, Any], seconds: float) -> dict[str, str]:
-    """Figures of all images that are known, by their full names."""
-    named = {key: figures.get(key, math.nan) for key in (*FIGURES, *ALARMS)}
-    names = FIGURES | ALARMS
-    known = {names[key]: f"{value:.4g}" for key, value in named.items() if not math.isnan(value)}
-    return known | {"seconds per image": f"{seconds:.3g}"}
+def _known(names: dict[str, str], figures: dict[str, Any]) -> dict[str, str]:
+    """Figures that there are, by their full names, to be read."""
+    named = {name: figures.get(key, math.nan) for key, name in names.items()}
+    return {name: f"{value:.4g}" for name, value in named.items() if not math.isnan(value)}
 
 
 def _table(what: str, figures: dict[str, dict[str, Any]], seconds: float) -> Table:

@@ -18,16 +18,13 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.files import output_folder, plain_console, spreadsheet_cell, whole_file
 from pl_patchcore.inspection import with_strip
 from pl_patchcore.leave_one_out import score_without_rows
-from pl_patchcore.report.pictures import Shown, colour_scale, overlay
+from pl_patchcore.report.pictures import Shown, colour_scale, file_name, overlay, remove_earlier, side_by_side
 from pl_patchcore.suspicious import TrainingImage
-
-NAME_LENGTH = 48  # characters of an image's name in its picture's
 
 
 class TrainingImagesReport(Callback):
-    """Lists the training images by their leave-one-out scores when a fit ends.
+    """Lists the training images by their leave-one-out scores when a fit ends, those least like the rest first.
 
-    Those least like the rest come first.
     ``training_images.csv`` has the columns ``path`` (the index in the data set, where batches tell no path), ``score``,
     ``stands_out`` and ``left_out`` (1 or 0; see ``drop_suspicious`` of `PatchCore`). ``training_images/`` has pictures
     of the first ones, beside each the same with the anomaly map in colours, against the memory bank without the image's
@@ -50,8 +47,7 @@ class TrainingImagesReport(Callback):
             return
         table, listed = folder / "training_images.csv", getattr(pl_module, "training_images", [])
         table.unlink(missing_ok=True)
-        for old in (folder / "training_images").glob("[0-9][0-9][0-9]-*.jpg"):
-            old.unlink()
+        remove_earlier(folder / "training_images", r"[0-9]{3}-.*\.jpg")
         if not listed:
             return
         with whole_file(table) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -66,13 +62,13 @@ class TrainingImagesReport(Callback):
         dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         if dataset is None or collate is None or isinstance(dataset, IterableDataset):
             return 0
-        for place, each in enumerate(shown := listed[: self.pictures], 1):
+        for number, each in enumerate(shown := listed[: self.pictures], 1):
             batch = same_size_parts(as_batch(collate([dataset[each.image]])))[0]
             image = batch["image"].to(model.device)
             with trainer.precision_plugin.forward_context():
                 _, maps = score_without_rows(model.model, image, each.group, Counted.of(batch, model.device))
-            item = Shown.of(each.score, place, each.name, image[0], maps[0], None, model.transform)
-            with whole_file(folder / f"{place:03d}-{Path(each.name).stem[:NAME_LENGTH]}.jpg") as partial:
+            item = Shown.of(each.score, number, each.name, image[0], maps[0], None, model.transform)
+            with whole_file(folder / f"{file_name(f'{number:03d}', each.name)}.jpg") as partial:
                 _picture(item, each, model.pixel_threshold).save(partial, quality=90)
         return len(shown)
 
@@ -85,8 +81,6 @@ def _picture(item: Shown, each: TrainingImage, threshold: float | None) -> Image
     """The image, beside it with the map in colours."""
     image, heat = Image.fromarray(item.picture), item.anomaly_map.cpu().numpy()
     low, high = colour_scale(threshold) if threshold is not None else (0.0, float(np.nanmax(heat)))
-    both = Image.new("RGB", (2 * image.width, image.height))
-    both.paste(image)
-    both.paste(overlay(image, heat, low, high), (image.width, 0))
+    both = side_by_side(image, overlay(image, heat, low, high))
     state = "left out" if each.left_out else "stands out" if each.stands_out else "does not stand out"
     return with_strip(both, f"score {each.score:.4g}, {state}; map from {low:g} to {high:.4g}")
