@@ -50,7 +50,9 @@ def draw_coverage(features: Tensor, rows: Tensor, path: Path) -> None:
 
 
 class CoverageReport(Callback):
-    """Draws ``coverage.png`` when a fit ends, of the module's ``selected``: projected patch features and rows, or None.
+    """Draws ``coverage.png`` when a fit ends: the coreset in its patch features, beside a random one.
+
+    Reads the module's ``selected``: projected patch features and the rows picked, or None.
 
     Args:
         draw: Whether to draw it.

@@ -23,8 +23,9 @@ from pl_patchcore.suspicious import TrainingImage
 
 
 class TrainingImagesReport(Callback):
-    """Lists the training images by their leave-one-out scores when a fit ends, those least like the rest first.
+    """Lists the training images by their leave-one-out scores when a fit ends.
 
+    Those least like the rest come first.
     ``training_images.csv`` has the columns ``path`` (the index in the data set, where batches tell no path), ``score``,
     ``stands_out`` and ``left_out`` (1 or 0; see ``drop_suspicious`` of `PatchCore`). ``training_images/`` has pictures
     of the first ones, beside each the same with the anomaly map in colours, against the memory bank without the image's
