@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# torch tells of no public way to oneDNN's product with a shift; `torch.addmm` takes a tenth longer, twice on few rows.
+# torch tells of no public way to oneDNN's product with a shift; `torch.addmm` takes a tenth longer to twice as long.
 has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 LEAST_BF16_SPEEDUP = 1.5  # times as fast as float32: products of bf16 for which a backbone is worth rounding
