@@ -1,8 +1,15 @@
 """Training images -> a fitted model: the companion of `PatchCoreModel` and `EnsembleModel` while they are fitted.
 
-Collects patch features batch by batch, selects each member's coreset, fills the memory banks, and has images scored for
-calibration by `leave_one_out.py`. Plain torch; `patchcore.py` drives it from Lightning's hooks. The features are kept
-by `coreset/collection.py`.
+In order (`patchcore.py` calls what is public from Lightning's hooks):
+
+1. `start_fitting` makes a `Fitting`, which notes what an update keeps of the model, and empties the model.
+2. `Fitting.add_batch`, once a batch, gives the images of one size to `Fitting.add`. This draws which are held out, and
+   for each member makes views of the others, computes patch features, and puts those that count into a `Collection`
+   (`coreset/collection.py`).
+3. `Fitting.select`: the groups of images are numbered; each member's coreset is selected and its memory bank filled;
+   images are scored for calibration (`leave_one_out.py`); those that stand out are named (`suspicious.py`). If any are
+   to be left out, banks are filled and images scored again without them. The scores go into the calibration.
+4. `Fitting.close` frees the patch features.
 """
 
 from __future__ import annotations
@@ -41,7 +48,7 @@ MOST_COPIED = 0.1  # share of the images that may have a near-copy without a war
 
 
 class _Earlier(NamedTuple):
-    """What a memory bank held before an update; nothing before a fit."""
+    """What a memory bank holds before a fit: nothing, but in an update."""
 
     features: Tensor  # (M, D), float32, on the CPU
     places: Tensor  # of the rows' patches, (M, 2); (0, 2) where not known
@@ -49,13 +56,11 @@ class _Earlier(NamedTuple):
     seen: int  # patch features that the rows were selected from
 
     @classmethod
-    def of(cls, bank: MemoryBank, *, update: bool) -> _Earlier:
-        if not update:
-            return cls(torch.empty(0, dtype=torch.float32), bank.places[:0].cpu(), [], 0)
+    def of(cls, bank: MemoryBank) -> _Earlier:
         if bank.position_radius is not None and len(bank.places) != bank.size:
             raise UserError("position_radius: the memory bank does not know the places of its rows; fit again.")
         images = bank.images.tolist() or [-1] * bank.size
-        return cls(bank.features.float().cpu(), bank.places.clone().cpu(), images, int(bank.seen))
+        return cls(bank.features.float().cpu(), bank.places.cpu(), images, int(bank.seen))
 
 
 class _Part(NamedTuple):
@@ -111,26 +116,27 @@ class Fitting:
         pixels: float | None = None,
         references: ReferenceViews | None = None,
     ) -> None:
-        self.members, self.pixels, self.references = model.members, pixels, references or ReferenceViews()
-        self.model, self.store, self.share, self.seed = model, store or StoreOptions(), calibration_share, seed
-        self.leave_one_out, self.groups = leave_one_out, dict[int, int]()  # group of each image of this process
-        self.drop_suspicious, self.names = drop_suspicious, dict[int, str]()  # of images of this process
-        self.left_out, self.training_images = frozenset[int](), list[TrainingImage]()
-        self.images, self.batches, self.neighbours, self.fixed_size = images, batches, neighbours, fixed_size
-        self.processes = processes or Processes(alone=True)
+        self.model, self.members = model, model.members
+        self.store, self.references, self.seed = store or StoreOptions(), references or ReferenceViews(), seed
+        self.share, self.leave_one_out, self.drop_suspicious = calibration_share, leave_one_out, drop_suspicious
+        self.images, self.batches, self.pixels, self.fixed_size = images, batches, pixels, fixed_size
+        self.processes, self.neighbours, self.update = processes or Processes(alone=True), neighbours, update
         self.held_out = None if images is None else draw_held_out(images, calibration_share, seed)
         self.collections: list[Collection] = []
         self.size: tuple[int, ...] = ()  # of the first image
-        self.layouts: dict[int, ImageLayout] = {}  # of images that may be scored
         self.count = self.batch = 0  # images so far, and of the first batch
-        banks, calibration, self.update = [member.memory_bank for member in self.members], model.calibration, update
-        self.earlier = [_Earlier.of(bank, update=update) for bank in banks]
-        self.earlier_scores = (calibration.scores.clone(), calibration.peaks.clone()) if update else None
-        self.grids = [  # of the bank's images
-            (int(bank.grid[0]), int(bank.grid[1])) if update else (0, 0) for bank in banks
-        ]
-        self.numbers: dict[int, int] = {}  # of each image's group, in the memory bank
-        self.fixed = self.members[0].input_size.tolist() if update else [0, 0]
+        self.groups: dict[int, int] = {}  # of each image of this process
+        self.names: dict[int, str] = {}  # of images of this process
+        self.layouts: dict[int, ImageLayout] = {}  # of images that may be scored
+        self.numbers: dict[int, int] = {}  # of each image's group, in the memory banks
+        self.left_out, self.training_images = frozenset[int](), list[TrainingImage]()
+        if not update:
+            self._forget()
+        banks = [member.memory_bank for member in self.members]
+        self.earlier = [_Earlier.of(bank) for bank in banks]
+        self.earlier_scores = model.calibration.scores, model.calibration.peaks
+        self.earlier_size = self.members[0].input_size.tolist()  # of images; zeros: any
+        self.grids = [(int(bank.grid[0]), int(bank.grid[1])) for bank in banks]  # of images; zeros: not known yet
         self._forget()
 
     def _forget(self) -> None:
@@ -151,7 +157,7 @@ class Fitting:
         counted: Counted | None = None,
         batch: int | None = None,
     ) -> None:
-        """Take in a batch, or the images of one size in it.
+        """Take in images of one size.
 
         Args:
             images: ``(B, 3, H, W)``; all of one size, where the model is for one.
@@ -165,8 +171,8 @@ class Fitting:
             UserError: If they are of another size than those before, if no patch of an image counts, or there is no
                 room for their features.
         """
-        if index is None:
-            index = torch.arange(self.count, self.count + len(images))
+        numbers = list(range(self.count, self.count + len(images))) if index is None else index.tolist()
+        groups = numbers if group is None else group.tolist()
         if self.fixed_size and self.size not in ((), tuple(images.shape[1:])):
             raise UserError(
                 f"training images of {tuple(images.shape[1:])} after others of {self.size}; bring all to one size "
@@ -174,24 +180,21 @@ class Fitting:
             )
         if not self.size:
             self._look_at_first(images)
-        groups = (index if group is None else group).tolist()
-        self.groups.update(zip(index.tolist(), groups, strict=True))
+        self.groups.update(zip(numbers, groups, strict=True))
         if self.leave_one_out:
-            self.names.update(zip(index.tolist(), map(str, names or ()), strict=False))
+            self.names.update(zip(numbers, map(str, names or ()), strict=False))
         if self.held_out is None:
-            held = [is_held_out(number, self.share, self.seed) for number in groups]
+            held = [is_held_out(each, self.share, self.seed) for each in groups]
         else:
-            held = [number in self.held_out for number in groups]
+            held = [each in self.held_out for each in groups]
         self.count += len(images)
         self.batch = self.batch or batch or len(images)
-        grids, stored = [], counted
-        for place in range(len(self.members)):
-            grid, counted, stored = self._collect(place, images, index.tolist(), held, stored)
-            grids.append(grid)
+        found = [self._collect(place, images, numbers, held, counted) for place in range(len(self.members))]
         if self.leave_one_out or self.share:
-            for i, number in enumerate(index.tolist()):
-                own = [None if each is None else each[i : i + 1].packed() for each in (counted, stored)]
-                self.layouts[number] = ImageLayout((images.shape[2], images.shape[3]), grids, *own)
+            size, grids = (images.shape[2], images.shape[3]), [grid for grid, _, _ in found]
+            for i, number in enumerate(numbers):
+                inside = (None if each is None else each[i : i + 1].packed() for each in found[-1][1:])
+                self.layouts[number] = ImageLayout(size, grids, *inside)
 
     def add_batch(self, batch: Mapping[str, Any]) -> None:
         """Take in a batch as `OwnImages` gives it, of images of one size or several."""
@@ -208,7 +211,7 @@ class Fitting:
         Returns patches down and across, what counts when the images are scored, and what is kept of them.
         """
         member, grid = self.members[place], (0, 0)
-        found: tuple[list[Geometry], list[Geometry]] = [], []
+        found: tuple[list[Geometry], list[Geometry]] = [], []  # of the images: what is scored, what is kept
         whole, placed = member.patch_features.tiling is None, member.memory_bank.position_radius is not None
         for part in self._parts(images, counted, held, whole=whole):
             inside: Tensor | None = None
@@ -225,28 +228,26 @@ class Fitting:
                 counts = [] if those is None else those.images
                 images_of.extend(each for each, again in zip(counts, part.again, strict=False) if not again)
             for band in bands:
-                grid, last = (band.rows, band.features.shape[2]), band.top + band.features.shape[1]
-                if place == len(self.collections):
-                    self._begin(member)
+                h, w = band.features.shape[1:3]
+                grid, cells = (band.rows, w), torch.arange(h * w, device=band.features.device) + band.top * w
                 if placed:
                     self._look_at_grid(place, grid)
                 if of_part is not None and inside is None:
                     inside = of_part.patches(*grid).to(band.features.device)
                 for i, features in enumerate(band.features.flatten(1, 2)):  # (h' w, D)
-                    number = grid[0] * grid[1] if inside is None else int(inside[i].sum())
-                    kept = None if inside is None else inside[i, band.top : last].flatten()
-                    chosen = features if kept is None else features[kept]
-                    cells = torch.arange(band.top * grid[1], last * grid[1]) if placed else None
-                    cells = cells if cells is None or kept is None else cells[kept.cpu()]
-                    at, more = part.places[i], band.top > 0 or part.again[i]
-                    self.collections[place].add(chosen, index[at], number, held_out=held[at], more=more, places=cells)
-        counted, stored = (Counted(each, images.device) if each else None for each in found)
-        return grid, counted, stored
+                    kept = slice(None) if inside is None else inside[i, band.top : band.top + h].flatten()
+                    number = band.rows * w if inside is None else int(inside[i].sum())
+                    own, more = cells[kept] if placed else None, band.top > 0 or part.again[i]
+                    at, chosen = part.places[i], features[kept]
+                    self._collection(place).add(chosen, index[at], number, held_out=held[at], more=more, places=own)
+        scores, keeps = (Counted(each, images.device) if each else None for each in found)
+        return grid, scores, keeps
 
     def _look_at_grid(self, place: int, grid: tuple[int, int]) -> None:
         """Refuse images of another grid of patches than those before, where places are compared."""
-        before = self.grids[place] = self.grids[place] if any(self.grids[place]) else grid
-        if before != grid:
+        if not any(self.grids[place]):
+            self.grids[place] = grid
+        if (before := self.grids[place]) != grid:
             raise UserError(
                 f"position_radius needs one grid of patches, got {grid[0]}x{grid[1]} after {before[0]}x{before[1]}; "
                 "bring all images to one size, or leave it out."
@@ -272,10 +273,10 @@ class Fitting:
     def _look_at_first(self, images: Tensor) -> None:
         self.size = tuple(images.shape[1:])
         tell_tiles(self.model, images)
-        if any(self.fixed) and self.fixed != list(self.size[1:]):
+        if any(self.earlier_size) and self.earlier_size != list(self.size[1:]):
             raise UserError(
                 f"new images of {self.size[1]}x{self.size[2]} pixels, but the memory bank is from images of "
-                f"{self.fixed[0]}x{self.fixed[1]}; bring them to its size (model.transform does)."
+                f"{self.earlier_size[0]}x{self.earlier_size[1]}; bring them to its size (model.transform does)."
             )
         if images.is_floating_point() and (highest := float(images.abs().max())) > RAW_LEVEL:
             log.warning(
@@ -285,33 +286,36 @@ class Fitting:
             )
         self.references.check(images)
 
-    def _begin(self, member: PatchCoreModel) -> None:
-        """Reserve space for a member's features."""
-        expected = None
-        if math.isfinite(self.batches):
-            world = self.processes.count
-            held = len(self.held_out or ())
-            own = int(self.batches) * self.batch
-            everywhere = own * world
-            if self.images is not None:
-                own = min(own, -(-self.images // world))
-                everywhere = min(everywhere, self.images - held)
-            bank = own if self.images is None else min(own, self.images - held)
-            first = math.prod(self.size[1:]) or 1  # pixels of the first image
-            scale = 1.0 if self.pixels is None else self.pixels / first
-            views = scale * len(self.references)
-            expected = ExpectedImages(views * bank, scale * min(own, held), views * everywhere)
-        self.collections.append(
-            Collection(
-                member.coreset,
-                self.store,
-                member.input_size.device,
-                held_out=self.share > 0,
-                expected=expected,
-                check=member.memory_bank.check,
-                neighbours=self.neighbours,
-                promised=sum(collection.planned for collection in self.collections),
+    def _collection(self, place: int) -> Collection:
+        """Patch features of a member; the first call plans for the images to come."""
+        if place == len(self.collections):
+            member = self.members[place]
+            self.collections.append(
+                Collection(
+                    member.coreset,
+                    self.store,
+                    member.input_size.device,
+                    held_out=self.share > 0,
+                    expected=self._expected(),
+                    check=member.memory_bank.check,
+                    neighbours=self.neighbours,
+                    promised=sum(collection.planned for collection in self.collections),
+                )
             )
+        return self.collections[place]
+
+    def _expected(self) -> ExpectedImages | None:
+        """Most images that can come, each as large as the first one; None where that is not known."""
+        if not math.isfinite(self.batches):
+            return None
+        own, held = int(self.batches) * self.batch, len(self.held_out or ())
+        everywhere = own * self.processes.count
+        images = everywhere if self.images is None else self.images
+        own = min(own, -(-images // self.processes.count))
+        scale = 1.0 if self.pixels is None else self.pixels / (math.prod(self.size[1:]) or 1)
+        views = scale * len(self.references)
+        return ExpectedImages(
+            views * min(own, images - held), scale * min(own, held), views * min(everywhere, images - held)
         )
 
     @property
@@ -331,53 +335,32 @@ class Fitting:
             UserError: On every process, if no image is left for the memory bank.
         """
         try:
-            self._select(shown)
+            scored = self._fill_and_score(shown)
+            if self.leave_one_out:
+                self._find_suspicious(scored)
+            if self.left_out:
+                for collection in self.collections:
+                    collection.leave_out(self.left_out)
+                self.groups = {image: group for image, group in self.groups.items() if image not in self.left_out}
+                scored = self._fill_and_score(shown)
+            self.training_images = [each._replace(group=self.numbers.get(each.image)) for each in self.training_images]
+            self._calibrate(scored)
         except BaseException:
             self._forget()  # no half of a model
             raise
 
-    def _select(self, shown: bool) -> None:
-        height, width = (int(side) for side in self.processes.largest(*(self.size[1:] or (0, 0))))
-        self._fill_all((height, width), shown)
-        scored = self._score(shown)
-        if self.leave_one_out:
-            self._find_suspicious(scored)
-        if self.left_out:
-            for collection in self.collections:
-                collection.leave_out(self.left_out)
-            self.groups = {image: group for image, group in self.groups.items() if image not in self.left_out}
-            self._fill_all((height, width), shown)
-            scored = self._score(shown)
-        self.training_images = [each._replace(group=self.numbers.get(each.image)) for each in self.training_images]
-        self._calibrate(scored)
-
-    def _fill_all(self, size: tuple[int, int], shown: bool) -> None:
-        """Fill the memory banks of all members."""
-        scales, self.numbers = [], self._number_groups()
-        for place, member in enumerate(self.members):
-            if place == len(self.collections):  # no image came to this process
-                self._begin(member)
-            self._fill(member, place, shown)
-            if self.fixed_size:
-                member.input_size = torch.tensor(size, device=member.input_size.device)
-            scales.append(self._tell_coverage(member, self.collections[place]))
+    def _fill_and_score(self, shown: bool) -> list[NominalScore]:
+        """Fill all memory banks, and score the images that calibration needs."""
+        self.numbers = self._number_groups()
+        scales = [self._fill(place, shown) for place in range(len(self.members))]
+        if self.fixed_size:
+            height, width = (int(side) for side in self.processes.largest(*(self.size[1:] or (0, 0))))
+            for member in self.members:
+                member.input_size = member.input_size.new_tensor([height, width])
         if isinstance(self.model, EnsembleModel) and not self.update:  # or earlier scores would have another unit
             scale = torch.tensor(scales, dtype=torch.float32, device=self.model.scale.device)
             self.model.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-
-    def _find_suspicious(self, scored: list[NominalScore]) -> None:
-        """Find the images that stand out, and which are to be left out."""
-        earlier = [] if self.earlier_scores is None else self.earlier_scores[0].tolist()
-        above = stands_out_above([*earlier, *(each.score for each in scored)])
-        ordered = sorted(scored, key=lambda each: (-each.score, each.image))
-        suspects = [each.image for each in ordered if above is not None and each.score > above]
-        if self.drop_suspicious:
-            self.left_out = worst_groups(suspects, self.numbers)
-        self.training_images = [
-            TrainingImage(each.image, each.name, each.score, each.image in suspects, each.image in self.left_out, None)
-            for each in ordered
-        ]
-        tell(self.training_images, above, len(self.left_out), len(self.numbers), self.drop_suspicious)
+        return self._score(shown)
 
     def _number_groups(self) -> dict[int, int]:
         """Number of the group of each image of all processes; the earlier memory bank's numbers come before."""
@@ -388,50 +371,28 @@ class Fitting:
         found: dict[int, int] = {}
         return {image: first + found.setdefault(groups[image], len(found)) for image in sorted(groups)}
 
-    def _fill(self, member: PatchCoreModel, place: int, shown: bool) -> None:
-        start, bank, collection = time.perf_counter(), member.memory_bank, self.collections[place]
-        device = bank.features.device
-        earlier = self.earlier[place]
+    def _fill(self, place: int, shown: bool) -> float:
+        """Fill a member's memory bank; the mean distance of patch features to it, those in it not counted."""
+        start, member, earlier = time.perf_counter(), self.members[place], self.earlier[place]
+        bank, collection = member.memory_bank, self._collection(place)
         rows, radii = collection.select(earlier.features, earlier.seen, self.processes, shown=shown)
-        images = [
-            earlier.images[-1 - source] if source < 0 else self.numbers[source]
-            for source in collection.sources.tolist()
-        ]
-        placed = self._places(place, member) if bank.position_radius is not None else (None, None)
-        bank.fill(rows.to(device), radii, torch.tensor(images, dtype=torch.int32), *placed)
+        sources = collection.sources.tolist()
+        images = [earlier.images[-1 - each] if each < 0 else self.numbers[each] for each in sources]
+        placed = self._places(place) if bank.position_radius is not None else (None, None)
+        bank.fill(rows.to(bank.features.device), radii, torch.tensor(images, dtype=torch.int32), *placed)
         bank.seen = torch.full_like(bank.seen, earlier.seen + collection.total)
-        bank.recall(collection.sample().to(device))
+        sample = collection.sample().to(bank.features.device)
+        bank.recall(sample)
         if member.scorer.num_neighbors > bank.size:
             log.warning(
                 "num_neighbors is %d, but the memory bank has %d rows: the distances to all of them are averaged.",
                 *(member.scorer.num_neighbors, bank.size),
             )
+        total = len(earlier.features) + collection.total
         log.info(
             "memory bank: %d of %d patch features, %d numbers each, selected in %.1f s.",
-            *(
-                bank.size,
-                len(earlier.features) + collection.total,
-                collection.dimension,
-                time.perf_counter() - start,
-            ),
+            *(bank.size, total, collection.dimension, time.perf_counter() - start),
         )
-
-    def _places(self, place: int, member: PatchCoreModel) -> tuple[Tensor, tuple[int, int]]:
-        """Row and column of the patch of each selected row, ``(M, 2)``, and the grid."""
-        collection, earlier = self.collections[place], self.earlier[place].places
-        for grid in self.processes.objects(self.grids[place]):
-            if any(grid):
-                self._look_at_grid(place, grid)
-        height, width = self.grids[place]
-        cells, old = collection.places, collection.sources < 0
-        found = torch.stack([cells // width, cells % width], 1)
-        found[old] = earlier[-1 - collection.sources[old]].long()
-        return found, (height, width)
-
-    def _tell_coverage(self, member: PatchCoreModel, collection: Collection) -> float:
-        """Log how far patch features lie from the memory bank; their mean distance, those in it not counted."""
-        bank = member.memory_bank
-        sample = collection.sample().to(bank.features.device)
         nearest, _ = bank(sample, 2)
         log.info(
             "coverage: %d sampled patch features lie %.4g from the memory bank on average, %.4g at most.",
@@ -439,6 +400,18 @@ class Fitting:
         )
         distance = torch.where(nearest[:, 0] > 0, nearest[:, 0], nearest[:, -1]).double()
         return float(member.scorer.in_units(distance).mean())
+
+    def _places(self, place: int) -> tuple[Tensor, tuple[int, int]]:
+        """Row and column of the patch of each selected row, ``(M, 2)``, and the grid."""
+        collection, earlier = self.collections[place], self.earlier[place].places
+        for grid in self.processes.objects(self.grids[place]):
+            if any(grid):
+                self._look_at_grid(place, grid)
+        old, cells, width = collection.sources < 0, collection.places(), self.grids[place][1]
+        found = torch.empty(len(old), 2, dtype=torch.int64)
+        found[old] = earlier[-1 - collection.sources[old]].long()
+        found[~old] = torch.stack([cells // width, cells % width], 1)
+        return found, self.grids[place]
 
     def _score(self, shown: bool) -> list[NominalScore]:
         """Score the images that calibration needs, one of each group, on all processes; in the data set's order."""
@@ -451,12 +424,24 @@ class Fitting:
         drawn = draw_one_of_each({each.image: self.numbers[each.image] for each in scored}, self.seed)
         return [each for each in scored if each.image in drawn]
 
+    def _find_suspicious(self, scored: list[NominalScore]) -> None:
+        """Find the images that stand out, and which are to be left out."""
+        above = stands_out_above([*self.earlier_scores[0].tolist(), *(each.score for each in scored)])
+        ordered = sorted(scored, key=lambda each: (-each.score, each.image))
+        suspects = [each.image for each in ordered if above is not None and each.score > above]
+        if self.drop_suspicious:
+            self.left_out = worst_groups(suspects, self.numbers)
+        self.training_images = [
+            TrainingImage(each.image, each.name, each.score, each.image in suspects, each.image in self.left_out, None)
+            for each in ordered
+        ]
+        tell(self.training_images, above, len(self.left_out), len(self.numbers), self.drop_suspicious)
+
     def _calibrate(self, scored: list[NominalScore]) -> None:
         """Take in the scores; keep what an earlier fit found."""
         scores, peaks = (torch.tensor([each[at] for each in scored], dtype=torch.float32) for at in (1, 2))
         self.model.calibration.fill(scores, peaks, torch.tensor([each.image for each in scored]))
-        if self.earlier_scores is not None:
-            self.model.calibration.keep(*self.earlier_scores)
+        self.model.calibration.keep(*self.earlier_scores)
         if self.share and not scored:
             log.warning("calibration_share holds no image out; there are no thresholds.")
         if (copied := sum(each.copied for each in scored)) > MOST_COPIED * len(scored):

@@ -18,6 +18,7 @@ from pl_patchcore.distributed import Processes
 from pl_patchcore.options import StoreOptions
 
 COUNTS = (2, 3, 4)  # processes
+METHODS = ("greedy", "approximate", "random", "none")
 SHARDS = ("dealt", "blocks", "one has none")
 
 
@@ -40,8 +41,6 @@ def cases() -> dict[str, tuple[Tensor, int, dict]]:
         "crowd": (torch.randn(9000, 3, generator=draw), 700, {}),
         "settled": (torch.randn(30000, 4, generator=draw), 200, {}),  # more than a round settles
         "approximate": (normal, 40, {"method": "approximate", "seed": 5}),
-        "random": (normal, 40, {"method": "random", "seed": 5}),
-        "none": (normal, 40, {"method": "none"}),
     }
 
 
@@ -96,7 +95,7 @@ def answers_of(rank: int, count: int) -> dict:
         told = Counted()
         rows, radii = select_shared_coreset(features[own], own, size, told, **options)
         answers[name] = (rows, torch.empty(0) if radii is None else radii, told.rounds)
-    for method in ("greedy", "none"):
+    for method in METHODS:
         answers[f"collection {method}"] = collected(Processes(), method)
     broken = torch.ones(4, 2)
     broken[0] = torch.nan if rank == 1 else 1.0
@@ -119,7 +118,7 @@ def test_several_processes_equal_one(tmp_path: Path) -> None:
             assert torch.equal(found, rows), name
             assert torch.equal(found_radii, torch.empty(0) if radii is None else radii), name
             assert rounds < 100, name
-    for method in ("greedy", "none"):
+    for method in METHODS:
         expected = collected(Processes(), method)
         for found in (answer[f"collection {method}"] for answer in every):
             assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pl_patchcore.coreset.farthest_first import FarthestFirst, Progress, Selection, distinct_rows, scale_of
+from pl_patchcore.coreset.farthest_first import FarthestFirst, Progress, Selection
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import full_precision
 
@@ -163,9 +163,4 @@ def greedy_selection(
     if not 1 <= size <= len(features):
         raise UserError(f"size must be from 1 to the number of rows, {len(features)}, got {size}.")
     with full_precision(features.device):
-        scale = scale_of(float(torch.stack(torch.aminmax(features)).abs().max()))
-        rows = distinct_rows(features)
-        search = FarthestFirst(features, rows, scale, min(size + 1, len(rows)))  # one more, for the last radius
-        search.begin(gaps)
-        search.run(size, progress)
-    return search.selection(size, len(features))
+        return FarthestFirst(features, size).select(gaps, progress)

@@ -12,9 +12,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +52,12 @@ class StoredImage(NamedTuple):
 
     image: int  # its index in the data set
     number: int  # of patches
-    take: Callable[[Tensor], Tensor]  # their numbers, int64 (n,), to float32 (n, D), on the CPU
+    store: FeatureStore
+    first: int  # row of the store
+
+    def take(self, numbers: Tensor) -> Tensor:
+        """Patch features by their numbers, int64 ``(n,)``: float32 ``(n, D)``, on the CPU."""
+        return self.store.take(numbers + self.first)
 
 
 class Collection:
@@ -74,8 +78,6 @@ class Collection:
         total: Patch features for the memory bank, of all processes; known once `select` was called.
         sources: Index in the data set of the image that each selected row is from, int64 ``(M,)``, or -1 - k for row k
             of the earlier memory bank; known once `select` was called.
-        places: The place that `add` was told of each selected row, int64 ``(M,)``, -1 for rows of the earlier memory
-            bank; empty where none was told; known once `select` was called.
         planned: Bytes of main memory that the fit takes until `close`, as planned with the first batch.
         bank_numbers: Numbers in the memory bank, as planned with the first batch; 0 where that is not known.
 
@@ -99,8 +101,7 @@ class Collection:
         self.coreset, self.options, self.device, self.holds_out = coreset, store, device, held_out
         self.expected, self.check, self.neighbours, self.promised = expected, check, neighbours, promised
         self.dimension, self.total, self.planned, self.bank_numbers = 0, 0, 0.0, 0
-        self.sources = self.places = torch.empty(0, dtype=torch.int64)
-        self._told_places = False
+        self.sources = self._picked = torch.empty(0, dtype=torch.int64)  # picked: rows of the store, no earlier ones
         self._store: FeatureStore | None = None
         self._held_out: FeatureStore | None = None
         self._earlier = torch.empty(0, 0, dtype=torch.float32)  # an earlier memory bank, projected, (K, d)
@@ -129,7 +130,7 @@ class Collection:
             held_out: Whether the image is held out for calibration.
             more: Whether others of the image came right before.
             places: Number of each patch's place on the image's grid, int ``(n,)``, in all calls of all processes, or
-                in none.
+                in none; see `places`.
 
         Raises:
             UserError: For what cannot fit, with the settings that help.
@@ -139,7 +140,6 @@ class Collection:
         store = self._held_out if held_out else self._store
         assert store is not None
         store.add(patches, image, more=more, places=None if held_out else places)
-        self._told_places |= places is not None
 
     def _reserve(self, number: int, d: int) -> None:
         coreset, store, folder = self.coreset, self.options, self.options.folder or tempfile.gettempdir()
@@ -208,10 +208,10 @@ class Collection:
         chunk_size, memory = number, self.options.selection_memory
         if memory is not None:
             chunk_size = min(number, rows_in(memory, min(self.dimension, coreset.projection_dim)))
-        rounds = 1 if chunk_size == number else 1 - -number // chunk_size
+        rounds = 1 if chunk_size == number else 1 + math.ceil(number / chunk_size)
         with tqdm(total=rounds * size, desc="Coreset", unit=" patches", disable=not shown, mininterval=0.5) as bar:
             if chunk_size == number:
-                selection = self._select_exactly(len(earlier), size, bar.update)
+                selection = self._select_exactly(number, size, bar.update)
             else:
                 picks, far = bounded_coreset(self._projected, number, size, chunk_size, bar.update)
                 selection, told = Selection(picks), (chunk_size, far)
@@ -219,10 +219,12 @@ class Collection:
         numbers = selection.rows.cpu()
         image = torch.searchsorted(self._ends, (numbers - len(earlier)).clamp(min=0), right=True)
         self.sources = torch.where(numbers < len(earlier), -1 - numbers, self._indices[image])
-        if processes.largest(float(self._told_places))[0]:
-            unknown = torch.full((len(earlier), 1), -1, dtype=torch.int32)
-            self.places = _rows_of_both(numbers, unknown, lambda rows: self._rows(rows, places=True))[:, 0].long()
-        return _rows_of_both(numbers, earlier, self._rows), selection.radii
+        self._picked = numbers[numbers >= len(earlier)] - len(earlier)
+        return _rows_of_both(numbers, earlier, self._features), selection.radii
+
+    def places(self) -> Tensor:
+        """What `add` was told of the places of the selected rows that are new, int64; all processes call it."""
+        return self._of_all(self._stored.places, self._picked)[:, 0].long()
 
     def _join(self, processes: Processes) -> None:
         """Find out what all processes have collected, and what numbers this one's rows have among theirs."""
@@ -241,24 +243,22 @@ class Collection:
         self.total, self._processes = int(self._ends[-1]), processes
         if processes.count > 1:
             mine = order.argsort().split([len(part) for part in parts])[processes.rank].tolist()
-            spans = [
-                torch.arange(int(self._ends[place] - rows[order[place]]), int(self._ends[place])) for place in mine
-            ]
+            starts = (self._ends - rows[order]).tolist()
+            spans = [torch.arange(starts[place], int(self._ends[place])) for place in mine]
             self._numbers = torch.cat([torch.empty(0, dtype=torch.int64), *spans])
 
-    def _select_exactly(self, earlier: int, size: int, progress: Callable[[int], object]) -> Selection:
-        coreset, processes = self.coreset, self._processes
+    def _select_exactly(self, number: int, size: int, progress: Callable[[int], object]) -> Selection:
+        method, seed, processes = self.coreset.method, self.coreset.seed, self._processes
+        if method == "random" or method == "none":
+            return select_coreset(torch.empty(number, 0, dtype=torch.float32), size, method, seed=seed)
+        if self._numbers is None:
+            selection = select_coreset(self._projected(), size, method, seed=seed, progress=progress)
+            self._picks = selection.rows
+            return selection
         if processes.rank:
             self._earlier = self._earlier[:0]  # process 0 brings the earlier bank
-        number = len(self._earlier) + len(self._stored)
-        features = self._projected() if coreset.reads_features else torch.empty(number, 0, dtype=torch.float32)
-        options: Any = {"seed": coreset.seed, "progress": progress}
-        if self._numbers is not None:
-            numbers = torch.cat([torch.arange(len(self._earlier)), self._numbers + earlier])
-            return select_shared_coreset(features, numbers, size, processes, coreset.method, **options)
-        selection = select_coreset(features, size, coreset.method, **options)
-        self._picks = selection.rows if coreset.reads_features else None
-        return selection
+        numbers = torch.cat([torch.arange(len(self._earlier)), self._numbers + number - self.total])
+        return select_shared_coreset(self._projected(), numbers, size, processes, method, seed=seed, progress=progress)
 
     @property
     def _stored(self) -> FeatureStore:
@@ -272,13 +272,12 @@ class Collection:
             return _rows_of_both(numbers, self._earlier, read).to(self.device)
         return (torch.cat([self._earlier, read()]) if len(self._earlier) else read()).to(self.device)
 
-    def _rows(self, numbers: Tensor, *, places: bool = False) -> Tensor:
-        """Patch features by number, whichever process holds them: int64 ``(M,)`` -> float32 ``(M, D)``, on the CPU.
+    def _features(self, numbers: Tensor) -> Tensor:
+        return self._of_all(self._stored.take, numbers)
 
-        Or their ``places``, int32 ``(M, 1)``.
-        """
-        take = self._stored.places if places else self._stored.take
-        return take(numbers) if self._numbers is None else rows_of_all(take, self._numbers, numbers, self._processes)
+    def _of_all(self, read: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
+        """What ``read`` gives of new rows by number, int64 ``(M,)``, whichever process holds them."""
+        return read(numbers) if self._numbers is None else rows_of_all(read, self._numbers, numbers, self._processes)
 
     @property
     def selected(self) -> tuple[Tensor, Tensor] | None:
@@ -288,7 +287,7 @@ class Collection:
     def sample(self) -> Tensor:
         """At most 1000 patch features, spread over the training images of all processes, float32 ``(S, D)``."""
         places = torch.linspace(0, self.total - 1, min(SAMPLE_ROWS, self.total), dtype=torch.float32)
-        return self._rows(places.long().clamp(max=self.total - 1))
+        return self._features(places.long().clamp(max=self.total - 1))
 
     def held_out_images(self) -> Iterator[StoredImage]:
         """Each held-out image of this process."""
@@ -304,15 +303,13 @@ class Collection:
             self._store.leave_out(images)
 
     def _images(self, store: FeatureStore | None, wanted: Container[int] | None = None) -> Iterator[StoredImage]:
+        if store is None:
+            return
         first = 0
-        for index, number in [] if store is None else store.images:
-            if store is not None and (wanted is None or index in wanted):
-                yield StoredImage(index, number, partial(_take_from, store, first))
+        for index, number in store.images:
+            if wanted is None or index in wanted:
+                yield StoredImage(index, number, store, first)
             first += number
-
-
-def _take_from(store: FeatureStore, first: int, numbers: Tensor) -> Tensor:
-    return store.take(numbers + first)
 
 
 def _rows_of_both(numbers: Tensor, earlier: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pl_patchcore.coreset.distance_bounds import STEP, TINY, DistanceBounds, product_type
+from pl_patchcore.distributed import Processes
 from pl_patchcore.errors import UserError
 from pl_patchcore.numerics import copies_in_order, product_margin
 
@@ -51,38 +52,42 @@ class FarthestFirst:
     """State of one selection.
 
     Args:
-        features: ``(N, d)``, float32 or float64, finite.
-        rows: Rows to pick among, int64, as `distinct_rows` gives them.
-        scale: Power of two that brings the features near 1, so that squares neither over- nor underflow.
-        size: Rows to pick, at most as many as there are to pick among.
-        total: Rows to pick among on all processes; None: there is one process.
-        shards: Number of processes.
+        features: ``(N, d)``, float32 or float64.
+        size: Rows to select, of all processes' rows.
+        processes: The processes; None: this one alone.
+
+    Raises:
+        UserError: If the features are not finite.
     """
 
     least_pool = 6144  # rows of a pool, at least, where there are many rows
 
-    def __init__(
-        self, features: Tensor, rows: Tensor, scale: float, size: int, total: int | None = None, shards: int = 1
-    ) -> None:
-        self.features, self.rows, self.scale, self.size, self.shards = features, rows, scale, size, shards
-        self.numbers = rows  # of equal gaps, that of the lowest number is picked
-        self.total = len(rows) if total is None else total
+    def __init__(self, features: Tensor, size: int, processes: Processes | None = None) -> None:
+        self.features, self.wanted, self.processes = features, size, processes or Processes(alone=True)
+        (largest,) = self.processes.largest(float(torch.stack(features.aminmax()).abs().max()) if len(features) else 0)
+        if not math.isfinite(largest):
+            raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
+        self.scale = 2.0 ** min(-math.frexp(largest)[1], 1000)  # brings features near 1: no square over- or underflows
+        self.rows = self.numbers = distinct_rows(features)  # of equal gaps, that of the lowest number is picked
+        shards = self.processes.objects((len(features), len(self.rows)))
+        self.all_rows, self.total = (sum(each) for each in zip(*shards, strict=True))  # total: rows to pick among
+        self.size = min(size + 1, self.total)  # rows to pick: one more, for the last radius
         self.pool_rows = self.least_pool = max(64, min(self.least_pool, self.total // 8))
-        self.chunk_size = chunk_size(features.device)
-        n, d, device = len(rows), features.shape[1], features.device
+        n, d, device = len(self.rows), features.shape[1], features.device
+        self.chunk_size = chunk_size(device)
         self.mean = torch.zeros(d, dtype=torch.float64, device=device)
         for chunk in features.split(self.chunk_size):  # nothing is kept meanwhile: it would split the freed memory
             self.mean += chunk.double().sum(0)
-        self.mean *= scale / max(len(features), 1)
+        self.mean *= self.scale / max(len(features), 1)
         self.bound = torch.full((n,), torch.inf, dtype=torch.float32, device=device)  # >= the gap
         self.seen = torch.zeros(n, dtype=torch.int64, device=device)  # number of picks that the bound knows
         self.gap = torch.full((n,), torch.inf, dtype=torch.float32, device=device)  # exact ...
         self.known = torch.zeros(n, dtype=torch.int64, device=device)  # ... for so many picks
-        self.picks = torch.empty(size, dtype=torch.int64, device=device)  # numbers of the picked rows ...
+        self.picks = torch.empty(self.size, dtype=torch.int64, device=device)  # numbers of the picked rows ...
         self.count = 0  # ... so far
         self.pick_gaps: list[Tensor] = []  # gaps of the picks when they were picked; the first one's is infinite
         self.settled = self.pairs = 0  # rows so far, and exact distances computed for them
-        self.write_centred(product_type(d, n * size, device))
+        self.write_centred(product_type(d, n * self.size, device))
 
     def write_centred(self, dtype: torch.dtype) -> None:
         """Write all rows, and the picks so far, for products of this type."""
@@ -99,8 +104,13 @@ class FarthestFirst:
             part = torch.arange(i, min(i + self.chunk_size, self.count), device=device)
             self.pick_centred[part] = self.bounds.right(self.exact_picks(part).sub_(self.mean))
 
-    def begin(self, gaps: Tensor | None) -> None:
-        """Pick row 0, or take squared distances ``(N,)`` as the gaps to begin with."""
+    def select(self, gaps: Tensor | None = None, progress: Progress | None = None) -> Selection:
+        """Select rows; where every gap is 0, the lowest of those that are left.
+
+        Args:
+            gaps: Squared distances ``(N,)`` to begin with; None: row 0 is picked first.
+            progress: Called with the number of rows selected since the last call.
+        """
         if gaps is None:
             first = self.picks.new_zeros(1)
             self.add(first, self.exact_of(first), [math.inf])
@@ -110,16 +120,28 @@ class FarthestFirst:
         else:
             self.gap = (gaps[self.rows].double() * self.scale**2).float()
             self.bound = self.gap.clone()
+        self.run(progress)
+        picks = self.picks[: min(self.count, self.wanted)]
+        if len(picks) < self.wanted:
+            left = torch.ones(self.all_rows, dtype=torch.bool, device=picks.device)
+            left[picks] = False
+            picks = torch.cat([picks, left.nonzero().flatten()[: self.wanted - len(picks)]])
+        if gaps is not None:
+            return Selection(picks)
+        known = torch.cat(self.pick_gaps)[: self.wanted + 1]
+        radii = torch.zeros(self.wanted + 1, dtype=torch.float32)
+        radii[: len(known)] = (known.double().sqrt() / self.scale).float()
+        return Selection(picks, radii)
 
-    def run(self, wanted: int, progress: Progress | None) -> None:
-        """Pick until there are ``size`` picks or every gap is 0; tell ``progress`` of the first ``wanted``."""
+    def run(self, progress: Progress | None) -> None:
+        """Pick until there are ``size`` picks or every gap is 0."""
         told, largest_gap = 0, math.inf
         while self.count < self.size and largest_gap > 0:
             before = self.count
             pool, rest = self.pool()
             self.refresh(pool)
             alive = pool[self.bound[pool] > rest]
-            if len(alive) > (most := -(-SETTLED_ROWS // self.shards)):
+            if len(alive) > (most := -(-SETTLED_ROWS // self.processes.count)):
                 bound, order = self.bound[alive].topk(most + 1)
                 if bound[-1] < bound[-2]:  # else thousands have the same bound
                     alive, rest = alive[order[:-1]], float(bound[-1])
@@ -129,12 +151,12 @@ class FarthestFirst:
             wide = min(POOL_PAIRS // picks, self.total) if picks else self.total
             self.pool_rows = max(self.least_pool, min(wide, POOL_GROWTH * self.pool_rows))
             if progress is not None:
-                progress(min(self.count, wanted) - told)
-                told = min(self.count, wanted)
+                progress(min(self.count, self.wanted) - told)
+                told = min(self.count, self.wanted)
 
     def pool(self) -> tuple[Tensor, float]:
         """Positions of about ``pool_rows`` rows with the largest bounds, and a bound of all other rows' bounds."""
-        size = -(-self.pool_rows // self.shards)
+        size = -(-self.pool_rows // self.processes.count)
         if size >= len(self.rows):
             return torch.arange(len(self.rows), device=self.rows.device), PICKED
         sample = self.bound[::16]  # tells where to cut ten times sooner than all bounds would
@@ -236,20 +258,6 @@ class FarthestFirst:
         """Features of rows, brought near 1, float64 ``(n, d)``."""
         return self.features.index_select(0, rows).double().mul_(self.scale)
 
-    def selection(self, size: int, total: int) -> Selection:
-        """The first ``size`` picks and, where every gap is 0, the lowest of the ``total`` rows that are left."""
-        picks = self.picks[: min(self.count, size)]
-        if len(picks) < size:
-            left = torch.ones(total, dtype=torch.bool, device=picks.device)
-            left[picks] = False
-            picks = torch.cat([picks, left.nonzero().flatten()[: size - len(picks)]])
-        gaps = torch.cat(self.pick_gaps)[: size + 1]
-        if not len(gaps) or gaps[0] != math.inf:  # the selection began with given gaps
-            return Selection(picks)
-        radii = torch.zeros(size + 1, dtype=torch.float32)
-        radii[: len(gaps)] = (gaps.double().sqrt() / self.scale).float()
-        return Selection(picks, radii)
-
 
 def pick_among(exact: Tensor, gap: Tensor, rest: float, ties: int, most: int) -> tuple[Tensor, list[float], Tensor]:
     """Pick the row with the largest gap, the first of equals, lower the gaps, and so on while one is above ``rest``.
@@ -292,13 +300,6 @@ def distinct_rows(features: Tensor) -> Tensor:
     keep = torch.ones_like(copy)
     keep[order[copy]] = False
     return keep.nonzero().flatten()
-
-
-def scale_of(largest: float) -> float:
-    """Power of two that brings features of this largest absolute value near 1; a `UserError` if it is not finite."""
-    if not math.isfinite(largest):
-        raise UserError("features hold NaN or infinity; look for a broken image or an overflow in half precision.")
-    return float(2.0 ** min(-math.frexp(largest)[1], 1000))
 
 
 def chunk_size(device: torch.device) -> int:

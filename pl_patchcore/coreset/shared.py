@@ -11,12 +11,13 @@ differs in a last bit still agree. All travels as float64, which holds each numb
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pl_patchcore.coreset import CoresetMethod, Selection, mean_gaps
-from pl_patchcore.coreset.farthest_first import CANDIDATES, FarthestFirst, Progress, distinct_rows, pick_among, scale_of
+from pl_patchcore.coreset import Selection, mean_gaps
+from pl_patchcore.coreset.farthest_first import CANDIDATES, FarthestFirst, Progress, pick_among
 from pl_patchcore.distributed import Processes
 from pl_patchcore.numerics import full_precision
 
@@ -28,7 +29,7 @@ def select_shared_coreset(
     numbers: Tensor,
     size: int,
     processes: Processes,
-    method: CoresetMethod = "greedy",
+    method: Literal["greedy", "approximate"] = "greedy",
     *,
     seed: int = 0,
     progress: Progress | None = None,
@@ -40,27 +41,19 @@ def select_shared_coreset(
         numbers: Number of each row, int64 ``(n,)``, ascending; all processes' together are 0 to N - 1.
         size: Rows to keep, in all.
         processes: The processes.
-        method: As ``seed`` and ``progress``, see `select_coreset`.
-        seed: See there.
-        progress: See there.
+        method: As `select_coreset`; the others need no features, and draw the same on every process.
+        seed: As there.
+        progress: As there.
 
     Returns:
         Numbers of the rows in order of selection, int64 on the CPU, and radii, the same on every process.
     """
-    total, device = sum(processes.objects(len(numbers))), features.device
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    if method in ("random", "none"):
-        return Selection(order[:size] if method == "random" else torch.arange(total))
-    own = float(torch.stack(torch.aminmax(features)).abs().max()) if len(features) else 0.0
-    scale = scale_of(*processes.largest(own))
-    with full_precision(device):
-        gaps = None
+    with full_precision(features.device):
+        search, gaps = _SharedFarthestFirst(features, size, numbers.to(features.device), processes), None
         if method == "approximate":
+            order = torch.randperm(search.all_rows, generator=torch.Generator().manual_seed(seed))
             gaps = mean_gaps(features, rows_of_all(features.__getitem__, numbers, order[:10], processes))
-        search = _SharedFarthestFirst(features, scale, size + 1, numbers.to(device), processes)
-        search.begin(gaps)
-        search.run(size, progress)
-    picks, radii = search.selection(size, total)
+        picks, radii = search.select(gaps, progress)
     return Selection(picks.cpu(), radii)
 
 
@@ -86,11 +79,9 @@ class _SharedFarthestFirst(FarthestFirst):
 
     least_pool = 2 * FarthestFirst.least_pool  # fewer rounds, for each waits for the slowest process
 
-    def __init__(self, features: Tensor, scale: float, size: int, numbers: Tensor, processes: Processes) -> None:
-        rows = distinct_rows(features)
-        distinct = sum(processes.objects(len(rows)))
-        super().__init__(features, rows, scale, min(size, distinct), distinct, processes.count)
-        self.numbers, self.processes = numbers[rows], processes
+    def __init__(self, features: Tensor, size: int, numbers: Tensor, processes: Processes) -> None:
+        super().__init__(features, size, processes)
+        self.numbers = numbers[self.rows]
         self.most = -(-CANDIDATES // processes.count) + 16  # candidates of a shard: some more, for shards differ
         self.pick_rows = features.new_empty(self.size, features.shape[1])
 
