@@ -119,6 +119,7 @@ class Fitting:
         self.model, self.members = model, model.members
         self.store, self.references, self.seed = store or StoreOptions(), references or ReferenceViews(), seed
         self.share, self.leave_one_out, self.drop_suspicious = calibration_share, leave_one_out, drop_suspicious
+        self.scores_images, self.views = leave_one_out > 0 or calibration_share > 0, len(self.references)  # of each
         self.images, self.batches, self.pixels, self.fixed_size = images, batches, pixels, fixed_size
         self.processes, self.neighbours, self.update = processes or Processes(alone=True), neighbours, update
         self.held_out = None if images is None else draw_held_out(images, calibration_share, seed)
@@ -190,7 +191,7 @@ class Fitting:
         self.count += len(images)
         self.batch = self.batch or batch or len(images)
         found = [self._collect(place, images, numbers, held, counted) for place in range(len(self.members))]
-        if self.leave_one_out or self.share:
+        if self.scores_images:
             size, grids = (images.shape[2], images.shape[3]), [grid for grid, _, _ in found]
             for i, number in enumerate(numbers):
                 inside = (None if each is None else each[i : i + 1].packed() for each in found[-1][1:])
@@ -213,11 +214,9 @@ class Fitting:
         member, grid = self.members[place], (0, 0)
         found: tuple[list[Geometry], list[Geometry]] = [], []  # of the images: what is scored, what is kept
         whole, placed = member.patch_features.tiling is None, member.memory_bank.position_radius is not None
+        masked = member.foreground != "none" and (member.mask_references or self.scores_images)
         for part in self._parts(images, counted, held, whole=whole):
             inside: Tensor | None = None
-            masked = member.foreground != "none" and (
-                member.mask_references or self.leave_one_out > 0 or self.share > 0
-            )
             bands: Iterable[Band] = member.patch_features.bands(part.images, raw=masked)
             scored = of_part = part.counted
             if masked:
@@ -255,7 +254,7 @@ class Fitting:
 
     def _parts(self, images: Tensor, counted: Counted | None, held: Sequence[bool], *, whole: bool) -> Iterator[_Part]:
         """What the network is given of a batch: all images, or the views of one after the other, or one by one."""
-        if whole and len(self.references) == 1:
+        if whole and self.views == 1:
             yield _Part(images, counted, range(len(images)), [False] * len(images))
             return
         at_once = self.batch if whole else 1
@@ -313,7 +312,7 @@ class Fitting:
         images = everywhere if self.images is None else self.images
         own = min(own, -(-images // self.processes.count))
         scale = 1.0 if self.pixels is None else self.pixels / (math.prod(self.size[1:]) or 1)
-        views = scale * len(self.references)
+        views = scale * self.views
         return ExpectedImages(
             views * min(own, images - held), scale * min(own, held), views * min(everywhere, images - held)
         )
