@@ -33,7 +33,7 @@ class Graph(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frame = Frame(Preprocessing(SIDE, None, resize_by="tensors"), False, None)
+        self.frame = Frame(Preprocessing(SIDE, None, resize_by="tensors"))
 
     def forward(self, image: Tensor) -> Tensor:
         levels: Tensor = self.frame(image)[0]
