@@ -7,6 +7,7 @@ of one size all of it is constant, and so is which of their places count. Next: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +34,10 @@ class Frame(nn.Module):
 
     Args:
         transform: Preprocessing of the model.
-        ready: Whether images come resized and cropped.
         size: Height and width of the images that it takes; None: any, or, if they come resized, the input's.
 
     Attributes:
+        ready: Whether images come resized and cropped.
         size: Height and width of the images that it takes; None: any.
         whole: Whether the network's input is all of an image, pixel by pixel.
         known: Where the input lies in an image of that size.
@@ -47,16 +48,15 @@ class Frame(nn.Module):
     region: Tensor | None
     paint: Tensor
 
-    def __init__(self, transform: Preprocessing, ready: bool = False, size: tuple[int, int] | None = None) -> None:
+    def __init__(self, transform: Preprocessing, size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.transform, self.ready = transform, ready
-        self.size = transform.size if ready else size
-        uncut = transform.resize is None and transform.crop is None and not transform.crop_multiple
-        self.whole = ready or uncut
+        self.transform, self.ready = transform, comes_resized(transform)
+        self.size = transform.size if self.ready else size
+        self.whole = self.ready or not (transform.resize or transform.crop or transform.crop_multiple)
         self.counted: Counted | None = None
         self.known: tuple[Axis, Axis] | None = None
         self.register_buffer("region", None)
-        if size is not None and not ready:
+        if size is not None:
             self.known = _axes_of(transform, size)
             sample = transform.apply(Image.new("RGB", size[::-1]))
             self.counted = Counted.of({name: value[None] for name, value in sample.items()})
@@ -75,27 +75,31 @@ class Frame(nn.Module):
             for dim, axis in ((1, rows), (2, columns)):
                 images = images.index_select(dim, torch.arange(axis.count) + axis.first)
             return images.permute(0, 3, 1, 2).float(), axes
-        size, first, count = ((getattr(rows, name), getattr(columns, name)) for name in ("fitted", "first", "count"))
+        _, size, first, count = zip(rows, columns, strict=True)
         levels = resized(images, size, first, count, self.transform.interpolation)
         return levels.round() if self.transform.levels else levels, axes
 
     def axes(self, height: int, width: int) -> tuple[Axis, Axis]:
         """Where the input lies in an image of a size that is open in the graph."""
-        given, pixels = self.transform, (height, width)
-        sizes: list[Any] = [torch.full((), n, dtype=torch.int64) for n in pixels]
-        fitted = sizes
-        if given.resize is not None:
-            fitted = list(_both(given.resize))
-            if given.resize_mode == "shorter_side":
-                short = torch.minimum(*sizes)
-                fitted = [torch.div(fitted[0] * n, short, rounding_mode="floor") for n in sizes]
-        step, found = given.crop_multiple or 1, []
+        given, pixels, step = self.transform, (height, width), self.transform.crop_multiple or 1
+        fitted: Any = [torch.full((), n, dtype=torch.int64) for n in pixels]
+        if given.resize is not None and given.resize_mode == "shorter_side":
+            short = torch.minimum(*fitted)
+            fitted = [torch.div(given.resize * n, short, rounding_mode="floor") for n in fitted]
+        elif given.resize is not None:
+            fitted = both(given.resize)
         whole: Any = pixels if given.resize is None else fitted
-        window = whole if given.crop is None else _both(given.crop)
-        for n, of, count in zip(pixels, fitted, window, strict=True):
-            first = 0 if given.crop is None else _half(of - count)
-            found.append(Axis(n, of, first, count - count % step))
-        return found[0], found[1]
+        window = whole if given.crop is None else both(given.crop)
+        rows, columns = (
+            Axis(n, of, 0 if given.crop is None else _half(of - count), count - count % step)
+            for n, of, count in zip(pixels, fitted, window, strict=True)
+        )
+        return rows, columns
+
+
+def comes_resized(transform: Preprocessing) -> bool:
+    """Whether Pillow resizes images before a model, or a file, is given them."""
+    return transform.resize is not None and transform.resize_by == "pillow"
 
 
 def _axes_of(transform: Preprocessing, size: tuple[int, int]) -> tuple[Axis, Axis]:
@@ -108,8 +112,14 @@ def _axes_of(transform: Preprocessing, size: tuple[int, int]) -> tuple[Axis, Axi
     return rows, columns
 
 
-def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+def both(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
     return (size, size) if isinstance(size, int) else size
+
+
+def sides(size: Sequence[int]) -> str:
+    """Height x width, for messages, of these or of an image's shape."""
+    return f"{size[0]}x{size[1]}"
 
 
 def _half(number: int | Tensor) -> int | Tensor:

@@ -22,7 +22,7 @@ from pl_patchcore.weights_file import first_line
 
 INPUT = "image"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-EXAMPLE = 224  # pixels of a side that the graph is recorded with, where any will do
+EXAMPLE = (224, 288)  # pixels of the images that the graph is recorded with, where any will do
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # images uint8 (B, H, W, 3) -> outputs by name
 
 
@@ -44,7 +44,7 @@ def write(runtime: Runtime, path: Path) -> None:
     """Record the graph, and write it; raises as `recorded`."""
     how = {"dynamo": True, "verbose": False, "input_names": [INPUT], "output_names": runtime.outputs}
     with _AttentionOfFourAxes():
-        recorded(torch.onnx.export, runtime, runtime, **how).save(path)
+        recorded(torch.onnx.export, runtime, **how).save(path)
 
 
 class _AttentionOfFourAxes(TorchFunctionMode):
@@ -58,24 +58,23 @@ class _AttentionOfFourAxes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded(record: Callable[..., Any], module: torch.nn.Module, runtime: Runtime, **how: Any) -> Any:
+def recorded(record: Callable[..., Any], runtime: Runtime, **how: Any) -> Any:
     """Record a graph whose batch is open, and height and width too where the images may have any.
 
     Args:
         record: An exporter of torch, that takes a module, example inputs and ``dynamic_shapes``.
-        module: What is recorded.
-        runtime: What it is of.
+        runtime: What is recorded.
         how: More for the exporter.
 
     Raises:
         UserError: If the backbone cannot be recorded.
     """
-    size = runtime.size or _any_size(runtime)
+    size = runtime.size or runtime.size_beyond(EXAMPLE)
     example = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8)  # of a batch of 1, 1 would be taken for fixed
     open_axes = dict.fromkeys(range(1 if runtime.size else 3), torch.export.Dim.DYNAMIC)
     try:
         with _quiet(), torch.no_grad():
-            return record(module, (example,), dynamic_shapes=(open_axes,), **how)
+            return record(runtime, (example,), dynamic_shapes=(open_axes,), **how)
     except Exception as error:  # of torch's and onnx's own many kinds
         cause = error
         while isinstance(cause.__cause__, Exception):
@@ -85,28 +84,19 @@ def recorded(record: Callable[..., Any], module: torch.nn.Module, runtime: Runti
         raise UserError(f"the graph of this model cannot be recorded ({first_line(cause)}){any_size}.") from error
 
 
-def _any_size(runtime: Runtime) -> tuple[int, int]:
-    """A height and width that differ, and are larger than the network's input where that has one size."""
-    given = runtime.frame.transform.size or (0, 0)
-    step = runtime.multiple
-    rows, columns = (-(-(EXAMPLE + more + side) // step) * step for side, more in zip(given, (0, 64), strict=True))
-    return rows, columns
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back what the exporter says of itself."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def tell(told: Mapping[str, str], path: Path) -> None:

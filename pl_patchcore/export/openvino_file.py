@@ -18,7 +18,6 @@ from pl_patchcore.export.runtime import Runtime
 
 PACKAGES = ("onnx", "onnxscript", "openvino")
 PRECISION = {"float32": "f32", "bf16": "bf16"}  # ours: its name there
-HINT = "INFERENCE_PRECISION_HINT"
 TOLD_IN = "framework"  # group of the model's ``rt_info`` where OpenVINO puts the metadata of ONNX
 
 
@@ -56,8 +55,8 @@ def session(graph: Path, weights: Path, precision: Precision = "float32") -> onn
     """Run the files on the CPU."""
     import openvino
 
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(graph, weights), "CPU", {HINT: PRECISION[precision]})
+    core, hint = openvino.Core(), {"INFERENCE_PRECISION_HINT": PRECISION[precision]}
+    compiled = core.compile_model(core.read_model(graph, weights), "CPU", hint)
     names = [each.get_any_name() for each in compiled.outputs]
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import torch
 
 from pl_patchcore.ensemble import EnsembleModel
 from pl_patchcore.errors import UserError
+from pl_patchcore.export.geometry import comes_resized
 from pl_patchcore.export.rows import FileDtype
 from pl_patchcore.export.runtime import MapAt
 from pl_patchcore.model import PatchCoreModel
@@ -63,9 +64,8 @@ class FileOptions:
 
     def changes(self, transform: Preprocessing) -> list[str]:
         """Options by which a file's scores are others than the model's."""
-        resized = self.resize_in_file and transform.resize is not None and transform.resize_by == "pillow"
         found = {
-            "resize_in_file": resized,
+            "resize_in_file": self.resize_in_file and comes_resized(transform),
             "bank_dtype": self.bank_dtype != "float32",
             "precision": self.precision != "float32",
         }
@@ -83,15 +83,13 @@ def check_exportable(model: PatchCoreModel | EnsembleModel, transform: Preproces
     Raises:
         UserError: With the reason and, where there is one, the remedy.
     """
-    image = options.image_size
-    reasons = itertools.chain(_of_images(transform, options), _of_model(model, transform, image))
+    reasons = itertools.chain(_of_images(transform, options), _of_model(model, transform, options.image_size))
     for reason in reasons:
         raise UserError(f"this model cannot be exported: {reason}.")
 
 
 def _of_images(transform: Preprocessing, options: FileOptions) -> Iterator[str]:
-    resized, mode = transform.resize is not None, transform.resize_mode
-    ready = resized and transform.resize_by == "pillow"
+    ready, mode = comes_resized(transform), None if transform.resize is None else transform.resize_mode
     for name, where in transform.marks:
         if isinstance(where, str) and Path(where).is_dir():
             yield f"{name} is a folder of masks by the images' names, which a file is not given; inspect uses them"
@@ -99,12 +97,12 @@ def _of_images(transform: Preprocessing, options: FileOptions) -> Iterator[str]:
             yield f"{name} is in pixels of images of one size; {OF_ONE_SIZE}"
     if transform.marks and ready:
         yield f"{transform.marks[0][0]} needs the resize in the file; give resize_in_file"
-    if resized and mode == "longer_side":
+    if mode == "longer_side":
         if ready:
             yield "resize_mode longer_side needs the resize in the file; give resize_in_file"
         if options.image_size is None:
             yield f"resize_mode longer_side fills images up, and what is filled does not count; {OF_ONE_SIZE}"
-    if resized and not ready and transform.size is None and options.image_size is None:
+    if mode is not None and not ready and transform.size is None and options.image_size is None:
         yield f"resize_mode shorter_side without a crop gives inputs of many shapes; set crop, or {OF_ONE_SIZE}"
     if options.image_size is not None and ready:
         yield "image_size is of images before their resize, which Pillow does before the file; give resize_in_file"
@@ -113,9 +111,7 @@ def _of_images(transform: Preprocessing, options: FileOptions) -> Iterator[str]:
 def _of_model(
     model: PatchCoreModel | EnsembleModel, transform: Preprocessing, image: tuple[int, int] | None
 ) -> Iterator[str]:
-    size = transform.size
-    if image is not None:
-        size = transform.geometry(*image).size
+    size = transform.size if image is None else transform.geometry(*image).size
     if not model.fitted:
         yield "its memory bank is empty; fit it first"
     if isinstance(model, EnsembleModel) and model.combine == "test_range":

@@ -5,8 +5,9 @@ Each image is scored alone, and in a batch of three with its mirror images; so i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +20,9 @@ from pl_patchcore.calibration import p_values
 from pl_patchcore.counted import Counted
 from pl_patchcore.data.files import IMAGE_SUFFIXES, is_folder, list_images
 from pl_patchcore.errors import UserError
+from pl_patchcore.export.geometry import sides
 from pl_patchcore.export.onnx_file import Run
-from pl_patchcore.export.runtime import MapAt, Runtime
+from pl_patchcore.export.runtime import Runtime
 from pl_patchcore.inspection import Settings, inspect
 from pl_patchcore.preprocessing import Preprocessing, check_image
 
@@ -51,26 +53,13 @@ class Differs(UserError):
     """A file's answers are not the model's."""
 
 
-class Difference(NamedTuple):
-    """How far one answer of a file is from the model's."""
-
-    score: float  # share of the score
-    pixel: float  # largest of the map, share of the map's highest value
-    verdict: bool  # whether it is another one, of a score farther from the threshold than the tolerance
-    wrong: str  # what else is wrong; empty: nothing
-
-
 def noise(runtime: Runtime) -> Iterator[np.ndarray]:
     """Images uint8 ``(H, W, 3)`` of noise, of each size that is tried."""
-    rng = np.random.default_rng(0)
-    given, transform = runtime.size, runtime.frame.transform
-    sizes: Iterable[Any] = SIDES
-    if given is not None:
-        sizes = [given] * 2
-    elif transform.resize is None:  # no smaller than the crop, and what the network takes
-        step = runtime.multiple
-        least = transform.size or (0, 0)
-        sizes = [[-(-(side + low) // step) * step for side, low in zip(each, least, strict=True)] for each in SIDES]
+    rng, sizes = np.random.default_rng(0), list(SIDES)
+    if runtime.size is not None:
+        sizes = [runtime.size] * 2
+    elif runtime.frame.transform.resize is None:
+        sizes = [runtime.size_beyond(size) for size in SIDES]
     for size in sizes:
         yield rng.integers(0, 256, (*size, 3), dtype=np.uint8)
 
@@ -81,10 +70,10 @@ def image_files(
     transform: Preprocessing,
     size: tuple[int, int] | None = None,
 ) -> list[Path]:
-    """Image files that an export is given, those of a folder.
+    """Image files that an export is given, those of a folder among them.
 
     Args:
-        given: A folder, a file, or files; None: none.
+        given: A folder or a file, or several; None: none.
         purpose: What they are for, such as ``compare``.
         transform: Preprocessing of the model.
         size: Height and width that they must have; None: any.
@@ -94,16 +83,15 @@ def image_files(
     """
     if given is None:
         return []
-    if isinstance(given, str | Path) and is_folder(Path(given)):
-        files = list_images(Path(given), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to {purpose} with", True)
-    else:
-        files = [Path(each) for each in ([given] if isinstance(given, str | Path) else given)]
+    files, remedy = list[Path](), f"give images of any of {', '.join(IMAGE_SUFFIXES)} to {purpose} with"
+    for path in map(Path, [given] if isinstance(given, str | Path) else given):
+        files += list_images(path, remedy, recursive=True) if is_folder(path) else [path]
     if not files:
         raise UserError(f"there is no image to {purpose} with; give a folder of images, or image files.")
     for file in files:
         found = check_image(file, transform.bits, transform.max_pixels).size
         if size is not None and found != size:
-            raise UserError(f"{file}: has {_sides(found)} pixels, and image_size is {_sides(size)}.")
+            raise UserError(f"{file}: has {sides(found)} pixels, and image_size is {sides(size)}.")
         try:
             transform.geometry(*found)
         except UserError as error:
@@ -123,7 +111,7 @@ def levels_of(path: Path, runtime: Runtime) -> np.ndarray:
         return replace(transform, levels=True).apply(image)["image"].permute(1, 2, 0).contiguous().numpy()
     levels = np.array(image)
     if runtime.size is not None and levels.shape[:2] != runtime.size:
-        raise UserError(f"{path}: has {_sides(levels.shape)} pixels, and this model takes {_sides(runtime.size)}.")
+        raise UserError(f"{path}: has {sides(levels.shape)} pixels, and this model takes {sides(runtime.size)}.")
     return levels
 
 
@@ -141,13 +129,7 @@ def ran(run: Run, images: list[np.ndarray], name: str) -> dict[str, np.ndarray]:
 
 
 def by_model(module: PatchCore, transform: Preprocessing, runtime: Runtime) -> ByModel:
-    """Inspect what a file takes, by a model.
-
-    Args:
-        module: The model.
-        transform: Preprocessing of images as a camera gives them.
-        runtime: What the file is of.
-    """
+    """Inspect what a file takes, by a model and its preprocessing of images as a camera gives them."""
     if runtime.frame.ready:
         transform = replace(transform, resize=None, crop=None, crop_multiple=None)
     settings = Settings(module.image_threshold, module.pixel_threshold)
@@ -167,18 +149,11 @@ def by_model(module: PatchCore, transform: Preprocessing, runtime: Runtime) -> B
         verdicts = outputs["anomalous"].tolist() if "anomalous" in outputs else [None] * len(images)
         return list(map(Expected, outputs["score"].tolist(), verdicts, outputs["anomaly_map"].numpy()))
 
-    ways: dict[MapAt, ByModel] = {"image": on_image, "input": on_input}
-    return ways[runtime.map_at]
+    return on_image if runtime.map_at == "image" else on_input
 
 
 def changes(run: Run, expected: ByModel, runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
     """How far a file's answers for image files are from a model that it is not to equal exactly.
-
-    Args:
-        run: Runs the file.
-        expected: Inspects images by that model.
-        runtime: What the file is of.
-        files: Image files.
 
     Returns:
         Plain values: changes of scores as shares of the score, of maps as shares of their highest value; verdicts that
@@ -218,94 +193,78 @@ def examples(expected: ByModel, runtime: Runtime, files: Sequence[Path]) -> dict
 def compare(run: Run, expected: ByModel, runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
     """Run a file and the model on noise and on image files.
 
-    Args:
-        run: Runs the file.
-        expected: Inspects images by the model.
-        runtime: What the file is of.
-        files: Image files.
-
     Returns:
         How many images were compared, and the largest differences, as plain values.
 
     Raises:
         Differs: If they differ by more than the tolerances.
     """
-    drawn, found = list(noise(runtime)), list[Difference]()
+    drawn, found = list(noise(runtime)), list[tuple[float, float]]()
     scale = max(each.score for image in drawn for each in expected([image]))
-    every: list[np.ndarray | Path] = [*drawn, *files]
-    for image in tqdm(every, "Comparing the file with the model", delay=2, leave=False, unit=" images"):
-        if isinstance(image, Path):
-            found += _compared(run, expected, runtime, str(image), levels_of(image, runtime), scale)
-        else:
-            found += _compared(run, expected, runtime, f"noise of {_sides(image.shape)} pixels", image, scale)
+    images = chain(
+        ((f"noise of {sides(image.shape)} pixels", image) for image in drawn),
+        ((str(file), levels_of(file, runtime)) for file in files),
+    )
+    how: dict[str, Any] = {"total": len(drawn) + len(files), "delay": 2, "leave": False, "unit": " images"}
+    for name, image in tqdm(images, "Comparing the file with the model", **how):
+        found += _compared(run, expected, runtime, name, image, scale)
     return {
         "images": len(files),
-        "noise": [_sides(image.shape) for image in drawn],
+        "noise": [sides(image.shape) for image in drawn],
         "batches": [1, 3],
-        "score_difference": max(each.score for each in found),
+        "score_difference": max(score for score, _ in found),
         "score_tolerance": SCORE_TOLERANCE,
-        "map_difference": max(each.pixel for each in found),
+        "map_difference": max(pixel for _, pixel in found),
         "map_tolerance": MAP_TOLERANCE,
         "changed_verdicts": 0,
     }
 
 
-def _sides(size: Sequence[int]) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
 def _compared(
     run: Run, expected: ByModel, runtime: Runtime, name: str, image: np.ndarray, scale: float
-) -> list[Difference]:
-    """Compare an image alone and in a batch; refuse what differs too much."""
+) -> list[tuple[float, float]]:
+    """Compare an image alone and in a batch: differences of scores and maps; refuse what differs too much."""
     batch = [image, np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(image[::-1])]
-    theirs, found = expected(batch), list[Difference]()
+    theirs, found = expected(batch), list[tuple[float, float]]()
     for part in (batch[:1], batch):
         outputs = ran(run, part, name)
         for i in range(len(part)):
             of_one = {key: value[i] for key, value in outputs.items()}
-            found.append(difference(of_one, theirs[i], runtime, scale))
-            reason = _too_far(found[-1])
+            score, pixel, reason = _difference(of_one, theirs[i], runtime, scale)
             if reason:
                 raise Differs(f"the exported file differs from the model on {name}: {reason}; it is not kept.")
+            found.append((score, pixel))
     return found
 
 
-def difference(outputs: dict[str, np.ndarray], expected: Expected, runtime: Runtime, scale: float) -> Difference:
-    """Compare the outputs for one image with the model's.
+def _difference(
+    outputs: dict[str, np.ndarray], expected: Expected, runtime: Runtime, scale: float
+) -> tuple[float, float, str]:
+    """How far a file's outputs for an image are from the model's.
 
-    Args:
-        outputs: By name, without the batch.
-        expected: What the model says.
-        runtime: What the file is of.
-        scale: Score of noise.
+    Returns:
+        Difference of the score, as a share of it; the map's largest, as a share of its highest value, both beside
+        ``scale``, the score of noise; why that is too much, empty if it is not. NaN is.
     """
     if list(outputs) != runtime.outputs:
-        return Difference(np.inf, np.inf, False, f"its outputs are {', '.join(outputs)}")
+        return np.inf, np.inf, f"its outputs are {', '.join(outputs)}"
     score, heat, verdict = float(outputs["score"]), outputs["anomaly_map"], runtime.verdict
     away = abs(score - expected.score) / max(abs(expected.score), LEAST_SCORE * scale, TINY)
     theirs = expected.anomaly_map
     if heat.shape != theirs.shape or (np.isnan(heat) != np.isnan(theirs)).any():
-        return Difference(away, np.inf, False, "its map counts other pixels")
+        return away, np.inf, "its map counts other pixels"
     peak = max(float(np.nanmax(np.abs(theirs))), LEAST_PEAK * scale, TINY)
-    pixel = float(np.nanmax(np.abs(heat - theirs))) / peak
-    changed, wrong = False, ""
+    pixel, reason = float(np.nanmax(np.abs(heat - theirs))) / peak, ""
     if verdict.threshold is not None:
         near = abs(expected.score - verdict.threshold) <= SCORE_TOLERANCE * verdict.threshold
-        changed = bool(outputs["anomalous"]) != expected.anomalous and not near
+        if bool(outputs["anomalous"]) != expected.anomalous and not near:
+            reason = "its verdict is another"
+    if not pixel <= MAP_TOLERANCE:
+        reason = f"its map by {pixel:.2g} of the highest value, and {MAP_TOLERANCE:g} is allowed"
+    if not away <= SCORE_TOLERANCE:
+        reason = f"its score by {away:.2g} of it, and {SCORE_TOLERANCE:g} is allowed"
     if verdict.calibrated:
         own = float(p_values(torch.tensor([score], dtype=torch.float32), verdict.scores)[0])
         if not abs(float(outputs["p_value"]) - own) <= SCORE_TOLERANCE:
-            wrong = f"its p-value is {float(outputs['p_value']):.4g} for {own:.4g}"
-    return Difference(away, pixel, changed, wrong)
-
-
-def _too_far(found: Difference) -> str:
-    """Why a difference is too large; empty if it is not. NaN is."""
-    if found.wrong:
-        return found.wrong
-    if not found.score <= SCORE_TOLERANCE:
-        return f"its score by {found.score:.2g} of it, and {SCORE_TOLERANCE:g} is allowed"
-    if not found.pixel <= MAP_TOLERANCE:
-        return f"its map by {found.pixel:.2g} of the highest value, and {MAP_TOLERANCE:g} is allowed"
-    return "its verdict is another" if found.verdict else ""
+            reason = f"its p-value is {float(outputs['p_value']):.4g} for {own:.4g}"
+    return away, pixel, reason

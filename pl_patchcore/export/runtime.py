@@ -9,7 +9,7 @@ that equation 7 asks of each row are constants. Next: `onnx_file.py`.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Runtime(nn.Module):
         outputs: Names of what it returns.
     """
 
+    members: list[Member]
     mean: Tensor
     std: Tensor
     pixels: Tensor
@@ -67,14 +68,14 @@ class Runtime(nn.Module):
         size = transform.size or self.size
         if frame.known is not None:
             size = (frame.known[0].count, frame.known[1].count)
-        self.members = nn.ModuleList(Member(each, size, frame.counted, bank_dtype, look_up) for each in members)
-        scale = model.scale.float() if isinstance(model, EnsembleModel) else torch.ones(1, dtype=torch.float32)
-        self.scale: list[float] = scale.tolist()
+        parts: Any = nn.ModuleList(Member(each, size, frame.counted, bank_dtype, look_up) for each in members)
+        self.members = parts
+        self.scale: list[float] = model.scale.float().tolist() if isinstance(model, EnsembleModel) else [1.0]
         self.verdict = Verdict(model.calibration)
         self.outputs = ["score", *self.verdict.outputs, "anomaly_map"]
         for name, values in (("mean", transform.mean), ("std", transform.std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
-        marks = [member.counts for member in self.members if isinstance(member.counts, Counts)]
+        marks = [member.counts for member in self.members if member.counts is not None]
         self.partly = bool(marks)
         if marks:
             pixels = torch.stack([each.pixels for each in marks]).all(0)
@@ -82,19 +83,21 @@ class Runtime(nn.Module):
             self.register_buffer("pixels", pixels)
             self.register_buffer("nearest", filled(places.masked_fill(~pixels, torch.nan)).flatten().long())
 
-    @property
-    def multiple(self) -> int:
-        """Pixels of which both sides of the network's input must be multiples."""
-        return max(cast(Member, member).patch_features.multiple for member in self.members)
+    def size_beyond(self, size: tuple[int, int]) -> tuple[int, int]:
+        """At least this height and width more than the crop, and multiples of what the networks' inputs must be."""
+        step = max(member.patch_features.multiple for member in self.members)
+        least = self.frame.transform.size or (0, 0)
+        height, width = (-(-(side + low) // step) * step for side, low in zip(size, least, strict=True))
+        return height, width
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Score images.
 
         Args:
             image: RGB levels, uint8 ``(B, H, W, 3)``.
 
         Returns:
-            As ``outputs`` names them: ``score`` float32 ``(B,)``; with a threshold ``anomalous`` bool ``(B,)``; with
+            In the order of ``outputs``: ``score`` float32 ``(B,)``; with a threshold ``anomalous`` bool ``(B,)``; with
             calibration ``p_value`` float32 ``(B,)``; ``anomaly_map`` float32 ``(B, H, W)``, NaN where a pixel does not
             count.
         """
@@ -103,12 +106,12 @@ class Runtime(nn.Module):
         back = None if axes is None or self.map_at == "input" else [back_matrix(axis) for axis in axes]
         ways = None if back is None or self.partly else (back[0][0], back[1][0])
         scores, maps = [], []
-        for member, scale in zip(cast(list[Member], self.members), self.scale, strict=True):
+        for member, scale in zip(self.members, self.scale, strict=True):
             score, distances = member(pixels)
             scores.append(score / scale)
             maps.append(member.map(distances, pixels, ways) / scale)
         score, heat = (each[0] if len(each) == 1 else torch.stack(each).mean(0) for each in (scores, maps))
-        return (score, *self.verdict(score), self.placed(heat, back))
+        return {"score": score, **self.verdict(score), "anomaly_map": self.placed(heat, back)}
 
     def placed(self, heat: Tensor, back: list[tuple[Tensor, Tensor]] | None) -> Tensor:
         """Bring maps to where they are asked for, and leave out what does not count."""
@@ -118,7 +121,7 @@ class Runtime(nn.Module):
             inside = rows[:, None] & columns[None]
             if self.partly:
                 heat = heat.flatten(1).index_select(1, self.nearest).reshape(heat.shape)
-                heat = torch.matmul(torch.matmul(down, heat), across.T)
+                heat = down @ heat @ across.T
             if self.frame.region is not None:
                 inside = inside & self.frame.region
         elif self.partly:
@@ -137,12 +140,12 @@ class Verdict(nn.Module):
         self.outputs = ["anomalous"] * (self.threshold is not None) + ["p_value"] * self.calibrated
         self.register_buffer("scores", calibration.scores.float())
 
-    def forward(self, scores: Tensor) -> list[Tensor]:
+    def forward(self, scores: Tensor) -> dict[str, Tensor]:
         """What ``outputs`` names, ``(B,)`` each."""
-        found = [] if self.threshold is None else [scores > self.threshold]
+        found = {} if self.threshold is None else {"anomalous": scores > self.threshold}
         if self.calibrated:
             at_least = (scores[:, None] <= self.scores).sum(1)
-            found.append((1 + at_least).float() / (1 + self.scores.shape[0]))
+            found["p_value"] = (1 + at_least).float() / (1 + self.scores.shape[0])
         return found
 
 
@@ -153,8 +156,7 @@ class Member(nn.Module):
         model: The fitted model.
         size: Height and width of the input; None: any.
         counted: Which places of an image count; None: all.
-        bank_dtype: See `Runtime`.
-        look_up: See `Runtime`.
+        bank_dtype, look_up: See `Runtime`.
     """
 
     halves: Tensor
@@ -214,15 +216,16 @@ class Member(nn.Module):
             (height, width), (h, w) = pixels.shape[2:], distances.shape[1:]
             down, across = map_matrix(height, h, self.scorer.sigma), map_matrix(width, w, self.scorer.sigma)
         if self.counts is not None:
-            return self.counts.smoothed(torch.matmul(torch.matmul(down, self.counts.continued(distances)), across.T))
+            return self.counts.smoothed(down @ self.counts.continued(distances) @ across.T)
         if back is not None:
-            down, across = torch.matmul(back[0], down), torch.matmul(back[1], across)
-        return torch.matmul(torch.matmul(down, distances), across.T)
+            down, across = back[0] @ down, back[1] @ across
+        return down @ distances @ across.T
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``(B,)`` and patch distances ``(B, h, w)`` of normalised images ``(B, 3, H, W)``."""
         rows = self.rows().to(self.product)
-        parts, highest, patches, cells = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        images = torch.arange(pixels.shape[0])
+        parts, worst = list[Tensor](), list[tuple[Tensor, Tensor, Tensor]]()  # of each band; distance, patch, cell
         for features, top, _ in self.patch_features.bands(pixels):
             batch, h, w, d = features.shape
             queries = features.reshape(batch, h * w, d) - self.rows.centre
@@ -231,17 +234,16 @@ class Member(nn.Module):
                 distances = self.counts.marked(distances, top)
             patch = distances.flatten(1).argmax(1)
             parts.append(distances)
-            highest.append(distances.flatten(1).amax(1))
-            patches.append(queries[torch.arange(batch), patch])
-            cells.append(patch + top * w)
+            worst.append((distances.flatten(1).amax(1), queries[images, patch], patch + top * w))
         distances = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if self.scorer.image_score == "top_mean":
             taken = distances if self.scorer.top_share_of == "scored" else distances.clamp(min=0)
             return top_mean(taken, self.scorer.top_share), distances
-        query, cell = patches[0], cells[0]
-        if len(parts) > 1:
-            best, images = torch.stack(highest).argmax(0), torch.arange(pixels.shape[0])
-            query, cell = torch.stack(patches)[best, images], torch.stack(cells)[best, images]
+        _, query, cell = worst[0]
+        if len(worst) > 1:
+            highest, patches, cells = (torch.stack(each) for each in zip(*worst, strict=True))
+            best = highest.argmax(0)
+            query, cell = patches[best, images], cells[best, images]
         scores, own, row = self.nearest(query, self.costs(query, rows, cell))
         if self.weighted:
             company = self.rows.taken(F.embedding(row, self.company))  # (B, b, D)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from pl_patchcore.export import onnx_file
 from pl_patchcore.export.runtime import Runtime
@@ -17,20 +16,9 @@ PACKAGES = ()
 TOLD_IN = "metadata.json"  # name in the file's ``extra_files``
 
 
-class _Named(nn.Module):
-    """A runtime whose outputs come by name."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__()
-        self.runtime = runtime
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.runtime.outputs, self.runtime(image), strict=True))
-
-
 def write(runtime: Runtime, path: Path) -> None:
     """Record the graph, and write it; raises as `onnx_file.recorded`."""
-    program = onnx_file.recorded(torch.export.export, _Named(runtime).eval(), runtime)
+    program = onnx_file.recorded(torch.export.export, runtime)
     with path.open("wb") as file:
         torch.export.save(program, file)
 

@@ -8,10 +8,10 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 import pl_patchcore
 from pl_patchcore.anomaly_map import peaks
-from pl_patchcore.calibration import Calibration
 from pl_patchcore.errors import UserError
 from pl_patchcore.export import onnx_file, openvino_file, parity, torch_file
-from pl_patchcore.export.geometry import Frame
+from pl_patchcore.export.geometry import Frame, both, sides
 from pl_patchcore.export.options import FileOptions, check_exportable
 from pl_patchcore.export.rows import FileDtype, Rows
-from pl_patchcore.export.runtime import Member, Runtime
+from pl_patchcore.export.runtime import Runtime
 from pl_patchcore.files import whole_file
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 KINDS: dict[str, ModuleType] = {"onnx": onnx_file, "openvino": openvino_file, "torch": torch_file}
 FORMATS = {"onnx": (".onnx",), "openvino": (".xml", ".bin"), "torch": (".pt2",)}  # name: endings of its files
+SCORING = ("num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share")
 
 
 def export(
@@ -81,12 +81,14 @@ def export(
     job = _Job(module, kind, options, files, nominal, checkpoint)
     with ExitStack() as made:
         partial = [made.enter_context(whole_file(path.with_suffix(ending))) for ending in FORMATS[format]]
-        told = job.written(partial) | {"versions": _versions() | versions}
-        kind.tell({name: _text(value) for name, value in told.items()}, *partial)
+        told = job.written(partial)
+        told["versions"] = {"pl_patchcore": pl_patchcore.__version__, "torch": torch.__version__} | versions
+        kind.tell({name: v if isinstance(v, str) else json.dumps(v) for name, v in told.items()}, *partial)
         if options.parity_file:
             beside = made.enter_context(whole_file(path.with_name(f"{path.name}.npz")))
             with beside.open("wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **job.examples())
+                examples = parity.examples(job.by_model(), job.runtime, files)
+                np.savez_compressed(file, allow_pickle=False, **examples)
     with whole_file(path.with_name(f"{path.name}.json")) as beside:
         beside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     size = sum(path.with_suffix(ending).stat().st_size for ending in FORMATS[format])
@@ -94,31 +96,28 @@ def export(
     return told
 
 
+@dataclass
 class _Job:
     """One export: the model as it will be in the file, and as it is."""
 
-    def __init__(
-        self,
-        module: PatchCore,
-        kind: ModuleType,
-        options: FileOptions,
-        files: list[Path],
-        nominal: list[Path],
-        checkpoint: str | Path | None,
-    ) -> None:
-        self.module, self.kind, self.options, self.files, self.checkpoint = module, kind, options, files, checkpoint
-        self.nominal = nominal  # images by which the file is calibrated; none: it keeps the model's thresholds
-        self.transform = module.transform
-        if options.resize_in_file:
+    module: PatchCore
+    kind: ModuleType
+    options: FileOptions
+    files: list[Path]
+    nominal: list[Path]  # images by which the file is calibrated; none: it keeps the model's thresholds
+    checkpoint: str | Path | None
+    look_up: bool = False
+
+    def __post_init__(self) -> None:
+        self.transform, dtype = self.module.transform, self.options.bank_dtype
+        if self.options.resize_in_file:
             self.transform = replace(self.transform, resize_by="tensors")
-        check_exportable(module.model, self.transform, options)
-        self.in_file = module if options.bank_dtype == "float32" else _with_bank(module, options.bank_dtype)
-        self.look_up = False
+        check_exportable(self.module.model, self.transform, self.options)
+        self.in_file = self.module if dtype == "float32" else _with_bank(self.module, dtype)
         self.runtime = self._runtime()
 
     def _runtime(self) -> Runtime:
-        ready = self.transform.resize is not None and self.transform.resize_by == "pillow"
-        frame = Frame(self.transform, ready, self.options.image_size)
+        frame = Frame(self.transform, self.options.image_size)
         return Runtime(self.in_file.model, frame, self.options.bank_dtype, self.options.map_at, self.look_up).eval()
 
     def _run(self, partial: Sequence[Path]) -> onnx_file.Run:
@@ -140,11 +139,7 @@ class _Job:
         if self.nominal:
             self._calibrate(partial)
             found = self._compared(partial)
-        told = _told(self.module, self.in_file.model.calibration, self.runtime, self.checkpoint) | {
-            "calibrated_by": "file" if self.nominal else "model",
-            "parity": found,
-            "precision": self.options.precision,
-        }
+        told = self._told() | {"parity": found, "precision": self.options.precision}
         if not (changed := self.options.changes(self.module.transform)):
             return told
         own = parity.by_model(self.module, self.module.transform, self.runtime)
@@ -173,14 +168,38 @@ class _Job:
         self.kind.write(self.runtime, *partial)
         files = [*self.files, *self.nominal[: parity.EXAMPLES]]  # some, to see whether rows must be looked up
         log.info("export: comparing the file with the model on noise and %d images.", len(files))
-        return parity.compare(self.kind.session(*partial), self._expected(), self.runtime, files)
+        return parity.compare(self.kind.session(*partial), self.by_model(), self.runtime, files)
 
-    def _expected(self) -> parity.ByModel:
+    def by_model(self) -> parity.ByModel:
+        """What the model as it is in the file says."""
         return parity.by_model(self.in_file, self.transform, self.runtime)
 
-    def examples(self) -> dict[str, np.ndarray]:
-        """What a parity file holds."""
-        return parity.examples(self._expected(), self.runtime, self.files)
+    def _told(self) -> dict[str, Any]:
+        """What is known of the file beside how far it is from its model, as plain values."""
+        model, calibration, runtime = self.module.model, self.in_file.model.calibration, self.runtime
+        known = {
+            "input": _input(runtime),
+            "outputs": _outputs(runtime),
+            "image_threshold": calibration.image_threshold,
+            "pixel_threshold": calibration.pixel_threshold,
+            "false_alarm_rate": calibration.false_alarm_rate if len(calibration.scores) else None,
+            "calibration_images": len(calibration.scores),
+            "thresholds_by_hand": sorted(calibration.by_hand),
+            "preprocessing": runtime.frame.transform.as_dict(),
+            "rows_looked_up": all(member.look_up for member in runtime.members),
+            "resize_in_file": not runtime.frame.ready,
+            "size": runtime.size,
+            "map_at": runtime.map_at,
+            "bank_dtype": self.options.bank_dtype,
+            "model": model.identity,
+            "scoring": [{name: getattr(member.scorer, name) for name in SCORING} for member in model.members],
+            "bank": [member.bank_shape for member in model.members],
+            "bank_sha256": [_sha256_of(member.memory_bank.features) for member in model.members],
+            "checkpoint_sha256": None if self.checkpoint is None else _sha256_of_file(Path(self.checkpoint)),
+            "calibrated_by": "file" if self.nominal else "model",
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(known))
+        return plain
 
 
 def _with_bank(module: PatchCore, dtype: FileDtype) -> PatchCore:
@@ -209,62 +228,22 @@ def _sentence(told: dict[str, Any]) -> str:
     )
 
 
-def _told(
-    module: PatchCore, calibration: Calibration, runtime: Runtime, checkpoint: str | Path | None
-) -> dict[str, Any]:
-    """What is known of a file, as plain values."""
-    members = cast(list[Member], list(runtime.members))
-    known = {
-        "input": _input(runtime),
-        "outputs": _outputs(runtime),
-        "image_threshold": calibration.image_threshold,
-        "pixel_threshold": calibration.pixel_threshold,
-        "false_alarm_rate": calibration.false_alarm_rate if len(calibration.scores) else None,
-        "calibration_images": len(calibration.scores),
-        "thresholds_by_hand": sorted(calibration.by_hand),
-        "preprocessing": runtime.frame.transform.as_dict(),
-        "rows_looked_up": all(member.look_up for member in members),
-        "resize_in_file": not runtime.frame.ready,
-        "size": runtime.size,
-        "map_at": runtime.map_at,
-        "bank_dtype": members[0].rows.dtype,
-        "model": module.model.identity,
-        "scoring": [_scoring(member.scorer) for member in members],
-        "bank": [member.bank_shape for member in module.model.members],
-        "bank_sha256": [_sha256_of(member.memory_bank.features) for member in module.model.members],
-        "checkpoint_sha256": None if checkpoint is None else _sha256_of_file(Path(checkpoint)),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(known))
-    return plain
-
-
-def _scoring(scorer: Any) -> dict[str, Any]:
-    names = ("num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share")
-    return {name: getattr(scorer, name) for name in names}
-
-
 def _input(runtime: Runtime) -> str:
     """The input expected, in one sentence."""
     transform, size = runtime.frame.transform, runtime.size
     shape = "height, width" if size is None else f"{size[0]}, {size[1]}"
-    start = f"image: RGB levels, uint8 (batch, {shape}, 3), upright"
-    if not runtime.frame.ready:
-        least = transform.size if transform.resize is None and transform.crop is not None else None
-        return f"{start}, as a camera gives them{f', of at least {least[0]}x{least[1]} pixels' if least else ''}."
-    sides = transform.resize if isinstance(transform.resize, tuple) else (transform.resize, transform.resize)
+    start, crop = f"image: RGB levels, uint8 (batch, {shape}, 3), upright", transform.crop
+    if transform.resize is None or not runtime.frame.ready:
+        least = transform.size if transform.resize is None and crop is not None else None
+        return f"{start}, as a camera gives them{f', of at least {sides(least)} pixels' if least else ''}."
+    resize = both(transform.resize)
     how = {
-        "squash": f"to {sides[0]}x{sides[1]} pixels (height x width), whatever their shape",
-        "shorter_side": f"so that the shorter side has {sides[0]} pixels, the other rounded down",
+        "squash": f"to {sides(resize)} pixels (height x width), whatever their shape",
+        "shorter_side": f"so that the shorter side has {resize[0]} pixels, the other rounded down",
     }[transform.resize_mode]
-    cut = "" if transform.crop is None else f", then the middle {_sides(transform.crop)} pixels cut out"
-    multiple = transform.crop_multiple
-    cut += f", right and bottom cut to multiples of {multiple}" if multiple else ""
+    cut = "" if crop is None else f", then the middle {sides(both(crop))} pixels cut out"
+    cut += f", right and bottom cut to multiples of {transform.crop_multiple}" if transform.crop_multiple else ""
     return f"{start}, resized by Pillow's Image.resize with Resampling.{transform.interpolation.upper()} {how}{cut}."
-
-
-def _sides(size: int | tuple[int, int]) -> str:
-    height, width = (size, size) if isinstance(size, int) else size
-    return f"{height}x{width}"
 
 
 def _outputs(runtime: Runtime) -> dict[str, str]:
@@ -277,14 +256,6 @@ def _outputs(runtime: Runtime) -> dict[str, str]:
         "pixel_threshold a pixel is anomalous",
     }
     return {name: told[name] for name in runtime.outputs}
-
-
-def _versions() -> dict[str, str]:
-    return {"pl_patchcore": pl_patchcore.__version__, "torch": torch.__version__}
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _sha256_of(values: torch.Tensor) -> str:

@@ -9,14 +9,11 @@ share to about 2 %, 25 to 5 %. Last, a fit on 50 tiles that is updated with 50 m
 Patch features are computed once for a backbone; selection, scores and thresholds are the package's own.
 """
 
-import argparse
-import logging
-import warnings
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from measuring import LAYERS, MTD, WEIGHTS, parser_of, ready_for_tiles
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,18 +23,19 @@ from pl_patchcore import MTDDataModule, PatchCoreModel, PatchFeatures, Preproces
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.calibration import conformal_threshold, promised_rates
 from pl_patchcore.coreset import CoresetOptions
-from pl_patchcore.data.base import ImageDataset
+from pl_patchcore.data.base import ImageDataset, Record
 from pl_patchcore.fitting import Fitting
 from pl_patchcore.patch_features import Band
 
-SHARED = Path(__file__).parents[2] / ".." / "shared"
-LAYERS = ["features.6", "features.13"]  # 32 and 96 numbers
-BACKBONES = {"MobileNetV2": str(SHARED / "weights" / "mobilenet_v2.pth"), "untrained": None}  # their weights
+BACKBONES = {"MobileNetV2": str(WEIGHTS), "untrained": None}  # their weights
 BANKS = (0.01, 0.1)  # shares of the patch features
 TILES = (20, 50, 100, 300)  # n
 RATES = (0.01, 0.05, 0.1, 0.2)
-KINDS = ("split", "leave_one_out")
-SHARE, SIDE, NEW = 0.2, 96, 300  # of the n, held out by the split; pixels; new tiles
+SIDE, NEW = 96, 300  # pixels; new tiles
+KINDS: dict[str, dict[str, Any]] = {  # 952: all that there are
+    "split": {"calibration_share": 0.2},
+    "leave_one_out": {"leave_one_out": 952},
+}
 
 
 class Known(nn.Module):
@@ -45,33 +43,29 @@ class Known(nn.Module):
 
     tiling = None
 
-    def bands(self, images: Tensor) -> list[Band]:
+    def bands(self, images: Tensor, bf16: bool = False) -> list[Band]:
         """All of them."""
         return [Band(images.permute(0, 2, 3, 1), 0, images.shape[2])]
 
 
-def features_of_all(weights: str | None) -> Tensor:
-    """Patch features of all nominal tiles, ``(N, D, h, w)``."""
-    records = [r for part in MTDDataModule(str(SHARED / "data" / "mtd")).records for r in part if r.label == 0]
-    images = torch.utils.data.DataLoader(ImageDataset(records, Preprocessing(SIDE, None)), 32, num_workers=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # random weights are meant
-        features = PatchFeatures("mobilenet_v2", LAYERS, weights)
-    return torch.cat([features(batch["image"]).permute(0, 3, 1, 2) for batch in tqdm(images, "Features")])
+def features_of(records: list[Record], side: int, weights: str | None) -> Tensor:
+    """Patch features of images, squashed to so many pixels: ``(N, D, h, w)``."""
+    images = torch.utils.data.DataLoader(ImageDataset(records, Preprocessing(side, None)), 32, num_workers=2)
+    network = PatchFeatures("mobilenet_v2", LAYERS, weights)
+    return torch.cat([network(batch["image"]).permute(0, 3, 1, 2) for batch in tqdm(images, "Features")])
 
 
-def fitted(parts: list[Tensor], kind: str, bank: float, seed: int) -> PatchCoreModel:
-    """A model fitted on the first part, and updated with the others."""
+def fitted(parts: list[Tensor], bank: float, seed: int, **how: Any) -> tuple[PatchCoreModel, Fitting]:
+    """A model fitted on the first part's patch features ``(n, D, h, w)``, and updated with the others; its last fit."""
     coreset = CoresetOptions(ratio=bank, seed=seed)
     model = PatchCoreModel(cast(Any, Known()), scorer=AnomalyScorer(sigma=0), coreset=coreset)
     for place, tiles in enumerate(parts):
-        how: dict[str, Any] = {"calibration_share": SHARE} if kind == "split" else {"leave_one_out": len(tiles)}
         fitting = Fitting(model, seed=seed, images=len(tiles), update=place > 0, **how)
         for batch in tiles.split(32):
             fitting.add(batch)
         fitting.select()
         fitting.close()
-    return model
+    return model, fitting
 
 
 def rates_found(model: PatchCoreModel, new: Tensor) -> tuple[int, list[float]]:
@@ -99,41 +93,37 @@ def add_rows(table: Table, names: list[str], found: dict[str, list[tuple[int, li
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--draws", type=int, default=25)
     parser.add_argument("--tiles", type=int, nargs="+", default=TILES)
     parser.add_argument("--banks", type=float, nargs="+", default=BANKS)
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     given = parser.parse_args()
-    if not SHARED.is_dir():
-        print(f"{SHARED} is not there: no magnetic tiles to measure on.")
+    if not ready_for_tiles():
         return
-    logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
-    columns = [
-        f"{kind}: {name}"
-        for kind in ("split", "own rows left out")
-        for name in ("promised", "found", "deviation", "95 %", "above it")
-    ]
+    told = ("promised", "found", "deviation", "95 %", "above it")
+    columns = [f"{kind}: {name}" for kind in ("split", "own rows left out") for name in told]
     table, kept = Table("backbone", "bank", "tiles", "rate", *columns, "kept"), list[bool]()
     updates = Table("backbone", "bank", "tiles", "rate", *columns[5:], "kept", title="By update")
+    nominal = [record for part in MTDDataModule(str(MTD)).records for record in part if record.label == 0]
     for backbone in given.backbones:
-        features = features_of_all(BACKBONES[backbone])
-        drawn = [
-            torch.from_numpy(np.random.default_rng(seed).permutation(len(features))) for seed in range(given.draws)
-        ]
+        features = features_of(nominal, SIDE, BACKBONES[backbone])
+        orders = [np.random.default_rng(seed).permutation(len(features)) for seed in range(given.draws)]
+        drawn = [torch.from_numpy(order) for order in orders]
         for bank in given.banks:
             for n in given.tiles:
                 found: dict[str, list[tuple[int, list[float]]]] = {kind: [] for kind in KINDS}
                 for seed, order in enumerate(tqdm(drawn, f"{backbone}, {bank:.0%} of {n} tiles")):
                     for kind, rates in found.items():
-                        model = fitted([features[order[:n]]], kind, bank, seed)
+                        model, _ = fitted([features[order[:n]]], bank, seed, **KINDS[kind])
                         rates.append(rates_found(model, features[order[n : n + NEW]]))
                 kept += add_rows(table, [backbone, f"{bank:.0%}", str(n)], found)
             updated = []
             for seed, order in enumerate(tqdm(drawn, f"{backbone}, {bank:.0%} of 50 + 50 tiles")):
-                model = fitted([features[order[:50]], features[order[50:100]]], KINDS[1], bank, seed)
+                parts = [features[order[:50]], features[order[50:100]]]
+                model, _ = fitted(parts, bank, seed, **KINDS["leave_one_out"])
                 updated.append(rates_found(model, features[order[100 : 100 + NEW]]))
-            add_rows(updates, [backbone, f"{bank:.0%}", "50 + 50"], {KINDS[1]: updated})
+            add_rows(updates, [backbone, f"{bank:.0%}", "50 + 50"], {"leave_one_out": updated})
     console = Console(width=200)
     console.print(table)
     console.print(

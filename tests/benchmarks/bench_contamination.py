@@ -10,32 +10,22 @@ images of different kinds among 50, of the tiles and of generated images.
 Patch features are computed once; selection, scores and rule are the package's own.
 """
 
-import argparse
-import logging
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from bench_calibration import BACKBONES, LAYERS, SHARED, Known
+from bench_calibration import features_of, fitted
+from measuring import MTD, WEIGHTS, parser_of, ready_for_tiles
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
-from pl_patchcore import (
-    MTDDataModule,
-    PatchCoreModel,
-    PatchFeatures,
-    Preprocessing,
-    SyntheticDataModule,
-)
-from pl_patchcore.anomaly_map import AnomalyScorer
-from pl_patchcore.coreset import CoresetOptions
-from pl_patchcore.data.base import NOMINAL, ImageDataset, Record
-from pl_patchcore.fitting import Fitting
+from pl_patchcore import MTDDataModule, PatchCoreModel, SyntheticDataModule
+from pl_patchcore.data.base import NOMINAL, Record
 
 SIDE, BANK = 128, 0.01  # pixels; share of the patch features
 TILES, DEFECTIVE, NEW = 200, (1, 4, 16), 300  # nominal tiles of a fit, defective ones among them, new nominal ones
@@ -56,26 +46,11 @@ class Found(NamedTuple):
     clean: float  # without them
 
 
-def features_of(records: list[Record]) -> tuple[Tensor, dict[str, Tensor]]:
+def known(records: list[Record]) -> tuple[Tensor, dict[str, Tensor]]:
     """Patch features of all images, ``(N, D, h, w)``, and the numbers of the images of each kind."""
-    images = torch.utils.data.DataLoader(ImageDataset(records, Preprocessing(SIDE, None)), 32)
-    network = PatchFeatures("mobilenet_v2", LAYERS, BACKBONES["MobileNetV2"])
-    features = torch.cat([network(batch["image"]).permute(0, 3, 1, 2) for batch in tqdm(images, "Features")])
     kinds = np.array([record.defect for record in records])
-    return features, {str(kind): torch.from_numpy((kinds == kind).nonzero()[0]) for kind in np.unique(kinds)}
-
-
-def fitted(training: Tensor, seed: int, drop: bool = False, scored: bool = True) -> tuple[PatchCoreModel, Fitting]:
-    """A model of patch features ``(n, D, h, w)``, and its fit, with leave-one-out scores where ``scored``."""
-    coreset = CoresetOptions(ratio=BANK, seed=seed)
-    model = PatchCoreModel(cast(Any, Known()), scorer=AnomalyScorer(sigma=0), coreset=coreset)
-    most = len(training) if scored else 0
-    fitting = Fitting(model, seed=seed, images=len(training), leave_one_out=most, drop_suspicious=drop)
-    for batch in training.split(32):
-        fitting.add(batch)
-    fitting.select()
-    fitting.close()
-    return model, fitting
+    numbers = {str(kind): torch.from_numpy((kinds == kind).nonzero()[0]) for kind in np.unique(kinds)}
+    return features_of(records, SIDE, str(WEIGHTS)), numbers
 
 
 def auroc(model: PatchCoreModel, nominal: Tensor, defective: Tensor) -> float:
@@ -89,11 +64,11 @@ def contaminated(training: Tensor, bad: Tensor, tested: tuple[Tensor, Tensor], s
     """Fit on nominal tiles and the ``bad`` ones, all as patch features; test on nominal and defective ones."""
     order = np.random.default_rng(seed).permutation(len(training) + len(bad))  # the defective tiles lie anywhere
     mixed, is_bad = torch.cat([training, bad])[torch.from_numpy(order)], order >= len(training)
-    dropping, fitting = fitted(mixed, seed, drop=True)
+    dropping, fitting = fitted([mixed], BANK, seed, leave_one_out=len(mixed), drop_suspicious=True)
     ranked = is_bad[[each.image for each in fitting.training_images]]
     standing = np.array([each.stands_out for each in fitting.training_images])
-    keeping, _ = fitted(mixed, seed, scored=False)
-    clean, fitting = fitted(training, seed)
+    keeping, _ = fitted([mixed], BANK, seed)
+    clean, fitting = fitted([training], BANK, seed, leave_one_out=len(training))
     nominal, known = [each.score for each in fitting.training_images], clean(bad)[0].tolist()
     best = np.argsort([*nominal, *known])[::-1][:FIRST] >= len(nominal)
     return Found(
@@ -134,15 +109,13 @@ def add_row(table: Table, names: list[str], draws: Iterable[Found]) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--mixed_draws", type=int, default=10)
     given = parser.parse_args()
-    if not SHARED.is_dir():
-        print(f"{SHARED} is not there: no magnetic tiles to measure on.")
+    if not ready_for_tiles():
         return
-    logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
-    features, kinds = features_of([*chain(*MTDDataModule(str(SHARED / "data" / "mtd")).records)])
+    features, kinds = known([*chain(*MTDDataModule(str(MTD)).records)])
     columns = (
         *("first", "first 10", "by nominal bank", "stand out", "nominal stand out"),
         *("AUROC before", "left out", "nominal alone"),
@@ -160,7 +133,7 @@ def main() -> None:
     mixed = Table("images", "defective", *columns, title=f"{MIXED} of different kinds among {AMONG}")
     told = [mixed_row(mixed, "magnetic tiles", features, kinds, given.mixed_draws)]
     drawn = SyntheticDataModule(test_nominal=150, test_per_defect=25, image_size=SIDE).records[1]
-    told.append(mixed_row(mixed, "generated images", *features_of(drawn), given.mixed_draws))
+    told.append(mixed_row(mixed, "generated images", *known(drawn), given.mixed_draws))
     console = Console(width=170)
     for each in (table, mixed, *told):
         console.print(each)

@@ -14,25 +14,20 @@ Rows: real patch features of Magnetic Tile Defects, and a random mixture.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
+from measuring import SHARED, Call, apart, machine, memory, patch_features, seconds, tiles
 from rich.console import Console
 from rich.table import Table
 
-from pl_patchcore import MTDDataModule, PatchCore
 from pl_patchcore.coreset import greedy_coreset
 from pl_patchcore.coreset.distance_bounds import product_type
 
-SHARED = Path(__file__).parents[2] / ".." / "shared"
 PICKS = 300
 TURNS = 5
 MANY = 200_000  # rows, above which only 1 % is picked, and "tuned" is left out
@@ -44,17 +39,6 @@ def mixture(rows: int) -> torch.Tensor:
     centres = 2 * torch.randn(200, 128, generator=g)
     scale = torch.linspace(1, 0.05, 128) * torch.rand(rows, 1, generator=g)
     return centres[torch.randint(200, (rows,), generator=g)] + torch.randn(rows, 128, generator=g) * scale
-
-
-def tiles(images: int) -> torch.Tensor:
-    data = MTDDataModule(str(SHARED / "data" / "mtd"), num_workers=0)
-    weights = str(SHARED / "weights" / "mobilenet_v2.pth")
-    model = PatchCore("mobilenet_v2", layers=["features.6", "features.13"], weights=weights, resize=224, crop=None)
-    data.transform = model.transform
-    data.setup("fit")
-    samples = (data.train_set[i]["image"][None] for i in range(images))
-    with torch.no_grad():
-        return torch.cat([model.patch_features(image).flatten(0, 2) for image in samples])
 
 
 @torch.compile(dynamic=False)
@@ -101,14 +85,6 @@ def anomalib_loop(features: torch.Tensor) -> float | None:
     return (time.perf_counter() - start) / PICKS
 
 
-def apart(task: str, path: str, **environment: str) -> float | None:
-    """Run one measurement, of the rows in a file, in a process of its own."""
-    command = [sys.executable, __file__, task, path]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    value: float | None = json.loads(done.stdout.splitlines()[-1])
-    return value
-
-
 def extra_memory(features: torch.Tensor) -> float:
     """Peak memory of a selection of 1 % above what was there, as a multiple of the features' bytes."""
     greedy_coreset(features[:20_000].clone(), 200)
@@ -117,35 +93,33 @@ def extra_memory(features: torch.Tensor) -> float:
     return peak_memory(lambda: greedy_coreset(features, size)) / (features.numel() * features.element_size())
 
 
-def peak_memory(call: Callable[[], object]) -> int:
+def peak_memory(call: Call) -> int:
     """Most bytes that this process takes during a call above those before it.
 
     Pages of libraries' files, which come and go as the system likes, are not counted.
     """
-    before, most, done = own_bytes(), 0, threading.Event()
+    before, most, done = memory("RssAnon"), 0, threading.Event()
 
     def watch() -> None:
         nonlocal most
         while not done.wait(0.002):
-            most = max(most, own_bytes() - before)
+            most = max(most, memory("RssAnon") - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     call()
     done.set()
     watcher.join()
-    return max(most, own_bytes() - before)
-
-
-def own_bytes() -> int:
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(status["RssAnon"].split()[0])
+    return max(most, memory("RssAnon") - before)
 
 
 def features_of(name: str) -> torch.Tensor:
     kind, rows = name.split()
     number = int(rows.replace(",", ""))
-    return tiles(-(-number // 784))[:number] if kind == "MTD" else mixture(number)
+    if kind != "MTD":
+        return mixture(number)
+    data = tiles()
+    return patch_features(data.train_set[i] for i in range(-(-number // 784)))[:number]
 
 
 def in_turns(features: torch.Tensor, size: int) -> tuple[list[float], list[float]]:
@@ -153,9 +127,7 @@ def in_turns(features: torch.Tensor, size: int) -> tuple[list[float], list[float
     blocks, compiled = [], []
     for _ in range(TURNS):
         compiled.append(compiled_loop(features) * size)
-        start = time.perf_counter()
-        greedy_coreset(features, size)
-        blocks.append(time.perf_counter() - start)
+        blocks.append(seconds(lambda: greedy_coreset(features, size)))
     return blocks, compiled
 
 
@@ -171,8 +143,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             torch.save(features, f"{folder}/rows.pt")
             small = len(features) <= MANY
-            others.append(apart("anomalib", f"{folder}/rows.pt", **KEEP) if small else None)
-            memory = apart("memory", f"{folder}/rows.pt")
+            rows = f"{folder}/rows.pt"
+            others.append(json.loads(apart(__file__, "anomalib", rows, **KEEP)[-1]) if small else None)
+            extra = json.loads(apart(__file__, "memory", rows)[-1])
         for share in (0.01, 0.1, 0.25) if small else (0.01,):
             size = int(share * len(features))
             turns, compiled = in_turns(features, size)
@@ -180,9 +153,9 @@ def main() -> None:
             loop = median(compiled)
             times = [f"{loop:.1f} ({loop / blocks:.1f}; {min(ratios):.1f} to {max(ratios):.1f})"]
             times += ["–" if a is None else f"{a * size:.1f} ({a * size / blocks:.0f})" for a in others]
-            table.add_row(name, f"{share:.0%}", f"{size:,}", f"{blocks:.2f}", *times, f"{memory:.2f}")
+            table.add_row(name, f"{share:.0%}", f"{size:,}", f"{blocks:.2f}", *times, f"{extra:.2f}")
     console = Console(width=160)
-    console.print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    console.print(machine())
     console.print(table)
     console.print(f"Loops are timed over {PICKS} picks and extrapolated; blocks and the compiled loop: {TURNS} turns,")
     console.print("of which medians, and the least and largest ratio. memory: peak extra, in multiples of the rows.")

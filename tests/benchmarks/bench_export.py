@@ -6,29 +6,26 @@ by one; figures of pixels are of the maps of the network's input, as a test has 
 ``onnx`` and ``openvino``.
 """
 
-import argparse
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_options import LARGER, SHARED, fitted
+from bench_options import FIGURES, LARGER, fitted
+from measuring import parser_of, ready_for_tiles
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from pl_patchcore import PatchCore
-from pl_patchcore.export import onnx_file, openvino_file, torch_file
+from pl_patchcore.export.write import FORMATS, KINDS
 from pl_patchcore.metrics import AnomalyEvaluation
 from pl_patchcore.model import Inference
 from pl_patchcore.options import ImageOptions
 from pl_patchcore.preprocessing import ResizeBy
 
-FORMATS = {"onnx": (onnx_file, ".onnx"), "openvino": (openvino_file, ".xml"), "torch": (torch_file, ".pt2")}
 FILES: dict[str, tuple[ResizeBy, str, dict[str, Any]]] = {  # name: how the model resizes, format, options
     "ONNX": ("tensors", "onnx", {}),
     "OpenVINO": ("tensors", "openvino", {}),
@@ -38,20 +35,20 @@ FILES: dict[str, tuple[ResizeBy, str, dict[str, Any]]] = {  # name: how the mode
     "OpenVINO, bf16": ("tensors", "openvino", {"precision": "bf16"}),
     "ONNX, resize in the file": ("pillow", "onnx", {"resize_in_file": True}),
 }
-FIGURES = ("image_auroc", "pixel_auroc", "pro")
 LEAST_TIES = 1e-12  # so that equal answers are told as 0
 
 
 class Answers:
-    """Scores and verdicts of all test tiles, and figures."""
+    """Scores and verdicts of all test tiles, and figures, by what gives the outputs for a tile."""
 
-    def __init__(self, found: Iterable[tuple[Any, torch.Tensor, bool]], tiles: Any) -> None:
+    def __init__(self, outputs_of: Callable[[Any], Mapping[str, Any]], tiles: Any, name: str) -> None:
         evaluation, self.scores, self.verdicts = AnomalyEvaluation(), list[float](), list[bool]()
-        for (score, heat, anomalous), tile in zip(found, tiles, strict=True):
-            self.scores.append(float(score))
-            self.verdicts.append(anomalous)
+        for tile in tqdm(tiles, name):
+            found = {key: torch.as_tensor(value) for key, value in outputs_of(tile).items()}
+            self.scores.append(float(found["score"]))
+            self.verdicts.append(bool(found["anomalous"]))
             label = torch.tensor([tile["label"]])
-            evaluation.update(torch.tensor([float(score)]), heat[None], label, tile["mask"][None], label)
+            evaluation.update(found["score"], found["anomaly_map"], label, tile["mask"][None], label)
         self.figures = evaluation.compute()
 
     def row(self, beside: "Answers") -> list[str]:
@@ -65,14 +62,8 @@ class Answers:
 def by_model(model: PatchCore, tiles: Any, inference: Inference = "float32") -> Answers:
     for member in model.model.members:
         member.inference = inference
-
-    def found() -> Iterable[tuple[Any, torch.Tensor, bool]]:
-        for tile in tqdm(tiles, "The model"):
-            with torch.inference_mode():
-                outputs = model.judge(tile["image"][None])
-            yield outputs["score"][0], outputs["anomaly_map"][0], bool(outputs["anomalous"][0])
-
-    answers = Answers(found(), tiles)
+    with torch.inference_mode():
+        answers = Answers(lambda tile: model.judge(tile["image"][None]), tiles, "The model")
     for member in model.model.members:
         member.inference = "float32"
     return answers
@@ -81,30 +72,20 @@ def by_model(model: PatchCore, tiles: Any, inference: Inference = "float32") -> 
 def by_file(model: PatchCore, tiles: Any, name: str, folder: str) -> tuple[Answers, float]:
     """Answers of a file, and its megabytes."""
     _, form, options = FILES[name]
-    kind, ending = FORMATS[form]
-    path = Path(folder, f"model{ending}")
+    files = [Path(folder, f"model{ending}") for ending in FORMATS[form]]
     some = [tiles[i]["path"] for i in range(0, len(tiles), len(tiles) // 20)]
-    model.export(path, form, some, map_at="input", **options)
-    files = [path, path.with_suffix(".bin")] if form == "openvino" else [path]
-    run = kind.session(*files, options.get("precision", "float32"))
-
-    def found() -> Iterable[tuple[Any, torch.Tensor, bool]]:
-        for tile in tqdm(tiles, name):
-            outputs = run(np.array(model.transform.read(Path(tile["path"])))[None])
-            yield outputs["score"][0], torch.from_numpy(outputs["anomaly_map"][0]), bool(outputs["anomalous"][0])
-
-    return Answers(found(), tiles), sum(file.stat().st_size for file in files) / 1e6
+    model.export(files[0], form, some, map_at="input", **options)
+    run = KINDS[form].session(*files, **(options if form == "openvino" else {}))
+    answers = Answers(lambda tile: run(np.array(model.transform.read(Path(tile["path"])))[None]), tiles, name)
+    return answers, sum(file.stat().st_size for file in files) / 1e6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="*", choices=FILES, default=[*FILES], help="files to measure")
     given = parser.parse_args()
-    if not SHARED.is_dir():
-        print(f"{SHARED} is not there: no magnetic tiles to measure on.")
+    if not ready_for_tiles():
         return
-    logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of Lightning, about loaders
     console = Console(width=140)
     columns = ("MB", *FIGURES, "score change, median", "largest", "other verdicts")
     table = Table("what scores", *columns, title="Magnetic tiles, 583")

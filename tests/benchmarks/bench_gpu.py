@@ -7,15 +7,13 @@ medians. Yardsticks on the same GPU: for selection, one pick at a time, compiled
 
 import os
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from statistics import median
 
+import measuring
 import torch
-from bench_coreset import SHARED, compiled_loop, features_of, official_loop
-from bench_search import FAR, product
-from bench_search import tiles as tiles_and_tests
+from bench_coreset import compiled_loop, features_of, official_loop
+from bench_search import FAR, bank_and_queries, product
+from measuring import SHARED, Call, medians
 from rich.console import Console
 from rich.table import Table
 
@@ -27,23 +25,13 @@ TURNS = 5
 SCORES = 1 << 26  # of the yardstick's product held at once: as many as search holds on a GPU
 
 
-def seconds(call: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def in_turns(contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each."""
-    for call in contenders.values():
+def seconds(call: Call) -> float:
+    def done() -> None:
         call()
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(TURNS):
-        for name, call in contenders.items():
-            taken[name].append(seconds(call))
-    return {name: median(each) for name, each in taken.items()}
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return measuring.seconds(done)
 
 
 def select(table: Table, name: str, features: torch.Tensor, size: int) -> None:
@@ -51,7 +39,8 @@ def select(table: Table, name: str, features: torch.Tensor, size: int) -> None:
     if not torch.equal(greedy_coreset(features, size), greedy_coreset(there, size).cpu()):
         sys.exit(f"selection of {size} of {name}: the GPU's picks are not the CPU's.")
     loops = {"compiled": compiled_loop(there) * size, "official": official_loop(there) * size}
-    taken = in_turns({"CPU": partial(greedy_coreset, features, size), "GPU": partial(greedy_coreset, there, size)})
+    calls = {"CPU": partial(greedy_coreset, features, size), "GPU": partial(greedy_coreset, there, size)}
+    taken = medians(calls, TURNS, seconds)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     greedy_coreset(there, size)
@@ -69,12 +58,12 @@ def search(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor) -
     (distance, found), expected = (each.cpu() for each in on(there, 1)), here(queries, 1)
     if not (torch.equal(found, expected[1]) and torch.allclose(distance, expected[0], rtol=1e-6, atol=0)):
         sys.exit(f"search in {name}: the GPU's neighbours are not the CPU's.")
-    contenders: dict[str, Callable[[], object]] = {
+    contenders: dict[str, Call] = {
         "CPU": partial(here, queries, 1),
         "product": partial(product, there, near, norm, SCORES),
         "GPU": partial(on, there, 1),
     }
-    taken = in_turns(contenders)
+    taken = medians(contenders, TURNS, seconds)
     cells = [f"{1e3 * each:,.1f}" for each in taken.values()]
     ratio, rate = f"{taken['product'] / taken['GPU']:.2f}", f"{len(queries) / taken['GPU']:,.0f}"
     table.add_row(name, f"{len(bank):,}", f"{len(queries):,}", *cells, ratio, rate)
@@ -94,7 +83,7 @@ def main() -> None:
     sets = {"normal 896": (bank, queries), f"normal 896, {FAR} times as far": (bank, FAR * queries)}
     if SHARED.is_dir():
         names.append("MTD 94,080")
-        sets["MTD 896"] = tiles_and_tests(896)
+        sets["MTD 896"] = bank_and_queries(896)
     with full_precision(torch.device("cuda")):
         for name in names:
             features = features_of(name)

@@ -8,21 +8,19 @@ then takes a call of two; batches are its calls on pairs. All ways take turns, w
 not counted before each; medians.
 """
 
-import argparse
 import contextlib
-import logging
-import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import LAYERS, medians, parser_of, seconds, silence
 from rich.console import Console
 from rich.table import Table
 
@@ -32,14 +30,13 @@ from pl_patchcore.options import ImageOptions
 
 Call = Callable[[np.ndarray], Any]  # frames uint8 (B, H, W, 3)
 CONFIGS = {  # network, layers, pixels of a side, rows of the memory bank
-    "MobileNetV2, 224, 5,966": ("mobilenet_v2", ["features.6", "features.13"], 224, 5_966),
+    "MobileNetV2, 224, 5,966": ("mobilenet_v2", LAYERS, 224, 5_966),
     "ResNet-18, 256, 10,000": ("resnet18", ["layer2", "layer3"], 256, 10_000),
     "WideResNet-50, 224, 10,000": ("wide_resnet50_2", ["layer2", "layer3"], 224, 10_000),
     "WideResNet-50, 224, 50,000": ("wide_resnet50_2", ["layer2", "layer3"], 224, 50_000),
 }
 BATCH = 8
 PAUSE = 0.1  # seconds, until the threads of the way before no longer spin
-FIRST = "torch"
 NOISE = 4  # images whose patch features the bank is made of
 
 
@@ -68,7 +65,7 @@ def ours(model: PatchCore, folder: Path) -> dict[str, Call]:
         for each in found:
             each.anomaly_map  # noqa: B018  # which is made when it is first asked for
 
-    calls: dict[str, Call] = {FIRST: in_torch}
+    calls: dict[str, Call] = {"torch": in_torch}
     if find_spec("onnxruntime") and find_spec("onnxscript"):
         model.export(folder / "m.onnx")
         calls["ONNX Runtime"] = onnx_file.session(folder / "m.onnx")
@@ -105,12 +102,10 @@ def theirs(model: PatchCore, name: str, layers: list[str], side: int, folder: Pa
         fixed = compiled.inputs[0].partial_shape[0]
         step = fixed.get_length() if fixed.is_static else BATCH
 
-        def in_openvino(
-            images: np.ndarray, compiled: Any = compiled, step: int = step, open_: bool = fixed.is_dynamic
-        ) -> None:
+        def in_openvino(images: np.ndarray, compiled: Any = compiled, step: int = step, fixed: Any = fixed) -> None:
             for start in range(0, len(images), step):
                 part = floats(images[start : start + step])
-                if not open_ and len(part) < step:
+                if fixed.is_static and len(part) < step:
                     part = np.concatenate([part] * step)[:step]
                 compiled(part)
 
@@ -118,18 +113,15 @@ def theirs(model: PatchCore, name: str, layers: list[str], side: int, folder: Pa
     return calls
 
 
-def medians(calls: dict[str, Call], images: np.ndarray, turns: int) -> dict[str, float]:
-    """Milliseconds an image, in turns."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):  # the first one warms up
-        for name, call in calls.items():
-            time.sleep(PAUSE)
-            call(images)
-            began = time.perf_counter()
-            call(images)
-            if turn:
-                found[name].append(1e3 * (time.perf_counter() - began) / len(images))
-    return {name: statistics.median(times) for name, times in found.items()}
+def milliseconds(calls: dict[str, Call], images: np.ndarray, turns: int) -> dict[str, float]:
+    """Medians, an image."""
+
+    def clock(call: Callable[[], object]) -> float:
+        time.sleep(PAUSE)
+        call()
+        return 1e3 * seconds(call) / len(images)
+
+    return medians({name: partial(call, images) for name, call in calls.items()}, turns, clock)
 
 
 def rows(chosen: list[str], turns: int) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
@@ -138,16 +130,16 @@ def rows(chosen: list[str], turns: int) -> Iterator[tuple[str, dict[str, float],
         model = made(name, layers, side, size)
         with tempfile.TemporaryDirectory() as folder:
             calls = ours(model, Path(folder)) | theirs(model, name, layers, side, Path(folder))
-            yield config, medians(calls, frames(side, 1), turns), medians(calls, frames(side, BATCH), turns)
+            alone, together = (milliseconds(calls, frames(side, number), turns) for number in (1, BATCH))
+            yield config, alone, together
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="*", choices=CONFIGS, default=[*CONFIGS], help="rows to measure")
     parser.add_argument("--turns", type=int, default=9, help="calls of each way that count")
     given = parser.parse_args()
-    logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of random weights
+    silence()
     console = Console(width=150)
     console.print(f"{torch.get_num_threads()} threads; ms an image: one frame at a time / in batches of {BATCH}")
     table: Table | None = None

@@ -5,18 +5,14 @@ disc of a tenth of the image's width, with two specks beside it. Then what an im
 where its map has as many, each in a process of its own.
 """
 
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from measuring import Call, apart, forget_peak, medians, memory, seconds
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -29,17 +25,6 @@ TURNS = 15
 SIZES = ((256, 256), (1024, 1024), (2000, 3000))  # height, width
 LARGE = (8000, 12_000)  # height, width
 ROWS, DIMENSIONS, SIDE = 10_000, 1536, 224  # of the memory bank; of the model's input
-
-
-def seconds(calls: Sequence[Callable[[], Any]], turns: int) -> list[float]:
-    """Median of each call, in turns, so that what else the machine does falls on all of them."""
-    found: list[list[float]] = [[] for _ in calls]
-    for _ in range(turns + 1):  # the first one warms up
-        for times, call in zip(found, calls, strict=True):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-    return [statistics.median(times[1:]) for times in found]
 
 
 def disc() -> np.ndarray:
@@ -61,9 +46,8 @@ def large(part: str) -> None:
         region[:, :500] = 0
         heat[:, :500] = np.nan
     image, levels = Image.new("RGB", LARGE[::-1], (90, 100, 110)), torch.full((3, *LARGE), 90, dtype=torch.uint8)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    began = time.perf_counter()
+    forget_peak()
+    before, began = memory(), time.perf_counter()
     found = Inspection(2.0, True, None, heat, LARGE, None, lambda: image, Settings(1.0, 1.0), region)
     if part.startswith("regions"):
         assert len(found.regions) == 1 + (region is None)
@@ -77,9 +61,7 @@ def large(part: str) -> None:
         gallery.add(item, 1)
         with tempfile.TemporaryDirectory() as folder:
             gallery.write(Path(folder), 1.0, 1.0)
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) * 1024 - before
-    print(f"{peak / 1e6:.0f} {time.perf_counter() - began:.1f}")
+    print(f"{(memory('VmHWM') - before) / 1e6:.0f} {time.perf_counter() - began:.1f}")
 
 
 @torch.inference_mode()
@@ -100,28 +82,19 @@ def main(device: str = "cpu") -> None:
 
         def parts(image: Image.Image = image, size: tuple[int, int] = (height, width)) -> list[float]:
             found = Inspection(2.0, True, None, disc(), size, None, image.copy, Settings(1.0, 1.0))
-            began, times = time.perf_counter(), []
-            for call in (
-                lambda: found.anomaly_map,
-                lambda: found.mask,
-                lambda: [r.outline for r in found.regions],
-                found.draw,
-            ):
-                call()
-                times.append(1e3 * (time.perf_counter() - began))
-                began = time.perf_counter()
-            return times
+            calls: list[Call] = [lambda: found.anomaly_map, lambda: found.mask]
+            calls += [lambda: [r.outline for r in found.regions], found.draw]
+            return [1e3 * seconds(call) for call in calls]
 
-        forward, inspected = seconds((plain, judged), TURNS)
+        forward, inspected = medians({"plain": plain, "judged": judged}, TURNS).values()
         costs = np.median([parts() for _ in range(TURNS)], axis=0)
         row = [f"{1e3 * forward:.1f}", f"{1e3 * inspected:.1f}", f"{inspected / forward:.3f}"]
         table.add_row(f"{height} x {width}", *row, *(f"{cost:.1f} ms" for cost in costs))
     console = Console(width=120)
     console.print(table)
     for part in ("regions", "draw", "map", "gallery", "regions, region", "draw, region", "map, region"):
-        done = subprocess.run([sys.executable, __file__, "large", part], capture_output=True, text=True, check=True)
-        memory, spent = done.stdout.split()
-        console.print(f"100 megapixels, {part}: {memory} MB above the image and its map, {spent} s")
+        peak, spent = apart(__file__, "large", part)[-1].split()
+        console.print(f"100 megapixels, {part}: {peak} MB above the image and its map, {spent} s")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ Photographs are generated: brushed metal with noise, and scratches of some pixel
 whose file is the first argument; without it only costs are measured, of random weights.
 """
 
-from __future__ import annotations
-
-import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
-import lightning as L
 import numpy as np
+import torch
+from measuring import LAYERS, WEIGHTS, apart, memory, seconds, silence, trainer
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +20,6 @@ from scipy import ndimage
 
 from pl_patchcore import FolderDataModule, PatchCore
 
-WEIGHTS = Path(__file__).parents[2] / ".." / "shared" / "weights" / "mobilenet_v2.pth"
-LAYERS = ["features.6", "features.13"]  # strides of 8 and 16 pixels
 PHOTOGRAPH = (2000, 3000)  # height, width
 SCRATCHES = (20, 40, 78)  # pixels long
 WIDTH = 3  # pixels
@@ -57,16 +53,8 @@ def scratched(image: np.ndarray, length: int, seed: int) -> tuple[np.ndarray, np
 
 def model_of(weights: str | None, **options: Any) -> PatchCore:
     """A model of MobileNetV2."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # random weights are meant
-        made = {"layers": LAYERS, "weights": weights, "resize": None, "crop": None, "coreset_size": 2000}
-        return PatchCore("mobilenet_v2", **made | options)
-
-
-def trainer() -> L.Trainer:
-    """A silent Trainer."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return L.Trainer(accelerator="cpu", enable_checkpointing=False, **quiet)  # type: ignore[arg-type]
+    made = {"layers": LAYERS, "weights": weights, "resize": None, "crop": None, "coreset_size": 2000}
+    return PatchCore("mobilenet_v2", **made | options)
 
 
 def finding(console: Console, weights: str) -> None:
@@ -92,33 +80,23 @@ def finding(console: Console, weights: str) -> None:
     console.print(table)
 
 
-COST = """
-import resource, sys, time, torch, logging
-sys.path.insert(0, {folder!r})
-from bench_large import *
-torch.manual_seed(0)
-logging.disable(logging.INFO)
-size, tile, path = {size}, {tile}, {path!r}
-model = model_of(None, tile=tile)
-model.memory_bank.fill(torch.randn(2000, 128))
-model.inspect(photograph(0, (600, 600)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-began = time.perf_counter()
-found = model.inspect(path)
-score = found.score
-seconds = time.perf_counter() - began
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-tiling, network = model.patch_features.tiling, model.patch_features.network
-row, column = tiling.along(0, size[0]), tiling.along(1, size[1])
-tiles = torch.rand(1, 3, *tiling.size)
-with torch.inference_mode():
-    network(tiles)
-    began = time.perf_counter()
-    for _ in range(20):
+def cost(path: str) -> None:
+    """Print what `inspect` takes for an image: seconds, MiB; number of tiles, seconds of the backbone on them alone."""
+    torch.manual_seed(0)
+    model = model_of(None, tile=TILE)
+    model.memory_bank.fill(torch.randn(2000, 128))
+    model.inspect(photograph(0, (600, 600)))
+    before = memory("VmHWM")
+    taken = seconds(lambda: model.inspect(path).score)
+    peak = (memory("VmHWM") - before) / 2**20
+    width, height = Image.open(path).size
+    tiling, network = model.patch_features.tiling, model.patch_features.network
+    assert tiling is not None  # the model has tiles
+    number = len(tiling.along(0, height)) * len(tiling.along(1, width))
+    tiles = torch.rand(1, 3, *tiling.size)
+    with torch.inference_mode():
         network(tiles)
-    alone = (time.perf_counter() - began) / 20 * len(row) * len(column)
-print(seconds, peak, len(row) * len(column), alone)
-"""
+        print(taken, peak, number, timeit(lambda: network(tiles), number=20) / 20 * number)
 
 
 def costs(console: Console) -> None:
@@ -128,26 +106,27 @@ def costs(console: Console) -> None:
         for size in SIDES:
             path = str(Path(folder) / "image.png")
             Image.fromarray(photograph(1, size)).save(path, compress_level=1)
-            code = COST.format(folder=str(Path(__file__).parent), size=size, tile=TILE, path=path)
-            command = [sys.executable, "-W", "ignore", "-c", code]
-            shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds, peak, tiles, alone = (float(number) for number in shown.split())
+            taken, peak, tiles, alone = map(float, apart(__file__, "cost", path)[-1].split())
             pixels = size[0] * size[1] / 1e6
-            row = [f"{tiles:.0f}", f"{seconds:.1f}", f"{seconds / pixels:.2f}", f"{alone:.1f}", f"{peak:.0f}"]
+            row = [f"{tiles:.0f}", f"{taken:.1f}", f"{taken / pixels:.2f}", f"{alone:.1f}", f"{peak:.0f}"]
             table.add_row(f"{size[0]} x {size[1]}", *row)
     console.print(table)
 
 
-def main(weights: str | None = None) -> None:
+def main(weights: str = str(WEIGHTS)) -> None:
     """Both tables."""
     console = Console(width=140)
     costs(console)
-    path = WEIGHTS if weights is None else Path(weights)
-    if path.exists():
-        finding(console, str(path))
+    if Path(weights).exists():
+        finding(console, weights)
     else:
         console.print("no weights: whether scratches are found is not measured")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    silence()
+    match sys.argv[1:]:
+        case ["cost", path]:
+            cost(path)
+        case _:
+            main(*sys.argv[1:2])

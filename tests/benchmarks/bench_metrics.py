@@ -9,20 +9,16 @@ Labelling: finding the regions of the masks, which scikit-learn does not need. T
 are thrown away before each run.
 """
 
-from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
+from measuring import Call, apart, forget_peak, machine, memory, seconds, silence
 from rich.console import Console
 from rich.table import Table
 from scipy import ndimage
@@ -59,31 +55,18 @@ def make_test_set(images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(maps), torch.from_numpy(masks)
 
 
-def best(call: Callable[[], object], runs: int) -> tuple[float, object]:
-    seconds, result = float("inf"), None
+def best(call: Call, runs: int) -> tuple[float, object]:
+    least, results = float("inf"), list[object]()
     for _ in range(runs):
         regions.mask_areas.cache_clear()
-        start = time.perf_counter()
-        result = call()
-        seconds = min(seconds, time.perf_counter() - start)
-    return seconds, result
+        least = min(least, seconds(lambda: results.append(call())))
+    return least, results[-1]
 
 
-def ours(make: Callable[[], PRO | PixelAUROC], maps: Tensor, masks: Tensor, labelled: bool = False) -> float:
+def figure(make: Callable[[], Any], maps: Tensor, masks: Tensor) -> float:
     metric = make()
-    if labelled:
-        pixel_areas(masks)
-    for start in range(0, len(maps), BATCH):
-        metric.update(maps[start : start + BATCH], masks[start : start + BATCH])
-    return float(metric.compute())
-
-
-def anomalib_pro(maps: Tensor, masks: Tensor) -> float:
-    from anomalib.metrics.aupro import _AUPRO
-
-    metric = _AUPRO()
-    for start in range(0, len(maps), BATCH):
-        metric.update(maps[start : start + BATCH], masks[start : start + BATCH].int())
+    for heat, mask in zip(maps.split(BATCH), masks.split(BATCH), strict=True):
+        metric.update(heat, mask)
     return float(metric.compute())
 
 
@@ -97,14 +80,16 @@ def speed() -> None:
         times = {}
         for mode in ("streaming", "exact"):
             for make in (PRO, PixelAUROC):
-                seconds, value = best(partial(ours, partial(make, mode=mode), maps, masks), runs)
-                times[make.__name__, mode] = seconds
+                taken, value = best(partial(figure, partial(make, mode=mode), maps, masks), runs)
+                times[make.__name__, mode] = taken
                 note = ", labelling included" if make is PRO else ""
-                table.add_row("", f"{make.__name__} {mode}{note}", f"{seconds:.3f}", "", f"{value:.7f}")
+                table.add_row("", f"{make.__name__} {mode}{note}", f"{taken:.3f}", "", f"{value:.7f}")
         peers: dict[str, tuple[str, Callable[[], float]]] = {}
-        if importlib.util.find_spec("anomalib"):
-            peers["anomalib AUPRO"] = ("PRO", partial(anomalib_pro, maps, masks))
-        if importlib.util.find_spec("sklearn"):
+        if find_spec("anomalib"):
+            from anomalib.metrics.aupro import _AUPRO
+
+            peers["anomalib AUPRO"] = ("PRO", partial(figure, _AUPRO, maps, masks.int()))
+        if find_spec("sklearn"):
             from sklearn.metrics import roc_auc_score
 
             flat = masks.numpy().ravel(), maps.numpy().ravel()
@@ -112,33 +97,16 @@ def speed() -> None:
         for name in {"anomalib AUPRO", "scikit-learn ROC"} - set(peers):
             print(f"{name} left out: not installed (pip install -e '.[bench]').")
         for name, (own, call) in peers.items():
-            seconds, value = best(call, 2)
+            taken, value = best(call, 2)
             streaming, exact = times[own, "streaming"], times[own, "exact"]
-            ratio = f"{seconds / streaming:.1f} streaming, {seconds / exact:.1f} exact"
+            ratio = f"{taken / streaming:.1f} streaming, {taken / exact:.1f} exact"
             if own == "PRO":
-                ratio += f"; {(seconds - label) / (streaming - label):.1f} streaming, labelling taken off both"
+                ratio += f"; {(taken - label) / (streaming - label):.1f} streaming, labelling taken off both"
             else:
-                ratio += f"; {(seconds + label) / (streaming + label):.1f} streaming, labelling added to both"
-            table.add_row("", name, f"{seconds:.3f}", ratio, f"{value:.7f}")
+                ratio += f"; {(taken + label) / (streaming + label):.1f} streaming, labelling added to both"
+            table.add_row("", name, f"{taken:.3f}", ratio, f"{value:.7f}")
         table.add_section()
     console.print(table)
-
-
-def resident() -> float:
-    """Resident memory now, MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def peak_above(before: float) -> float:
-    """Highest resident memory since `start_peak`, MB above ``before``."""
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1.024 / 1e3 - before
-
-
-def start_peak() -> float:
-    """Have the peak start anew; resident memory now, MB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident()
 
 
 def simulated_mstc(images: int = 8600) -> None:
@@ -148,14 +116,14 @@ def simulated_mstc(images: int = 8600) -> None:
     g = torch.Generator().manual_seed(0)
     metric = AnomalyEvaluation(mode="streaming")
     batch(base, masks, g)  # libraries and code pages are loaded
-    before = start_peak()
-    largest, start = 0.0, time.perf_counter()
+    forget_peak()
+    before, largest, start = memory(), 0, time.perf_counter()
     for _ in range(images // BATCH + 1):
         metric.update(*batch(base, masks, g))
-        largest = max(largest, resident())
+        largest = max(largest, memory())
     figures = metric.compute()
-    seconds = time.perf_counter() - start
-    print(f"{before:.0f} {largest - before:.0f} {peak_above(before):.0f} {seconds:.0f}")
+    taken, peak = time.perf_counter() - start, memory("VmHWM")
+    print(*(f"{each / 1e6:.0f}" for each in (before, largest - before, peak - before)), f"{taken:.0f}")
     print({name: f"{float(value):.2e}" for name, value in figures.items() if name.endswith("_bound")})
 
 
@@ -165,7 +133,8 @@ def simulated_originals(images: int) -> None:
     maps = make_test_set(16)[0]
     g, figures = np.random.default_rng(0), TestFigures(mode="streaming", size="original")
     place = {"original_size": torch.tensor([[height, width]]), "crop_box": torch.tensor([[0.0, 0.0, height, width]])}
-    before, start = start_peak(), time.perf_counter()
+    forget_peak()
+    before, start = memory(), time.perf_counter()
     for number in range(images):
         mask = torch.zeros(1, height, width, dtype=torch.uint8)
         if label := number % 2:
@@ -175,7 +144,7 @@ def simulated_originals(images: int) -> None:
         figures.add({"label": torch.tensor([label]), "mask": mask} | place, heat.amax((1, 2)), heat)
     row, _ = figures.compute(Processes())
     bound = row["all"]["pixel_auroc_bound"]
-    print(f"{peak_above(before):.0f} {time.perf_counter() - start:.0f} {bound:.2e}")
+    print(f"{(memory('VmHWM') - before) / 1e6:.0f} {time.perf_counter() - start:.0f} {bound:.2e}")
 
 
 def batch(base: Tensor, masks: Tensor, g: torch.Generator) -> tuple[Tensor, ...]:
@@ -186,29 +155,24 @@ def batch(base: Tensor, masks: Tensor, g: torch.Generator) -> tuple[Tensor, ...]
     return maps.amax((1, 2)), maps, labels, mask, labels, torch.randint(12, (BATCH,), generator=g)
 
 
-def memory() -> None:
-    command = [sys.executable, __file__, "simulated_mstc"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    before, running, peak, seconds = printed[-2].split()
+def of_large_sets() -> None:
+    printed = apart(__file__, "simulated_mstc")
+    before, running, peak, taken = printed[-2].split()
     console.print(
         f"8,600 maps of 256x256 in streaming mode, 12 categories: {running} MB above the start ({before} MB) after "
-        f"batches, {peak} MB at the highest; {seconds} s with making the maps. Bounds: {printed[-1]}"
+        f"batches, {peak} MB at the highest; {taken} s with making the maps. Bounds: {printed[-1]}"
     )
     for images in (10, 300):
-        command = [sys.executable, __file__, "simulated_originals", str(images)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        peak, seconds, bound = printed[-1].split()
+        peak, taken, bound = apart(__file__, "simulated_originals", str(images))[-1].split()
         console.print(
             f"metrics_size original, streaming, {images} images of 5 megapixels: {peak} MB above the start at the "
-            f"highest; {seconds} s; pixel AUROC to {bound}"
+            f"highest; {taken} s; pixel AUROC to {bound}"
         )
 
 
 def loop(images: int = 32, bank: int = 10_000) -> None:
     """All metrics against a test loop with WideResNet-50 (untrained: the same work) on the CPU."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = PatchCoreModel(PatchFeatures(weights=None))
+    model = PatchCoreModel(PatchFeatures(weights=None))
     g = torch.Generator().manual_seed(0)
     model.memory_bank.fill(torch.randn(bank, 1536, generator=g))
     maps, masks = make_test_set(images)
@@ -216,10 +180,7 @@ def loop(images: int = 32, bank: int = 10_000) -> None:
     pictures = torch.rand(images, 3, SIDE, SIDE, generator=g)
     with torch.no_grad():
         model(pictures[:8])
-        start = time.perf_counter()
-        for at in range(0, images, 8):
-            model(pictures[at : at + 8])
-        scoring = time.perf_counter() - start
+        scoring = seconds(lambda: [model(part) for part in pictures.split(8)])
     table = Table("", "s / image", "share of the loop")
     table.add_row(f"scoring, {bank:,} rows in the memory bank", f"{scoring / images:.4f}", "")
     modes: tuple[Mode, ...] = ("exact", "streaming")
@@ -232,26 +193,24 @@ def loop(images: int = 32, bank: int = 10_000) -> None:
                 metric.update(maps[part].amax((1, 2)), maps[part], labels[part], masks[part], labels[part])
             metric.compute()
 
-        seconds, _ = best(run, 3)
-        table.add_row(f"all metrics, {mode}", f"{seconds / images:.4f}", f"{seconds / (scoring + seconds):.1%}")
+        taken, _ = best(run, 3)
+        table.add_row(f"all metrics, {mode}", f"{taken / images:.4f}", f"{taken / (scoring + taken):.1%}")
     console.print(table)
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["speed", "memory", "loop"]
-    if wanted == ["simulated_mstc"]:
-        simulated_mstc()
-        return
-    if wanted[0] == "simulated_originals":
-        simulated_originals(int(wanted[1]))
-        return
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    console.print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, load before {load}"
-    )
-    for name in wanted:
-        {"speed": speed, "memory": memory, "loop": loop}[name]()
+    silence()
+    console.print(machine(load=True))
+    parts = {"speed": speed, "memory": of_large_sets, "loop": loop}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":
-    main()
+    match sys.argv[1:]:
+        case ["simulated_mstc"]:
+            simulated_mstc()
+        case ["simulated_originals", images]:
+            simulated_originals(int(images))
+        case _:
+            main()

@@ -6,26 +6,22 @@ patch features that the tiles have as they are, but for the last two: 1 % of tho
 options were fixed before any figure was seen. Options that this version does not have are named and passed over.
 """
 
-import argparse
 import inspect
-import logging
-import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from measuring import LAYERS, MTD, WEIGHTS, parser_of, ready_for_tiles, trainer
 from rich.console import Console
 from rich.table import Table
 
 from pl_patchcore import MTDDataModule, PatchCore
 
-SHARED = (Path(__file__).parents[2] / ".." / "shared").resolve()
 BANK = 5_966  # rows: 1 % of 761 tiles of 784 patches
 SHARED_SETTINGS: dict[str, Any] = {
     "backbone": "mobilenet_v2",
-    "layers": ["features.6", "features.13"],
-    "weights": str(SHARED / "weights" / "mobilenet_v2.pth"),
+    "layers": LAYERS,
+    "weights": str(WEIGHTS),
     "resize": 224,
     "crop": None,
     "coreset_size": BANK,
@@ -46,33 +42,27 @@ FIGURES = ("image_auroc", "pixel_auroc", "pro")
 
 def fitted(options: dict[str, Any]) -> tuple[PatchCore, MTDDataModule, L.Trainer]:
     """A model with these options, and what it was fitted with."""
-    mtd = SHARED / "data" / "mtd"
-    data = MTDDataModule(str(mtd), train_files=str(mtd / "differnet_train_filenames.txt"), num_workers=0)
-    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, **quiet)
-    model = PatchCore(**(SHARED_SETTINGS | options))
-    trainer.fit(model, data)
-    return model, data, trainer
+    data = MTDDataModule(str(MTD), train_files=str(MTD / "differnet_train_filenames.txt"), num_workers=0)
+    fitter, model = trainer(max_epochs=1, enable_progress_bar=True), PatchCore(**(SHARED_SETTINGS | options))
+    fitter.fit(model, data)
+    return model, data, fitter
 
 
 def figures_of(options: dict[str, Any]) -> list[str]:
     """Rows of the memory bank, and figures, of a fit and a test with these options."""
-    model, data, trainer = fitted(options)
-    trainer.test(model, data, verbose=False)
+    model, data, fitter = fitted(options)
+    fitter.test(model, data, verbose=False)
     return [f"{model.memory_bank.size:,}", *(f"{model.figures['all'][name]:.4f}" for name in FIGURES)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=[*ROWS], help="rows to measure")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
-    if not SHARED.is_dir():
-        print(f"{SHARED} is not there: no magnetic tiles to measure on.")
+    if not ready_for_tiles():
         return
     torch.set_num_threads(given.threads)
-    logging.getLogger("pl_patchcore").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of Lightning, about loaders
     console, known = Console(width=120), inspect.signature(PatchCore).parameters
     table = Table("option", "memory bank", *FIGURES, title="Magnetic tiles")
     for name in given.only:

@@ -9,44 +9,42 @@ figures and pictures. Beside it stands the same with a loop that picks one row a
 timed over 300 picks and extrapolated. Without the data set, generated images are loaded and the whole run is left out.
 """
 
-from __future__ import annotations
-
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from bench_coreset import SHARED, compiled_loop, official_loop
+from bench_coreset import compiled_loop, official_loop
+from measuring import LAYERS, MTD, SHARED, WEIGHTS, Call, machine, patch_features, seconds, silence, tiles, trainer
 from rich.console import Console
 from rich.table import Table
 
-from pl_patchcore import MTDDataModule, PatchCore, PatchFeatures, Preprocessing, SyntheticDataModule
+from pl_patchcore import PatchCore, PatchFeatures, Preprocessing, SyntheticDataModule
 from pl_patchcore.coreset import random_projection
+from pl_patchcore.data import AnomalyDataModule
 from pl_patchcore.metrics import AnomalyEvaluation
 from pl_patchcore.patch_features import CPU_PIXELS
 
-NETWORKS = {"mobilenet_v2": ["features.6", "features.13"], "wide_resnet50_2": ["layer2", "layer3"]}
+NETWORKS = {"mobilenet_v2": LAYERS, "wide_resnet50_2": ["layer2", "layer3"]}
 CONFIGS = Path(__file__).parents[2] / "configs"
-WEIGHTS = SHARED / "weights" / "mobilenet_v2.pth"
-BATCH, TURNS = 16, 4
+BATCH, TURNS = 16, 5
 BANK_IMAGES = 160  # whose patch features the bank of `scoring` is drawn from
 console = Console(width=120)
 
 
-def data_module(workers: int) -> MTDDataModule | SyntheticDataModule:
-    options: dict[str, Any] = {"batch_size": BATCH, "num_workers": workers}
-    mtd = str(SHARED / "data" / "mtd")
-    data = MTDDataModule(mtd, **options) if SHARED.is_dir() else SyntheticDataModule(**options)
+def data_module(workers: int) -> AnomalyDataModule:
+    if SHARED.is_dir():
+        return tiles(batch_size=BATCH, num_workers=workers)
+    data = SyntheticDataModule(batch_size=BATCH, num_workers=workers)
     data.transform = Preprocessing(224, None)
     data.setup("fit")
+    data.setup("test")
     return data
 
 
@@ -62,33 +60,25 @@ def loader() -> None:
     console.print(table)
 
 
-def best(call: Callable[[], object]) -> float:
-    call()
-    seconds = float("inf")
-    for _ in range(TURNS):
-        start = time.perf_counter()
-        call()
-        seconds = min(seconds, time.perf_counter() - start)
-    return seconds
+def best(call: Call) -> float:
+    return min(seconds(call) for _ in range(TURNS))
 
 
 def backbone() -> None:
     table = Table("images / s", "(B, C, H, W) in memory", "channels last", "and bf16", "channels last, compiled")
     for name, layers in NETWORKS.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is not trained
-            network = PatchFeatures(name, layers, None).network
+        network = PatchFeatures(name, layers, None).network
         images = torch.rand(BATCH, 3, 224, 224)
         with torch.no_grad():
             network.to(memory_format=torch.contiguous_format)
-            seconds = [best(lambda: network(images))]  # noqa: B023
+            found = [best(partial(network, images))]
             network.to(memory_format=torch.channels_last)
-            seconds.append(best(lambda: network(images)))  # noqa: B023
+            found.append(best(partial(network, images)))
             with torch.autocast("cpu", torch.bfloat16):
-                seconds.append(best(lambda: network(images)))  # noqa: B023
+                found.append(best(partial(network, images)))
             network.compile()
-            seconds.append(best(lambda: network(images)))  # noqa: B023
-        table.add_row(name, *(f"{BATCH / value:.0f}" for value in seconds))
+            found.append(best(partial(network, images)))
+        table.add_row(name, *(f"{BATCH / value:.0f}" for value in found))
     console.print(table)
 
 
@@ -98,24 +88,18 @@ class Stopwatch(L.Callback):
     def __init__(self) -> None:
         self.began = self.seconds = 0.0
 
-    def begin(self, batch: int) -> None:
-        if batch == 1:
+    def on_test_batch_start(self, *given: Any) -> None:
+        if given[3] == 1:
             self.began = time.perf_counter()
 
-    def on_test_batch_start(self, *given: Any) -> None:
-        self.begin(given[3])
-
-    def on_predict_batch_start(self, *given: Any) -> None:
-        self.begin(given[3])
-
-    def end(self) -> None:
+    def on_test_batch_end(self, *given: Any) -> None:
         self.seconds = time.perf_counter() - self.began
 
-    def on_test_batch_end(self, *given: Any) -> None:
-        self.end()
+    def on_predict_batch_start(self, *given: Any) -> None:
+        self.on_test_batch_start(*given)
 
     def on_predict_batch_end(self, *given: Any) -> None:
-        self.end()
+        self.on_test_batch_end(*given)
 
 
 def scoring() -> None:
@@ -130,13 +114,10 @@ def scoring() -> None:
 def scored(name: str, layers: list[str]) -> dict[str, str]:
     """Milliseconds an image of each part, and of whole runs."""
     data = data_module(1)
-    data.setup("test")
     images = [data.test_set[i] for i in range(BATCH)]
     batch = torch.stack([image["image"] for image in images])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not trained
-        weights = str(WEIGHTS) if WEIGHTS.stem == name and WEIGHTS.is_file() else None
-        model = PatchCore(name, layers, weights, resize=224, crop=None)
+    weights = str(WEIGHTS) if WEIGHTS.stem == name and WEIGHTS.is_file() else None
+    model = PatchCore(name, layers, weights, resize=224, crop=None)
     inner = model.model.members[0]
     features = inner.patch_features(batch).flatten(0, 2)
     size = round(0.01 * len(data.train_set) * len(features) / BATCH)
@@ -153,7 +134,7 @@ def scored(name: str, layers: list[str]) -> dict[str, str]:
         for i in range(BATCH):
             data.test_set[i]
 
-    parts: dict[str, Callable[[], object]] = {
+    parts: dict[str, Call] = {
         "reading, resize": read,
         "backbone": lambda: [network(part) for part in pixels.split(CPU_PIXELS // 224**2)],
         "patch features, backbone left out": lambda: inner.patch_features(batch),
@@ -161,27 +142,25 @@ def scored(name: str, layers: list[str]) -> dict[str, str]:
         "scores and maps": lambda: model(batch),
         "figures": lambda: metric.update(scores, maps, labels, masks, labels),
     }
-    seconds = {part: best(call) for part, call in parts.items()}
-    seconds["scores and maps"] -= seconds["patch features, backbone left out"] + seconds["search"]
-    seconds["patch features, backbone left out"] -= seconds["backbone"]
-    found = {part: f"{1e3 * value / BATCH:.1f}" for part, value in seconds.items()}
-    found["sum"] = f"{1e3 * sum(seconds.values()) / BATCH:.1f}"
-    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    taken = {part: best(call) for part, call in parts.items()}
+    taken["scores and maps"] -= taken["patch features, backbone left out"] + taken["search"]
+    taken["patch features, backbone left out"] -= taken["backbone"]
+    found = {part: f"{1e3 * value / BATCH:.1f}" for part, value in taken.items()}
+    found["sum"] = f"{1e3 * sum(taken.values()) / BATCH:.1f}"
     for run in ("test", "predict"):
         watch = Stopwatch()
-        trainer = L.Trainer(accelerator="cpu", callbacks=watch, **quiet)
         if run == "test":
-            trainer.test(model, data, verbose=False)
+            trainer(callbacks=watch).test(model, data, verbose=False)
         else:
-            trainer.predict(model, data.test_dataloader(), return_predictions=False)
+            trainer(callbacks=watch).predict(model, data.test_dataloader(), return_predictions=False)
         each = watch.seconds / (len(data.test_set) - BATCH)
-        share = seconds["backbone"] / BATCH / each
+        share = taken["backbone"] / BATCH / each
         found[f"Trainer.{run} (share of the backbone's own rate)"] = f"{1e3 * each:.1f} ({share:.0%})"
     found["memory bank"] = f"{size:,} x {features.shape[1]}"
     return found
 
 
-def whole(share: float = 0.01) -> None:
+def whole_run(share: float = 0.01) -> None:
     if not SHARED.is_dir():
         console.print("whole run left out: Magnetic Tile Defects are not here.")
         return
@@ -189,20 +168,19 @@ def whole(share: float = 0.01) -> None:
         command = [
             *(sys.executable, "-m", "pl_patchcore", "run"),
             *("--config", CONFIGS / "recipes" / "mtd.yaml", "--config", CONFIGS / "data" / "mtd.yaml"),
-            *("--data.root", SHARED / "data" / "mtd", "--model.backbone", "mobilenet_v2", "--model.weights", WEIGHTS),
-            *("--model.layers", "[features.6,features.13]", "--model.resize", "224", "--model.crop", "null"),
+            *("--data.root", MTD, "--model.backbone", "mobilenet_v2", "--model.weights", WEIGHTS),
+            *("--model.layers", f"[{','.join(LAYERS)}]", "--model.resize", "224", "--model.crop", "null"),
             *("--model.coreset_ratio", share, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", folder),
             *("--trainer.enable_progress_bar", "false"),
         ]
         start = time.perf_counter()
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-        seconds = time.perf_counter() - start
+        total = time.perf_counter() - start
     told = re.search(r"(\d+) of (\d+) patch features, .* selected in ([\d.]+) s", done.stdout + done.stderr)
     assert told is not None
     size, rows, selection = int(told[1]), int(told[2]), float(told[3])
-    data, features_of = data_module(0), PatchFeatures("mobilenet_v2", NETWORKS["mobilenet_v2"], str(WEIGHTS))
-    with torch.no_grad():
-        few = torch.cat([features_of(data.train_set[i]["image"][None]).flatten(0, 2) for i in range(120)])
+    data = tiles()
+    few = patch_features(data.train_set[i] for i in range(120))
     matrix = random_projection(few.shape[1], 128, 0)
     few = few if matrix is None else few @ matrix
     features = few[torch.arange(rows) % len(few)]  # the time of a pick depends on their number alone
@@ -212,18 +190,18 @@ def whole(share: float = 0.01) -> None:
         ("compiled loop", compiled_loop(features) * size),
         ("official loop", official_loop(features) * size),
     ):
-        total = seconds - selection + taken
-        table.add_row(name, f"{taken:.1f}", f"{taken / total:.1%}", f"{total:.1f}", f"{total / seconds:.1f}")
+        whole = total - selection + taken
+        table.add_row(name, f"{taken:.1f}", f"{taken / whole:.1%}", f"{whole:.1f}", f"{whole / total:.1f}")
     console.print(f"{rows:,} patch features, {size:,} picks; loops extrapolated from 300 picks.")
     console.print(table)
 
 
 def main() -> None:
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    threads = torch.get_num_threads()
-    console.print(f"{os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, load before {load}")
-    for name in sys.argv[1:] or ["loader", "backbone", "scoring", "whole"]:
-        {"loader": loader, "backbone": backbone, "scoring": scoring, "whole": whole}[name]()
+    silence()
+    console.print(machine(load=True))
+    parts = {"loader": loader, "backbone": backbone, "scoring": scoring, "whole": whole_run}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ batch, come on top. The peak is the most memory that any process takes, its shar
 import os
 import sys
 import tempfile
-import time
 from functools import partial
 from itertools import product
 from math import inf
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from bench_coreset import mixture, peak_memory
+from measuring import machine, seconds
 from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
@@ -57,23 +57,17 @@ def work(rank: int, count: int, share: float, watched: bool, folder: str, meetin
     own, numbers = shards[rank].clone(), torch.arange(rank, rows, count)
     processes.objects(None)  # none starts before all are here
     sizes = bytes_sent(rank)
-    size, start = int(share * rows), time.perf_counter()
-    found: list[Selection] = []
+    size, found = int(share * rows), list[Selection]()
 
     def select() -> None:
         shared = count > 1
         found.append(select_shared_coreset(own, numbers, size, processes) if shared else select_coreset(own, size))
 
-    extra = 0
-    if watched:
-        extra = peak_memory(select)
-    else:
-        select()
-    seconds, exchanged = time.perf_counter() - start, (len(sizes), sum(sizes))
+    taken, extra = (inf, peak_memory(select)) if watched else (seconds(select), inf)
+    exchanged = len(sizes), sum(sizes)
     (peak,) = processes.largest(extra + own.numel() * own.element_size())
     if rank == 0:
-        measured = torch.tensor([*((inf, peak) if watched else (seconds, inf)), *exchanged], dtype=torch.float64)
-        torch.save([measured, found[0].rows], f"{folder}/found.pt")
+        torch.save([torch.tensor([taken, peak, *exchanged], dtype=torch.float64), found[0].rows], f"{folder}/found.pt")
     if count > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -81,11 +75,9 @@ def work(rank: int, count: int, share: float, watched: bool, folder: str, meetin
 
 def main(rows: int) -> None:
     console = Console(width=120)
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    console.print(f"{os.cpu_count()} cores, one thread a process, torch {torch.__version__}, load before {load}")
-    table = Table(
-        "rows", "picks", "processes", "seconds", "times faster", "collectives", "MB sent", "peak, MB", "same picks"
-    )
+    console.print(machine("one thread a process", load=True))
+    columns = ("seconds", "times faster", "collectives", "MB sent", "peak, MB", "same picks")
+    table = Table("rows", "picks", "processes", *columns)
     with tempfile.TemporaryDirectory() as folder:
         features = mixture(rows)
         for count in COUNTS:
@@ -99,18 +91,11 @@ def main(rows: int) -> None:
             found[share, count] = torch.minimum(measured, best), picks
     for (share, count), (measured, picks) in found.items():
         alone, expected = found[share, 1]
-        seconds, peak, collectives, sent = measured.tolist()
-        table.add_row(
-            f"{rows:,}",
-            f"{len(picks):,}",
-            str(count),
-            f"{seconds:.2f}",
-            f"{alone[0] / seconds:.2f}",
-            f"{collectives:.0f}",
-            f"{sent / 1e6:.1f}",
-            f"{peak / 1e6:.0f}",
-            "yes" if torch.equal(picks, expected) else "NO",
-        )
+        taken, peak, collectives, sent = measured.tolist()
+        times = f"{taken:.2f}", f"{alone[0] / taken:.2f}"
+        cells = f"{collectives:.0f}", f"{sent / 1e6:.1f}", f"{peak / 1e6:.0f}"
+        same = "yes" if torch.equal(picks, expected) else "NO"
+        table.add_row(f"{rows:,}", f"{len(picks):,}", str(count), *times, *cells, same)
     console.print(table)
 
 

@@ -4,23 +4,22 @@ Colour images of noise, squashed to 224 x 224, bilinear, on all threads; each in
 until the levels are there. The ways take turns, with a pause and a call that is not counted before each; medians.
 """
 
-from __future__ import annotations
-
 import tempfile
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_inference import Call, medians
+from bench_inference import Call, milliseconds
+from measuring import silence
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from pl_patchcore import Preprocessing
+from pl_patchcore.export import onnx_file
 from pl_patchcore.export.geometry import Frame
 from pl_patchcore.resize import resized
 
@@ -34,7 +33,7 @@ class Graph(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frame = Frame(Preprocessing(SIDE, None, resize_by="tensors"), False, None)
+        self.frame = Frame(Preprocessing(SIDE, None, resize_by="tensors"))
 
     def forward(self, image: Tensor) -> Tensor:
         levels: Tensor = self.frame(image)[0]
@@ -56,10 +55,7 @@ def ways(folder: Path) -> dict[str, Call]:
     how: dict[str, Any] = {"dynamo": True, "verbose": False, "dynamic_shapes": (open_axes,)}
     torch.onnx.export(Graph().eval(), (example,), path, input_names=["image"], **how)
     if find_spec("onnxruntime"):
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        calls["ONNX Runtime"] = lambda images: session.run(None, {"image": images})
+        calls["ONNX Runtime"] = onnx_file.session(path)
     if find_spec("openvino"):
         import openvino
 
@@ -69,12 +65,12 @@ def ways(folder: Path) -> dict[str, Call]:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # of the exporter
+    silence()
     with tempfile.TemporaryDirectory() as folder:
         calls = ways(Path(folder))
         table = Table(f"ms, {torch.get_num_threads()} threads (times Pillow's)", *calls)
         for size in SIZES:
-            found = medians(calls, np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8), TURNS)
+            found = milliseconds(calls, np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8), TURNS)
             cells = [f"{value:.1f} ({value / found['Pillow']:.1f})" for value in found.values()]
             table.add_row(f"{size[0]} x {size[1]}", *cells)
     Console(width=120).print(table)

@@ -12,45 +12,34 @@ out.
 
 import logging
 import os
+import re
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import faiss
 import torch
+from measuring import SHARED, Call, patch_features, seconds, tiles
 from rich.console import Console
 from rich.table import Table
 
-from pl_patchcore import MTDDataModule, PatchFeatures, Preprocessing
 from pl_patchcore.coreset import greedy_coreset, random_projection
 from pl_patchcore.memory_bank import ExactSearch
 
-SHARED = Path(__file__).parents[2] / ".." / "shared"
 WAYS = ("torch", "int8")
 LAYERS = {896: (6, 8, 10, 13, 15, 16, 17), 1536: (6, *(i for i in range(18) if i != 6))}
 IMAGES, TEST_IMAGES, TURNS, TURNS_OF_ALL = 36, 4, 5, 3  # in most turns, only what is compared
 FAR, TOO_FAR = 30, 1000  # times as far from the mean as the rows of the bank
 
 
-def tiles(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
+def bank_and_queries(dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Patch features of training tiles, and of some test tiles of all kinds."""
-    data = MTDDataModule(str(SHARED / "data" / "mtd"), num_workers=0)
-    weights = str(SHARED / "weights" / "mobilenet_v2.pth")
-    features = PatchFeatures("mobilenet_v2", [f"features.{i}" for i in LAYERS[dimension]], weights)
-    data.transform = Preprocessing(224, None)
-    data.setup("fit")
-    data.setup("test")
-    with torch.no_grad():
-        train, test = (
-            torch.cat([
-                features(part[int(i)]["image"][None]).flatten(0, 2)
-                for i in torch.linspace(0, len(part) - 1, images)
-            ])
-            for part, images in ((data.train_set, IMAGES), (data.test_set, TEST_IMAGES))
-        )  # fmt: skip
+    data, layers = tiles(), [f"features.{i}" for i in LAYERS[dimension]]
+    train, test = (
+        patch_features((part[int(i)] for i in torch.linspace(0, len(part) - 1, images)), layers)
+        for part, images in ((data.train_set, IMAGES), (data.test_set, TEST_IMAGES))
+    )
     return train, test
 
 
@@ -63,7 +52,7 @@ def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor) 
     mean = bank.mean(0)
     near, centred = bank - mean, queries - mean
     norm = near.square().sum(1)
-    contenders: dict[str, Callable[[], object]] = {
+    contenders: dict[str, Call] = {
         "IndexFlatL2": lambda: faiss.knn(centred.numpy(), near.numpy(), 1),
         "product": lambda: product(centred, near, norm),
         **{way: partial(ExactSearch(bank, way), queries, 1) for way in WAYS},
@@ -72,16 +61,14 @@ def compare(table: Table, name: str, bank: torch.Tensor, queries: torch.Tensor) 
     contenders["auto"] = partial(auto, queries, 1)
     for call in contenders.values():
         call()
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    taken: dict[str, list[float]] = {contender: [] for contender in contenders}
     compared = ("IndexFlatL2", "auto", "product")
     for turn in range(TURNS):
         for contender in (*(WAYS if turn < TURNS_OF_ALL else ()), *compared[:: 1 if turn % 2 else -1]):
-            start = time.perf_counter()
-            contenders[contender]()
-            seconds[contender].append(time.perf_counter() - start)
-    typical = {contender: median(each) for contender, each in seconds.items()}
+            taken[contender].append(seconds(contenders[contender]))
+    typical = {contender: median(each) for contender, each in taken.items()}
     yardstick = min(("IndexFlatL2", "product"), key=lambda contender: typical[contender])
-    ratios = [theirs / ours for theirs, ours in zip(seconds[yardstick], seconds["auto"], strict=True)]
+    ratios = [theirs / ours for theirs, ours in zip(taken[yardstick], taken["auto"], strict=True)]
     cells = [f"{1e3 * typical[contender]:,.0f}" for contender in contenders]
     chosen = "torch" if auto.filter is None else "int8"
     ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -99,7 +86,7 @@ def main(wanted: str = "") -> None:
         for dimension in LAYERS:
             if wanted and not any(wanted in f"MTD {dimension}, {rows}" for rows in ("greedy", "random")):
                 continue
-            train, test = tiles(dimension)
+            train, test = bank_and_queries(dimension)
             matrix = random_projection(dimension, 128, 0)
             assert matrix is not None  # None is for features of 128 dimensions or fewer
             greedy = greedy_coreset(train @ matrix, 10_000)
@@ -114,17 +101,14 @@ def main(wanted: str = "") -> None:
         f"normal 896, {TOO_FAR} times as far": (bank, TOO_FAR * queries),
     }
     for name, (bank, queries) in sets.items():
-        if wanted not in name:
-            continue
-        compare(table, name, bank, queries[:: len(queries) // 784])
-        compare(table, name, bank, queries)
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    flags = Path("/proc/cpuinfo").read_text()
-    fast = [flag for flag in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if flag in flags]
+        if wanted in name:
+            compare(table, name, bank, queries[:: len(queries) // 784])
+            compare(table, name, bank, queries)
+    told = Path("/proc/cpuinfo").read_text()
+    cpu = re.search("model name.*: (.*)", told)
+    fast = [flag for flag in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if flag in told]
     console = Console(width=220)
-    console.print(f"{cpu[0]} ({', '.join(fast)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    console.print(f"{cpu and cpu[1]} ({', '.join(fast)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     console.print(f"torch {torch.__version__}, faiss {faiss.__version__}")
     console.print(table)
 

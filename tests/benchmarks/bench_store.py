@@ -4,14 +4,15 @@ Full size is the Shanghai videos' training set at 55,000 frames: 1,024 patches o
 (frames of 256 pixels), or 256 of layers 3 and 4. Such a fit was not run: its rows are arithmetic (`StorePlan`).
 """
 
-import os
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import product
-from pathlib import Path
+from timeit import timeit
 
 import torch
+from measuring import machine, memory, seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -25,37 +26,29 @@ IMAGES, PATCHES, D = 400, 1024, 1536  # 2.3 GiB in float32
 SETS = {"layers 2+3": (1024, 1536), "layers 3+4": (256, 3072)}
 
 
-def resident() -> int:
-    return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
-
-
 def rates(console: Console, folder: str) -> None:
     """Bytes a second written and read, rows a second projected."""
     batch = torch.rand(4, 32, 32, D)
     table = Table("store", "dtype", "write, GiB/s", "read 1 % of the rows, s", "resident memory taken, MiB")
     for place in (None, folder):
         for dtype in (torch.float32, torch.bfloat16):
-            before = resident()
+            before = memory()
             store = FeatureStore(D, IMAGES * PATCHES, folder=place, dtype=dtype)
-            size, start = IMAGES * PATCHES * D * dtype.itemsize, time.perf_counter()
+            size, began = IMAGES * PATCHES * D * dtype.itemsize, time.perf_counter()
             for first in range(0, IMAGES, 4):
                 for number, patches in enumerate(batch.flatten(1, 2), first):
                     store.add(patches, number)
-            seconds, taken = time.perf_counter() - start, (resident() - before) / 1024
-            picks, start = torch.randperm(len(store))[: len(store) // 100], time.perf_counter()
-            store.take(picks)
-            read = time.perf_counter() - start
-            name = str(dtype).removeprefix("torch.")
-            table.add_row("RAM" if place is None else "disk", name, f"{size / seconds / GIB:.2f}", f"{read:.2f}",
-                          f"{taken:.0f}")  # fmt: skip
+            rate = size / (time.perf_counter() - began) / GIB
+            taken = (memory() - before) / 2**20
+            read = seconds(partial(store.take, torch.randperm(len(store))[: len(store) // 100]))
+            names = "RAM" if place is None else "disk", str(dtype).removeprefix("torch.")
+            table.add_row(*names, f"{rate:.2f}", f"{read:.2f}", f"{taken:.0f}")
             store.close()
     console.print(table)
     matrix, image = random_projection(D, 128, 0), batch[0].flatten(0, 1)
     assert matrix is not None  # None is for features of 128 dimensions or fewer
-    start = time.perf_counter()
-    for _ in range(30):
-        image @ matrix
-    console.print(f"projection to 128: {30 * PATCHES / (time.perf_counter() - start):,.0f} rows of {D} a second")
+    rate = 30 * PATCHES / timeit(lambda: image @ matrix, number=30)
+    console.print(f"projection to 128: {rate:,.0f} rows of {D} a second")
 
 
 def selection(console: Console, rows: int = 40_000, size: int = 400) -> None:
@@ -93,7 +86,7 @@ def paper(console: Console) -> None:
 
 def main(folder: str = tempfile.gettempdir()) -> None:
     console = Console(width=170)
-    console.print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    console.print(machine())
     rates(console, folder)
     selection(console)
     paper(console)
