@@ -6,6 +6,7 @@ Every row is a process of its own; the rows take turns, and the least of each is
 process and its children, on one thread, which another program on the machine moves less than the wall time. The last
 but one row is what `predict` cannot do without: the imports, and a model loaded and asked for one score in plain
 Python. With onnxruntime, onnx and onnxscript the model is also scored as a file, by the program in docs/deploy.md.
+Last, the first image that a loaded model inspects beside the tenth, on all threads.
 """
 
 from __future__ import annotations
@@ -38,12 +39,23 @@ from pl_patchcore import PatchCore
 PatchCore.load_from_checkpoint("model.ckpt").inspect("images/image.png").score
 """
 
+TEN = """
+import time
+from pl_patchcore import PatchCore
+model = PatchCore.load_from_checkpoint("model.ckpt")
+for _ in range(10):
+    began = time.perf_counter()
+    model.inspect("images/image.png")
+    print(1000 * (time.perf_counter() - began))
+"""
+
 
 def files(folder: Path) -> None:
     """Write a fitted MobileNetV2 with random weights and bank, and an image; the times do not depend on them."""
     layers = ["features.6", "features.13"]
     model = PatchCore("mobilenet_v2", layers, weights=None, resize=SIDE, crop=None, save_backbone=True)
     model.memory_bank.fill(torch.randn(ROWS, model.patch_features.dimension))
+    model.model.input_size = torch.tensor([SIDE, SIDE])
     model.model.calibration.fill(torch.rand(20), torch.rand(20))
     model.save(folder / "model.ckpt")
     (folder / "images").mkdir()
@@ -86,6 +98,8 @@ def main(turns: int = 5) -> None:
         folder = Path(name)
         files(folder)
         started = commands(folder)
+        python = [sys.executable, "-c", TEN]
+        ten = [subprocess.run(python, cwd=folder, capture_output=True, check=True).stdout for _ in range(turns)]
         spent: dict[str, list[tuple[float, float]]] = {row: [] for row in started}
         for _ in range(turns):
             for row, command in started.items():
@@ -99,6 +113,9 @@ def main(turns: int = 5) -> None:
     console.print(table)
     ratios = predict / work
     console.print(f"predict: {ratios[0]:.2f} times imports, load and one score (CPU), {ratios[1]:.2f} (wall)")
+    first, tenth = np.array([lines.split() for lines in ten], float).T[[0, 9]]
+    told = f"{np.median(first):.1f} ms, the tenth {np.median(tenth):.1f}, {np.median(first / tenth):.2f} times"
+    console.print(f"inspect in a fresh process, medians: the first image {told}")
 
 
 if __name__ == "__main__":
