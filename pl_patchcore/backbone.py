@@ -6,15 +6,15 @@ order each layer gives its axes. Next: `patch_features.py`, which runs it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
-import io
 import logging
+import math
 import re
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.fx import GraphModule
-from torchvision.models.feature_extraction import create_feature_extractor
+from torch.fx import Graph, GraphModule, Tracer
 
 from pl_patchcore import timm_networks
 from pl_patchcore.errors import UserError
@@ -38,6 +37,7 @@ PRETRAINED = "pretrained"  # weights that timm gives by a model's name; with PAP
 _PROBED_PIXELS = (((96, 128), (128, 192)), ((112, 168), (168, 224)))  # the second pair for patches of 14
 _ODD_PIXELS = (97, 131)  # taken by networks that take any size
 _USUAL_SIDES = (224, 256, 384, 448, 512, 518)  # pixels, of models that take one size only
+building = threading.RLock()  # tracing changes torch.nn.Module meanwhile, and random weights take torch's generator
 Layout = tuple[str, int, int]  # "bchw" or "bhwc"; "tokens" with the patch's side and the number of leading extra tokens
 
 
@@ -249,16 +249,53 @@ def _last_layer(network: nn.Module, size: tuple[int, int] | None) -> str:
     raise UserError("no layer of the backbone gives a grid of features: name the layer in place of 'last'.")
 
 
+class _LayerTracer(Tracer):
+    """Records the calls of a network, and what its layers give.
+
+    While it does, torch sends the calls of all modules of the process here; those of other threads pass through. Torch
+    makes one without arguments to load what was pickled.
+    """
+
+    layers: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=(math, torchvision.ops))  # type: ignore[arg-type]
+        self.thread, self.found = threading.get_ident(), dict[str, Any]()
+
+    def trace(self, *args: Any, **kwargs: Any) -> Graph:
+        """Record a network, one at a time."""
+        with building:
+            return super().trace(*args, **kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is recorded as one call."""
+        return super().is_leaf_module(m, module_qualified_name) or m.__module__.startswith("torchvision.ops")
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        output = super().call_module(m, forward, args, kwargs)
+        if (name := self.path_of_module(m)) in self.layers:
+            self.found.setdefault(name, output)
+        return output
+
+
 def _cut(network: nn.Module, layers: Sequence[str]) -> nn.Module:
-    if any("[" in layer for layer in layers):  # tracing sees no tuples
-        return _HookedNetwork(network, layers)
+    tracer = _LayerTracer()
+    tracer.layers = layers
     try:
-        traced: Any = create_feature_extractor(network, list(layers), suppress_diff_warning=True)
+        graph = tracer.trace(network)
+        outputs = {layer: tracer.found[layer].node for layer in layers}  # no tuples, nor their entries
     except Exception as error:
         # what tracing raises depends on the module's own code; hooks need nothing of it
         log.info("backbone cannot be traced (%s); its layers are read by hooks.", first_line(error))
         return _HookedNetwork(network, layers)
-    return GraphModule(traced, traced.eval_graph)  # without the graph for training, which a copy would come out with
+    graph.erase_node(next(iter(reversed(graph.nodes))))  # the network's own output
+    graph.output(outputs)
+    cut = GraphModule(network, graph)
+    cut.graph.eliminate_dead_code()
+    return GraphModule(cut, cut.graph)  # with nothing but what is called
 
 
 def _runs(
@@ -331,9 +368,8 @@ def _failure(network: nn.Module, size: tuple[int, int]) -> Exception | None:
 def _outputs(network: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     """The layers' outputs, of two images of a size."""
     like = next(network.parameters(), torch.empty(0, dtype=torch.float32))
-    # a traced module prints its traceback before it raises
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-        outputs: dict[str, Any] = network(torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device))
+    with torch.no_grad():  # called itself, a traced module prints its traceback before it raises
+        outputs: dict[str, Any] = network.forward(torch.zeros(2, 3, *size, dtype=like.dtype, device=like.device))
     return outputs
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, cut_network, weights_sha256
+from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, building, cut_network, weights_sha256
 from pl_patchcore.errors import UserError
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalised
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
@@ -100,7 +100,8 @@ class PatchFeatures(nn.Module):
         self.layer_dim, self.feature_dim = layer_dim, feature_dim
         self.combine, self.normalize, self.position_embedding = combine, normalize, position_embedding
         size = image_size if tiles is None else tiles.size
-        cut = cut_network(backbone, layers, weights, seed, size, position_embedding)
+        with building:
+            cut = cut_network(backbone, layers, weights, seed, size, position_embedding)
         self.network, self.backbone_name, self.layers = cut.network, cut.name, cut.layers
         self.layouts, self.channels, self.strides = cut.layouts, cut.channels, cut.strides
         self.multiple, self.only_size = cut.multiple, cut.size
