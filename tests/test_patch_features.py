@@ -1,9 +1,11 @@
 import dataclasses
 import io
 import sys
+import threading
 import urllib.error
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -88,6 +90,30 @@ def test_torchvision_backbones_give_what_hooks_see(name):
         if name == "vit_b_16":
             expected = expected[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_building_in_threads_disturbs_nothing():
+    """Tracing changes torch's modules for a while: other networks run on, and all is as it was afterwards."""
+    call, stderr, network, images = nn.Module.__call__, sys.stderr, nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
+    expected, stop, found = network(images), threading.Event(), list[torch.Tensor]()
+
+    def run():
+        while not stop.is_set():
+            found.append(network(images))
+
+    def build(seed):
+        return PatchFeatures("resnet18", ["layer1"], None, seed=seed % 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.submit(run)
+        built = list(pool.map(build, range(6)))
+        stop.set()
+        running.result()
+    assert found
+    assert all(torch.equal(each, expected) for each in found)
+    assert [each.weights_sha256 for each in built[2:]] == [each.weights_sha256 for each in 2 * built[:2]]
+    assert nn.Module.__call__ is call
+    assert sys.stderr is stderr
 
 
 def test_untraceable_module_falls_back_to_hooks(tiny):
