@@ -155,7 +155,8 @@ class AnomalyScorer(nn.Module):
             rows = rows.new_zeros(b * h * w).index_put((chosen,), rows)
         star, patch = distances.view(b, h * w).max(1)  # equation 6
         position = torch.arange(b, device=features.device) * h * w + patch
-        return _Part(distances.view(b, h, w), star, flat[position], rows[position])
+        # no search has a gradient, and part of one would be wrong
+        return _Part(distances.view(b, h, w), star, flat[position].detach(), rows[position])
 
 
 class Inside(NamedTuple):

@@ -5,6 +5,7 @@ The one place that counts steps in Lightning's loop and calls its checkpoint cal
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ from pl_patchcore.data.batch import as_batch, same_size_parts
 from pl_patchcore.errors import UserError
 from pl_patchcore.files import free_bytes, whole_file
 
+NEEDED = (  # hooks of a fit and its checkpoints, none of which works without the others
+    "setup", "configure_callbacks", "on_fit_start", "on_train_start", "on_train_epoch_start", "training_step",
+    "on_train_epoch_end", "on_train_end", "on_fit_end", "on_save_checkpoint", "on_load_checkpoint",
+)  # fmt: skip
 LOGGED = ("train/images", "epoch", "step")  # what callbacks can monitor while a fit runs
 
 
@@ -76,6 +81,17 @@ class ReleaseOnException(L.Callback):
             exception.add_note(str(explained))  # torch raises it wherever the run happens to be
         elif path is not None and "://" not in str(path) and isinstance(exception, Exception):
             read_checkpoint(path)  # raises, if it was that
+
+
+def refuse_lost_hooks(kind: type[L.LightningModule], base: type[L.LightningModule]) -> None:
+    """Refuse a subclass that has one of the `NEEDED` hooks and does not call that of its base, by a `UserError`."""
+    for name in NEEDED:
+        hook: Any = inspect.unwrap(getattr(kind, name))
+        if hook is not getattr(base, name) and inspect.isfunction(hook) and name not in hook.__code__.co_names:
+            raise UserError(
+                f"{kind.__name__}.{name} takes the place of {base.__name__}'s, without which nothing is fitted or "
+                f"saved; call super().{name}() in it."
+            )
 
 
 def refuse_monitors(trainer: L.Trainer) -> None:

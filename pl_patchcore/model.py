@@ -114,11 +114,13 @@ class PatchCoreModel(nn.Module):
         Raises:
             UserError: If the memory bank is empty, or was made from images of another size; if no patch counts.
         """
-        size = images.shape[-2:]
-        if images.ndim != 4:
+        if not isinstance(images, Tensor):
+            raise UserError(f"images must be a tensor (B, 3, H, W), got {type(images).__name__}; inspect takes others.")
+        if images.ndim != 4 or images.shape[1] != 3:
             raise UserError(
                 f"images must be (B, 3, H, W), got {tuple(images.shape)}; images[None] makes a batch of one."
             )
+        size = images.shape[-2:]
         if not torch.compiler.is_compiling():  # a recorded graph cannot ask
             fixed = self.input_size.tolist()
             if any(fixed) and fixed != list(size):

@@ -56,6 +56,7 @@ from pl_patchcore.lightning_parts import (
     begin_without_steps,
     calibration_loader,
     check_room,
+    refuse_lost_hooks,
     refuse_monitors,
     refuse_too_few_steps,
     refuse_unfinished,
@@ -165,6 +166,7 @@ class PatchCore(L.LightningModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        refuse_lost_hooks(cls, PatchCore)
         if "__init__" in cls.__dict__:
             cls.__init__ = keeps_arguments(cls.__init__)  # type: ignore[method-assign]
 
@@ -258,7 +260,7 @@ class PatchCore(L.LightningModule):
 
         Args:
             checkpoint_path: File written by a fit, or an open binary file.
-            map_location: Device to move the model to; None: the CPU.
+            map_location: Device to move the model to, such as ``cuda``; None: the CPU.
             strict: See `torch.nn.Module.load_state_dict`.
             weights_only: Always so.
             overrides: Arguments of the class to change; ``weights=<path>`` if the backbone's weights lie elsewhere
@@ -267,13 +269,15 @@ class PatchCore(L.LightningModule):
         Raises:
             UserError: If the file is missing, cut short, of another model, or holds no memory bank.
         """
+        if not isinstance(map_location, str | int | torch.device | None):
+            raise UserError(f"map_location must be a device such as 'cuda:0', got {map_location!r}.")
         saved = read_checkpoint(checkpoint_path)
         module = made_of(cls, saved, overrides, str(checkpoint_path))
         module.strict_loading = strict
         module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"], strict=strict)
         module.model.identify()
-        module.to(map_location or "cpu")
+        module.to("cpu" if map_location is None else map_location)
         for member in module.model.members:
             member.warm_up()
         return module

@@ -1,5 +1,6 @@
 """The LightningModule in real Trainer runs: fitting, scoring, checkpoints."""
 
+import functools
 import logging
 
 import fakes
@@ -312,6 +313,53 @@ def test_scoring_options_may_change_at_load(fitted, tiny, tmp_path):
     model = PatchCore.load_from_checkpoint(path, backbone=tiny, **options)
     images = images_of(model, 1)
     assert (model(images)[0] >= fitted[0](images)[0]).all()
+
+
+def test_subclass_that_loses_a_hook_is_refused():
+    for name in ("setup", "training_step", "on_train_epoch_end", "on_save_checkpoint"):
+        with pytest.raises(UserError, match=rf"Mine\.{name} takes the place .* call super\(\)\.{name}\(\)"):
+            type("Mine", (PatchCore,), {name: lambda self, *args: None})
+
+    class Parent(PatchCore):
+        def on_train_end(self):
+            super().on_train_end()
+
+    class Child(Parent):
+        @functools.wraps(Parent.on_train_end)
+        def on_train_end(self):
+            Parent.on_train_end(self)
+
+        def test_step(self, batch, batch_idx):  # not needed to fit
+            return None
+
+    assert issubclass(Child, PatchCore)
+
+
+def test_scores_have_no_gradient(fitted):
+    images = images_of(fitted[0], 1).requires_grad_()
+    assert not any(each.requires_grad for each in fitted[0](images))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 3, 48, 48)), "got ndarray; inspect takes others"),
+        ([torch.zeros(3, 48, 48)], "got list"),
+        (torch.zeros(1, 1, 48, 48), r"\(B, 3, H, W\), got \(1, 1, 48, 48\)"),
+        (torch.zeros(3, 48, 48), r"images\[None\] makes a batch"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(fitted, images, message):
+    with pytest.raises(UserError, match=message):
+        fitted[0](images)
+
+
+def test_map_location_is_a_device(fitted, tiny, tmp_path):
+    (path,) = tmp_path.rglob("*.ckpt")
+    for device in ("cpu", torch.device("cpu")):
+        assert PatchCore.load_from_checkpoint(path, device, backbone=tiny).memory_bank.size
+    with pytest.raises(UserError, match="map_location must be a device"):
+        PatchCore.load_from_checkpoint(path, {"cuda:0": "cpu"}, backbone=tiny)
 
 
 def test_loading_scores_an_image_of_the_size_to_come(fitted, tiny, tmp_path, monkeypatch):
