@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from pl_patchcore.memory_bank import MemoryBank
 from pl_patchcore.model import PatchCoreModel
 from pl_patchcore.options import StoreOptions
 from pl_patchcore.patch_features import Band
+from pl_patchcore.preprocessing import shown
 from pl_patchcore.references import ReferenceViews
 from pl_patchcore.suspicious import TrainingImage, stands_out_above, tell, worst_groups
 
@@ -169,11 +170,12 @@ class Fitting:
             batch: Images of the whole batch; None: these are.
 
         Raises:
-            UserError: If they are of another size than those before, if no patch of an image counts, or there is no
-                room for their features.
+            UserError: If they are of another size than those before, if no patch of an image counts, if patch features
+                are not finite, or there is no room for them.
         """
         numbers = list(range(self.count, self.count + len(images))) if index is None else index.tolist()
         groups = numbers if group is None else group.tolist()
+        told = [f"image {number}" for number in numbers] if names is None else [str(name) for name in names]
         if self.fixed_size and self.size not in ((), tuple(images.shape[1:])):
             raise UserError(
                 f"training images of {tuple(images.shape[1:])} after others of {self.size}; bring all to one size "
@@ -182,15 +184,15 @@ class Fitting:
         if not self.size:
             self._look_at_first(images)
         self.groups.update(zip(numbers, groups, strict=True))
-        if self.leave_one_out:
-            self.names.update(zip(numbers, map(str, names or ()), strict=False))
+        if self.leave_one_out and names is not None:
+            self.names.update(zip(numbers, told, strict=True))
         if self.held_out is None:
             held = [is_held_out(each, self.share, self.seed) for each in groups]
         else:
             held = [each in self.held_out for each in groups]
         self.count += len(images)
         self.batch = self.batch or batch or len(images)
-        found = [self._collect(place, images, numbers, held, counted) for place in range(len(self.members))]
+        found = [self._collect(place, images, numbers, told, held, counted) for place in range(len(self.members))]
         if self.scores_images:
             size, grids = (images.shape[2], images.shape[3]), [grid for grid, _, _ in found]
             for i, number in enumerate(numbers):
@@ -205,7 +207,13 @@ class Fitting:
             self.add(images, part["index"].cpu(), part["group"].cpu(), part.get("path"), counted, total)
 
     def _collect(
-        self, place: int, images: Tensor, index: Sequence[int], held: Sequence[bool], counted: Counted | None
+        self,
+        place: int,
+        images: Tensor,
+        index: Sequence[int],
+        names: Sequence[str],
+        held: Sequence[bool],
+        counted: Counted | None,
     ) -> tuple[tuple[int, int], Counted | None, Counted | None]:
         """Put the patch features that count into a member's collection.
 
@@ -218,6 +226,7 @@ class Fitting:
         for part in self._parts(images, counted, held, whole=whole):
             inside: Tensor | None = None
             bands: Iterable[Band] = member.patch_features.bands(part.images, raw=masked)
+            bands = _finite(bands, [names[at] for at in part.places], None if masked else part.counted)
             scored = of_part = part.counted
             if masked:
                 bands, scored = member.in_front(bands, part.images, part.counted)
@@ -456,6 +465,22 @@ class Fitting:
         for collection in self.collections:
             collection.close()
         self.collections = []
+
+
+def _finite(bands: Iterable[Band], names: Sequence[str], counted: Counted | None) -> Iterator[Band]:
+    """Bands of the images' patch features; refuses NaN and infinity where an image counts (None: everywhere)."""
+    for band in bands:
+        if not torch.stack(band.features.aminmax()).isfinite().all():  # NaN comes through
+            broken = ~band.features.isfinite().all(3)  # (b, h', w)
+            if counted is not None:
+                inside = counted.patches(band.rows, broken.shape[2]).to(broken.device)
+                broken &= inside[:, band.top : band.top + broken.shape[1]]
+            for name in compress(names, broken.flatten(1).any(1).tolist()):
+                raise UserError(
+                    f"patch features of {shown(name)} hold NaN or infinity; look for a broken image or an overflow in "
+                    "half precision."
+                )
+        yield band
 
 
 def tell_tiles(model: PatchCoreModel | EnsembleModel, images: Tensor) -> None:

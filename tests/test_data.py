@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import fakes
@@ -373,6 +374,32 @@ def test_as_batch():
         assert as_batch(IMAGE.to(dtype))["image"].dtype == dtype
 
 
+@pytest.mark.parametrize("key", ["path", "defect", "category"])
+@pytest.mark.parametrize(
+    "values", [torch.tensor([3, 7]), np.array([3, 7]), [torch.tensor(3), torch.tensor(7)], (3, 7), ("3", Path("7"))]
+)
+def test_numbers_name_images_as_texts_do(key, values):
+    assert as_batch({"image": IMAGE, key: values})[key] == ["3", "7"]
+
+
+@pytest.mark.parametrize("key", ["index", "group"])
+@pytest.mark.parametrize("values", [torch.tensor([3, 7]).int(), np.array([3, 7]), [torch.tensor(3), 7], (3, 7)])
+def test_numbers_of_images_and_groups(key, values):
+    found = as_batch({"image": IMAGE, key: values})[key]
+    assert found.dtype == torch.int64
+    assert found.tolist() == [3, 7]
+
+
+def test_masks_of_numpy():
+    array = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8)
+    array.flags.writeable = False  # as np.asarray gives of a PIL image
+    mirrored = np.ascontiguousarray(array[:, :, ::-1])
+    for masks, expected in ((array, array), (array[:, :, ::-1], mirrored), ([*array], array), (tuple(array), array)):
+        found = as_batch({"image": IMAGE, "mask": masks})["mask"]
+        assert all(torch.equal(mask, torch.tensor(other)) for mask, other in zip(found, expected, strict=True))
+    assert list(as_batch((IMAGE, LABEL, None))) == ["image", "label"]
+
+
 @pytest.mark.parametrize(
     "batch",
     [
@@ -411,6 +438,19 @@ def test_batches_of_several_loaders(batch):
         ((IMAGE, ("good", "bad")), "labels must be numbers, 0 nominal or 1 anomalous"),
         ((IMAGE, LABEL[:1]), r"labels must be one for each of the 2 images, got \(1,\)"),
         ((IMAGE, torch.tensor(1)), r"one for each of the 2 images, got \(\)"),
+        (
+            {"image": IMAGE, "group": ["lot A", "b"]},
+            r"'group' .* whole number for .*, got \['lot A', 'b'\]; number the gr",
+        ),
+        ({"image": IMAGE, "index": np.array(["a", "b"])}, r"'index' .* got <U1 of shape \(2,\); number the images of"),
+        ({"image": IMAGE, "index": LABEL / 2}, r"'index' .* whole number .* got torch\.float32 of shape \(2,\)"),
+        ({"image": IMAGE, "group": LABEL[:1]}, r"'group' .* got torch\.int64 of shape \(1,\)"),
+        ({"image": IMAGE, "group": [None, 1]}, r"'group' .* got \[None, 1\]"),
+        (
+            {"image": IMAGE, "path": "ab"},
+            "'path' of a batch must hold a text or a number for each of the 2 images, got 'ab",
+        ),
+        ({"image": IMAGE, "category": LABEL[:1]}, r"'category' .* got torch\.int64 of shape \(1,\); change the data"),
     ],
 )
 def test_batches_that_are_refused(batch, message):

@@ -345,6 +345,12 @@ def test_groups_must_be_numbers(trainer):
         fit(trainer, model_of(), samples(images(4), [0.5, 1.0, 1.5, 2.0]))
 
 
+def test_numbers_name_training_images(trainer):
+    named = [{"image": image, "path": 10 + i} for i, image in enumerate(images(4))]
+    model = fit(trainer, model_of(), DataLoader(named, batch_size=2))
+    assert sorted(each.name for each in model.training_images) == ["10", "11", "12", "13"]
+
+
 def test_images_given_apart_are_missing(trainer):
     with pytest.raises(UserError, match=r"set data\.calibration to a folder of nominal images"):
         fit(trainer, model_of(calibration="images"), DataLoader(images(4), 4))

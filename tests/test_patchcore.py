@@ -17,6 +17,7 @@ from torchvision.datasets import ImageFolder
 from pl_patchcore import MVTecDataModule, PatchCore, SyntheticDataModule, UserError
 from pl_patchcore.anomaly_map import AnomalyScorer
 from pl_patchcore.backbone import UntrainedBackboneWarning
+from pl_patchcore.options import StoreOptions
 
 
 def model_of(tiny, **options):
@@ -134,6 +135,100 @@ def test_own_loaders(fitted, tiny, trainer):
     (full,) = runner.test(expected, data_of(), verbose=False)
     assert logged["test/image_auroc"] == pytest.approx(full["test/image_auroc"])
     assert np.isnan(logged["test/pixel_auroc"])
+
+
+def test_numbers_name_defect_types_and_categories(fitted):
+    model, runner = fitted
+    records = data_of().records[1]
+    samples = [{"image": image, "label": r.label} for image, r in zip(images_of(model, 1), records, strict=True)]
+    numbers = [{"defect": 3 + i % 2, "category": i % 3} for i in range(len(samples))]
+    named = [{key: f"{value}" for key, value in each.items()} for each in numbers]
+    found = []
+    for names in (named, numbers):
+        both = [sample | own for sample, own in zip(samples, names, strict=True)]
+        runner.test(model, DataLoader(both, batch_size=5), verbose=False)
+        found.append((model.figures, model.figures_by_category))
+    assert set(model.figures) == {"all", "3", "4"}
+    assert set(model.figures_by_category) == {"0", "1", "2"}
+    np.testing.assert_equal(*found)  # NaN equals NaN
+
+
+def test_masks_of_numpy_are_masks(fitted):
+    model, runner = fitted
+    images, labels = images_of(model, 1)[:8], torch.tensor([0, 1] * 4)
+    masks = torch.zeros(8, 48, 48, dtype=torch.uint8)
+    masks[1::2, 5:20, 5:20] = 1
+    figures = []
+    for own in (masks, masks.numpy(), [*masks.numpy()]):
+        runner.test(model, DataLoader([0], collate_fn=lambda _, own=own: (images, labels, own)), verbose=False)
+        figures.append(model.figures)
+    assert figures[0]["all"]["pixel_auroc"] > 0
+    for other in figures[1:]:
+        np.testing.assert_equal(other, figures[0])
+    for own in ([None, *masks[1:]], [*masks[1:]], "masks"):
+        loader = DataLoader([0], collate_fn=lambda _, own=own: {"image": images, "label": labels, "mask": own})
+        with pytest.raises(
+            UserError, match=r"'mask' of a batch must hold a mask \(H, W\) for each of the 8 images, got"
+        ):
+            runner.test(model, loader, verbose=False)
+
+
+class Batches(L.Callback):
+    """Counts the training batches that went well."""
+
+    count = 0
+
+    def on_train_batch_end(self, *args):
+        self.count += 1
+
+
+BROKEN = r"patch features of {} hold NaN or infinity; look for a broken image or an overflow in half precision\.$"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"calibration": "leave_one_out"},
+        {"calibration_share": 0.9},
+        {"reference_rotations": 4},
+        {"foreground": "auto"},
+        {"tile": 32, "store": StoreOptions(dtype="float16")},
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_training_image_is_named_at_its_batch(tiny, trainer, options, value):
+    images = torch.rand(8, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    images[[4, 5], 1, 20, 30] = value
+    paths = [f"parts/{i}.png" for i in range(8)]
+    named = [{"image": image, "path": path} for image, path in zip(images, paths, strict=True)]
+    for data, name in ((images, "image 4"), (named, r"parts/4\.png")):
+        batches = Batches()
+        with pytest.raises(UserError, match=BROKEN.format(name)):
+            trainer(callbacks=[batches]).fit(model_of(tiny, **options), DataLoader(data, batch_size=3))
+        assert batches.count == 1
+
+
+def test_what_is_broken_where_nothing_counts_changes_nothing(tiny, trainer):
+    images = torch.rand(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    broken = images.clone()
+    broken[3, :, 40:, 40:] = torch.nan
+    size, box, region = (
+        torch.tensor([48, 48]),
+        torch.tensor([0.0, 0.0, 48.0, 48.0]),
+        torch.zeros(48, 48, dtype=torch.uint8),
+    )
+    region[:24] = 1
+    banks = []
+    for data in (images, broken):
+        samples = [{"image": x, "original_size": size, "crop_box": box, "region": region} for x in data]
+        model = model_of(tiny)
+        trainer(enable_checkpointing=False).fit(model, DataLoader(samples, batch_size=3))
+        banks.append(model.memory_bank.features)
+    assert torch.equal(*banks)
+    whole = [sample | {"region": torch.ones_like(region)} for sample in samples]
+    with pytest.raises(UserError, match=BROKEN.format("image 3")):
+        trainer().fit(model_of(tiny), DataLoader(whole, batch_size=3))
 
 
 def test_existing_data_module_and_torchvision_data_set(tiny, trainer, tmp_path):

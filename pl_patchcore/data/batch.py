@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.utils.data import DistributedSampler
 
 from pl_patchcore.errors import UserError
 
+NAMES = ("path", "defect", "category")  # entries that name each image, by texts or numbers
+NUMBERS = {"index": "the images of the data set", "group": "the groups"}  # entries that number them
+
 
 def as_batch(batch: Any) -> dict[str, Any]:
     """Read a batch of any of the accepted forms as a dict.
@@ -22,8 +26,12 @@ def as_batch(batch: Any) -> dict[str, Any]:
             tuple ``(image[, label[, mask]])``. Images are floating-point ``(B, 3, H, W)``, of any precision, and
             normalised, or uint8 levels; labels are numbers ``(B,)``.
 
+    Returns:
+        The entries that are not None. Names (``path``, ``defect``, ``category``) are lists of texts, ``index`` and
+        ``group`` int64 ``(B,)``; masks that were NumPy arrays are tensors.
+
     Raises:
-        UserError: If it is none of these, or comes from several loaders.
+        UserError: If it is none of these, or comes from several loaders, or has not a name or number for each image.
     """
     if isinstance(batch, Mapping):
         named = dict(batch)
@@ -31,6 +39,7 @@ def as_batch(batch: Any) -> dict[str, Any]:
         entries = (batch,) if isinstance(batch, Tensor) else batch
         listed = isinstance(entries, tuple | list) and len(entries) <= 3
         named = dict(zip(("image", "label", "mask"), entries, strict=False)) if listed else {}
+    named = {key: value for key, value in named.items() if value is not None}
     images: Any = named.get("image")
     labels = named.get("label")
     first = labels[0] if isinstance(labels, tuple | list) and labels else labels
@@ -54,7 +63,53 @@ def as_batch(batch: Any) -> dict[str, Any]:
             raise UserError(f"labels must be numbers, 0 nominal or 1 anomalous, got {first!r}; change the data set.")
         if np.shape(labels)[:1] != (len(images),):
             raise UserError(f"labels must be one for each of the {len(images)} images, got {tuple(np.shape(labels))}.")
+    for key, values in named.items():
+        if key in NAMES:
+            named[key] = _names(key, values, len(images))
+        elif key in NUMBERS:
+            named[key] = _numbers(key, values, len(images))
+        elif key == "mask":
+            named[key] = _masks(values)
     return named
+
+
+def _names(key: str, values: Any, images: int) -> list[str]:
+    """Names as texts; the default collate makes a tensor of numbers."""
+    each = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(each, list | tuple) or len(each) != images:
+        raise UserError(
+            f"the entry '{key}' of a batch must hold a text or a number for each of the {images} images, got "
+            f"{_told(values)}; change the data set, or leave it out."
+        )
+    return [str(name.item() if isinstance(name, Tensor) else name) for name in each]
+
+
+def _numbers(key: str, values: Any, images: int) -> Tensor:
+    """Whole numbers, int64 ``(B,)``."""
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):  # texts, None, lists of different lengths
+        numbers = torch.empty(0)
+    if numbers.shape != (images,) or (images and (numbers.is_floating_point() or numbers.is_complex())):
+        raise UserError(
+            f"the entry '{key}' of a batch must hold a whole number for each image, got {_told(values)}; number "
+            f"{NUMBERS[key]}, or leave it out."
+        )
+    return numbers.long()
+
+
+def _masks(masks: Any) -> Any:
+    """Arrays as tensors, copied, as they may be read-only or mirrored views; in a list, too."""
+    if isinstance(masks, list | tuple):
+        return [_masks(mask) for mask in masks]
+    return torch.from_numpy(masks.copy(order="C")) if isinstance(masks, np.ndarray) and masks.dtype != object else masks
+
+
+def _told(values: Any) -> str:
+    """An entry in a few words."""
+    if isinstance(values, Tensor | np.ndarray):
+        return f"{values.dtype} of shape {tuple(values.shape)}"
+    return reprlib.repr(values)
 
 
 def same_size_parts(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -129,18 +184,15 @@ class OwnImages:
             named = {name: value[:images] if _of_each(value, named) else value for name, value in named.items()}
         self.position += images
         if "index" in named:
-            index = torch.as_tensor(named["index"])
+            index = named["index"]
         elif self.order is not None:
             index = torch.tensor(self.order[first : self.position], dtype=torch.int64)
         else:
             index = torch.arange(first, self.position) * self.world_size + self.rank
-        group = torch.as_tensor(named.get("group", index))
-        if group.shape != index.shape or group.is_floating_point():
-            raise UserError("the entry 'group' of a batch must hold a whole number for each image.")
-        return named | {"index": index, "group": group}
+        return named | {"index": index, "group": named.get("group", index)}
 
 
 def _of_each(value: Any, batch: Mapping[str, Any]) -> bool:
     """Whether an entry of a batch has a value for each image."""
-    sized = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, list | tuple)
+    sized = value.ndim > 0 if isinstance(value, Tensor | np.ndarray) else isinstance(value, list | tuple)
     return sized and len(value) == len(batch["image"])

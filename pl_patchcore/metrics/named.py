@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -64,13 +65,15 @@ class TestFigures:
         `SPRO.update` takes them, of the original's size.
 
         Raises:
-            UserError: If there is no label, or the original's size is not known or not the mask's; as `update`.
+            UserError: If there is no label, or the original's size is not known or not the mask's, or a list lacks an
+                image's mask; as `update`.
         """
         if "label" not in batch:
             raise UserError("a test batch needs labels (0 nominal, 1 anomalous): a dict with 'label', or a tuple.")
         if not len(scores):
             return
         labels, masks = torch.as_tensor(batch["label"], device=scores.device), batch.get("mask")
+        _check_masks(masks, len(scores))
         defects = batch.get("defect", ["anomalous"] * len(scores))
         groups = _numbers(defects)
         self.defects |= {g: d for g, d, y in zip(groups.tolist(), defects, labels.tolist(), strict=True) if y == 1}
@@ -119,6 +122,19 @@ class TestFigures:
         rows = overall["by_category"] if self.categories else {}
         by_category = {_own_name(self.categories.get(number, str(number))): _plain(row) for number, row in rows.items()}
         return {"all": _plain(overall)} | dict(sorted(by_defect.items())), dict(sorted(by_category.items()))
+
+
+def _check_masks(masks: Any, images: int) -> None:
+    """Refuse a list that is not of a mask for each image."""
+    if masks is None or isinstance(masks, Tensor):
+        return
+    wrong = [mask for mask in masks if not isinstance(mask, Tensor)] if isinstance(masks, list) else [masks]
+    if wrong or len(masks) != images:
+        got = reprlib.repr(wrong[0]) if wrong else len(masks)
+        raise UserError(
+            f"the entry 'mask' of a batch must hold a mask (H, W) for each of the {images} images, got {got}; where "
+            "there is none give one of 255 (unknown)."
+        )
 
 
 def _check_original(batch: dict[str, Any], i: int) -> None:
