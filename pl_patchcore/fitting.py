@@ -475,7 +475,7 @@ def _finite(bands: Iterable[Band], names: Sequence[str], counted: Counted | None
             if counted is not None:
                 inside = counted.patches(band.rows, broken.shape[2]).to(broken.device)
                 broken &= inside[:, band.top : band.top + broken.shape[1]]
-            for name in compress(names, broken.flatten(1).any(1).tolist()):
+            if (name := next(compress(names, broken.flatten(1).any(1).tolist()), None)) is not None:
                 raise UserError(
                     f"patch features of {shown(name)} hold NaN or infinity; look for a broken image or an overflow in "
                     "half precision."
