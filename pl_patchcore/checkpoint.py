@@ -7,7 +7,6 @@ that depends on (`PatchCoreModel.identity` and the preprocessing), in plain valu
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import reprlib
 import warnings
@@ -26,7 +25,7 @@ from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.foreign import Source, check_archive, is_plain, is_whole
 from pl_patchcore.model import PatchCoreModel
-from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS, THRESHOLDS, refuse_rate_beside_threshold
+from pl_patchcore.options import GROUPS, MEMBER_ARGUMENTS, THRESHOLDS, known_arguments, refuse_rate_beside_threshold
 from pl_patchcore.preprocessing import MOST_PIXELS
 from pl_patchcore.weights_file import weights_path
 
@@ -216,7 +215,7 @@ def made_of(kind: type[M], checkpoint: dict[str, Any], overrides: Mapping[str, A
     """
     refuse_rate_beside_threshold([name for name, value in overrides.items() if value is not None])
     saved = checkpoint.get("hyper_parameters", {})
-    arguments = plain_settings(saved, inspect.signature(kind.__init__).parameters, name)
+    arguments = plain_settings(saved, known_arguments(kind), name)
     for argument in checkpoint["patchcore"]["left_out"]:
         if argument not in overrides:
             raise UserError(

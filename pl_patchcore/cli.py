@@ -53,7 +53,14 @@ from pl_patchcore.errors import UserError
 from pl_patchcore.files import check_output, hold, output_folder, plain_console, whole_file
 from pl_patchcore.lightning_parts import WholeFiles
 from pl_patchcore.option_errors import in_one_line
-from pl_patchcore.options import GROUPS, check_arguments, options_of, refuse_rate_beside_threshold, refuse_unknown
+from pl_patchcore.options import (
+    GROUPS,
+    check_arguments,
+    known_arguments,
+    options_of,
+    refuse_rate_beside_threshold,
+    refuse_unknown,
+)
 from pl_patchcore.patchcore import PatchCore
 from pl_patchcore.report import CoverageReport, PredictionWriter, TestReport, TrainingImagesReport
 
@@ -351,7 +358,7 @@ class PatchCoreCLI(LightningCLI):
         arguments out of a string, but straight to the constructor.
         """
         checkpoint = read_checkpoint(path)
-        self.saved = plain_settings(checkpoint["hyper_parameters"], signature(PatchCore.__init__).parameters, path)
+        self.saved = plain_settings(checkpoint["hyper_parameters"], known_arguments(PatchCore), path)
         if "backbone" not in self.saved and "backbone" not in self.given:
             raise UserError(f"{path} was fitted with a module as backbone; give it as model.backbone.")
         model = self.chosen["model"]

@@ -49,10 +49,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: If the disk is full, the folder cannot be written to, or something else has the name.
     """
-    partial = path
+    partial, suffix = path, path.suffix or ".partial"  # torch.save takes no name that is a dot and no other
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be written: is a directory or a device; give the name of a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=suffix, dir=path.parent)
         os.close(handle)
         partial = Path(name)
         yield partial
@@ -74,7 +76,8 @@ def _refusal(error: OSError | RuntimeError, path: Path, partial: Path) -> str | 
         number, name = error.errno, error.filename
     elif free < FULL:
         number = errno.ENOSPC
-    if number is None or (name is not None and Path(name) not in (path, partial, *path.parents)):
+    of_block = partial != path  # else there is no temporary file yet
+    if number is None or (of_block and name is not None and Path(name) not in (path, partial, *path.parents)):
         return None
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({free / 1e6:.1f} MB free); make room, or choose another folder"

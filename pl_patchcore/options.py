@@ -11,7 +11,7 @@ import functools
 import inspect
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from os import PathLike
 from types import NoneType, UnionType
@@ -33,6 +33,8 @@ class _Group:
     group: ClassVar[str]
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, without_numpy(value))
         check_arguments(type(self), vars(self), f"{self.group}.")
 
 
@@ -361,26 +363,89 @@ def refuse_rate_beside_threshold(given: Collection[str]) -> None:
         )
 
 
+def known_arguments(kind: type) -> list[str]:
+    """Names of the arguments of a class, with those that its constructor passes on as ``**kwargs``.
+
+    Example:
+        >>> class Shop(StoreOptions):
+        ...     def __init__(self, open=True, **kwargs): ...
+        >>> known_arguments(Shop)
+        ['open', 'kind', 'folder', 'dtype', 'selection_memory']
+    """
+    return [name for signature in _constructors(kind.__mro__) for name in _named(signature)]
+
+
+def _constructors(kinds: Iterable[type]) -> Iterator[inspect.Signature]:
+    """Signatures of the first constructor of an MRO and, as long as they take ``**kwargs``, of the next ones."""
+    for kind in kinds:
+        if "__init__" in vars(kind):
+            yield (signature := inspect.signature(vars(kind)["__init__"]))
+            if not _rest(signature)[1]:
+                return
+
+
+def _rest(signature: inspect.Signature) -> list[str | None]:
+    """Names of a constructor's ``*args`` and ``**kwargs``; None if it has none."""
+    names = {parameter.kind: name for name, parameter in signature.parameters.items()}
+    return [names.get(kind) for kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
+
+
+def _named(signature: inspect.Signature) -> list[str]:
+    return [name for name in list(signature.parameters)[1:] if name not in _rest(signature)]
+
+
+def _by_name(kinds: Sequence[type], where: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with the defaults of the first constructor; what one passes on belongs to the next."""
+    found: dict[str, Any] = {}
+    known: list[str] = []
+    for number, signature in enumerate(_constructors(kinds)):
+        args_name, kwargs_name = _rest(signature)
+        known += _named(signature)
+        if kwargs_name is None:
+            refuse_unknown(kwargs, known, where)
+        try:
+            bound = signature.bind_partial(None, *args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"{where}: {error}; give arguments by name, each once.") from error
+        if number == 0:
+            bound.apply_defaults()
+        found |= {name: bound.arguments[name] for name in _named(signature) if name in bound.arguments}
+        args, kwargs = bound.arguments.get(args_name or "", ()), bound.arguments.get(kwargs_name or "", {})
+    if args:
+        raise UserError(f"{where} has no name for {reprlib.repr(args[0])}, given by position; give arguments by name.")
+    return found
+
+
+def without_numpy(value: Any) -> Any:
+    """A value with plain numbers, text and lists in place of NumPy's, in lists, tuples and dicts, too.
+
+    Example:
+        >>> without_numpy({"resize": np.array([32, 32]), "seed": np.int64(3)})
+        {'resize': [32, 32], 'seed': 3}
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(without_numpy, value))
+    return {key: without_numpy(inner) for key, inner in value.items()} if type(value) is dict else value
+
+
 def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:
     """Decorate a constructor to keep the arguments of the outermost class in ``self.arguments``, by name.
 
-    Those that the class does not have are refused by `refuse_unknown`.
+    What a constructor takes as ``*args`` and ``**kwargs`` belongs to the next one of the MRO. Arguments that none of
+    them has are refused by `refuse_unknown`. A constructor gets values `without_numpy`, as a checkpoint brings them.
     """
-    signature = inspect.signature(init)
-    kwargs_name = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
     @functools.wraps(init)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> None:
         module: Any = args[0]
+        call: Callable[..., None] = init
+        values, named = without_numpy(args[1:]), without_numpy(kwargs)
         if "arguments" not in module.__dict__:  # of a subclass that is being built, if there is one
-            if kwargs_name is None:
-                refuse_unknown(kwargs, list(signature.parameters)[1:], type(module).__name__)
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            arguments = dict(list(given.arguments.items())[1:])
-            if kwargs_name is not None:
-                arguments |= arguments.pop(kwargs_name)
-            module.__dict__["arguments"] = arguments
-        init(*args, **kwargs)
+            kinds = type(module).__mro__
+            own = next((place for place, kind in enumerate(kinds) if vars(kind).get("__init__") is keeping), 0)
+            module.__dict__["arguments"] = _by_name(kinds[own:], type(module).__name__, values, named)
+        call(module, *values, **named)
 
     return keeping

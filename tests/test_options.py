@@ -4,11 +4,14 @@ import copy
 import dataclasses
 import inspect
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from pl_patchcore import PatchCore, UserError
 from pl_patchcore.checkpoint import plain_settings
+from pl_patchcore.foreign import is_plain
 from pl_patchcore.options import (
     GROUPS,
     EnsembleOptions,
@@ -99,6 +102,96 @@ def test_arguments_of_the_outermost_class_are_kept():
     assert list(inspect.signature(Base).parameters) == ["size"]
     with pytest.raises(UserError, match="Base has no argument 'sise'; did you mean 'size'"):
         Base(sise=2)
+
+
+class Declared(PatchCore):
+    """Passes on what it does not know."""
+
+    def __init__(self, *args, extra=3, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.extra = extra
+
+
+class Twice(Declared):
+    def __init__(self, more=1, **kwargs):
+        super().__init__(**kwargs)
+        self.more = more
+
+
+class ByPosition(PatchCore):
+    def __init__(self, *args):
+        super().__init__(*args)
+
+
+SMALL = {"layers": ["fine"], "weights": None, "resize": 32, "crop": None}
+
+
+@pytest.fixture
+def noise_fit(trainer):
+    def fit(model):
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        trainer(max_epochs=1, enable_checkpointing=False).fit(model, DataLoader(images, batch_size=2))
+        return model
+
+    return fit
+
+
+def test_subclass_passes_arguments_on(tiny, noise_fit, tmp_path):
+    model = noise_fit(Twice(more=2, extra=4, backbone=tiny, **SMALL))
+    assert model.hparams == SMALL | {"more": 2, "extra": 4}
+    assert model.left_out == ["backbone"]
+    model.save(tmp_path / "model")
+    for own in ({}, {"extra": 5, "num_neighbors": 2}):
+        found = Twice.load_from_checkpoint(tmp_path / "model", backbone=tiny, **own)
+        assert (found.more, found.extra) == (2, own.get("extra", 4))
+        assert found.hparams == model.hparams | own
+    with pytest.raises(UserError, match=r"^Twice has no argument 'extr'; did you mean 'extra'\?$"):
+        Twice(extr=5)
+    with pytest.raises(UserError, match=r"^Twice has no argument 'coreset_ration'; did you mean 'coreset_ratio'"):
+        Twice.load_from_checkpoint(tmp_path / "model", backbone=tiny, coreset_ration=0.2)
+
+
+def test_arguments_by_position_belong_to_the_next_constructor(tiny):
+    model = Declared(tiny, ["fine"], None, resize=32, crop=None)
+    assert model.hparams == SMALL | {"extra": 3}
+    assert model.left_out == ["backbone"]
+    with pytest.raises(UserError, match=r"^Declared: multiple values for argument 'layers'; give arguments by name"):
+        Declared(tiny, ["fine"], layers=["fine"])
+    with pytest.raises(
+        UserError, match=r"^ByPosition has no name for 'resnet18', given by position; give arguments by"
+    ):
+        ByPosition("resnet18")
+
+
+NUMPY = [
+    {"patch_size": np.int64(3)},
+    {"seed": np.int64(3)},
+    {"resize": np.int64(32)},
+    {"resize": np.array([32, 32])},
+    {"resize": (np.int64(32), np.int64(32))},
+    {"tile": np.int64(16), "tile_overlap": np.int16(8)},
+    {"normalize_features": np.bool_(True)},
+    {"resize_mode": np.str_("squash")},
+    {"layers": np.array(["fine"])},
+    {"coreset_ratio": np.float32(0.25)},
+    {"image_threshold": np.float64(1)},
+    {"reference_brightness": np.array([0.5, 1.5])},
+    {"roi": [np.array([0, 0, 16, 16])]},
+    {"patches": {"stride": np.int64(1)}},
+    {"patches": PatchOptions(layer_dim=np.int64(8), feature_dim=np.int64(8))},
+    {"images": {"bits": np.int32(12), "mean": np.full(3, 0.5), "crop_multiple": np.int64(4)}},
+    {"ensemble": {"members": [{"patch_size": np.int64(3), "patches": {"stride": np.int64(1)}}]}},
+    {"ensemble": EnsembleOptions([{"patch_size": np.int64(1), "position_radius": np.int64(1)}])},
+]
+
+
+@pytest.mark.parametrize("options", NUMPY, ids=str)
+def test_numpy_values_become_plain(tiny, noise_fit, tmp_path, options):
+    model = noise_fit(PatchCore(**({"backbone": tiny} | SMALL | options)))
+    model.save(tmp_path / "model.ckpt")
+    found = PatchCore.load_from_checkpoint(tmp_path / "model.ckpt", backbone=tiny)
+    assert found.identity() == model.identity()
+    assert is_plain(dict(model.hparams) | model.identity())
 
 
 class Evil:

@@ -468,8 +468,16 @@ def test_whole_file(tmp_path):
         full.write("x")
     with pytest.raises(UserError, match=r"check: cannot be written: not a directory; make .*a\.txt a folder"):
         check_output(tmp_path / "a.txt" / "x")
-    with pytest.raises(UserError, match="b: cannot be written: is a directory"), whole_file(tmp_path / "b"):
-        pass
+    for place, reason in {
+        tmp_path / "b": "is a directory or a device; give the name of a file",
+        Path("/dev/null"): "is a directory or a device; give the name of a file",
+        Path("/proc/x"): "no such file or directory; make /proc a folder that takes it, or choose another one",
+    }.items():
+        with pytest.raises(UserError, match=f"^{place}: cannot be written: {reason}.$"), whole_file(place):
+            pytest.fail("the work began")
+    with whole_file(tmp_path / "d") as partial:
+        torch.save({}, partial)
+    (tmp_path / "d").unlink()
     check_output(tmp_path / "c")
     assert (tmp_path / "a.txt").read_text() == "new"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "b", "c"]
