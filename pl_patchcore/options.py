@@ -11,7 +11,7 @@ import functools
 import inspect
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from os import PathLike
 from types import NoneType, UnionType
@@ -191,6 +191,7 @@ MEMBER_ARGUMENTS = (  # of an ensemble; the members share all else
     "projection_dim", "num_neighbors", "distance", "reweighting_neighbors", "sigma", "image_score", "top_share",
     "top_share_of", "normalize_features", "position_radius", "search", "bank_dtype", "inference",
 )  # fmt: skip
+REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 THRESHOLDS = ("image_threshold", "pixel_threshold")  # arguments that set a threshold by hand
 MOST = 2**63 - 1  # of a whole number
 _WORDS = {
@@ -372,48 +373,14 @@ def known_arguments(kind: type) -> list[str]:
         >>> known_arguments(Shop)
         ['open', 'kind', 'folder', 'dtype', 'selection_memory']
     """
-    return [name for signature in _constructors(kind.__mro__) for name in _named(signature)]
-
-
-def _constructors(kinds: Iterable[type]) -> Iterator[inspect.Signature]:
-    """Signatures of the first constructor of an MRO and, as long as they take ``**kwargs``, of the next ones."""
-    for kind in kinds:
-        if "__init__" in vars(kind):
-            yield (signature := inspect.signature(vars(kind)["__init__"]))
-            if not _rest(signature)[1]:
-                return
-
-
-def _rest(signature: inspect.Signature) -> list[str | None]:
-    """Names of a constructor's ``*args`` and ``**kwargs``; None if it has none."""
-    names = {parameter.kind: name for name, parameter in signature.parameters.items()}
-    return [names.get(kind) for kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
-
-
-def _named(signature: inspect.Signature) -> list[str]:
-    return [name for name in list(signature.parameters)[1:] if name not in _rest(signature)]
-
-
-def _by_name(kinds: Sequence[type], where: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, with the defaults of the first constructor; what one passes on belongs to the next."""
-    found: dict[str, Any] = {}
-    known: list[str] = []
-    for number, signature in enumerate(_constructors(kinds)):
-        args_name, kwargs_name = _rest(signature)
-        known += _named(signature)
-        if kwargs_name is None:
-            refuse_unknown(kwargs, known, where)
-        try:
-            bound = signature.bind_partial(None, *args, **kwargs)
-        except TypeError as error:
-            raise UserError(f"{where}: {error}; give arguments by name, each once.") from error
-        if number == 0:
-            bound.apply_defaults()
-        found |= {name: bound.arguments[name] for name in _named(signature) if name in bound.arguments}
-        args, kwargs = bound.arguments.get(args_name or "", ()), bound.arguments.get(kwargs_name or "", {})
-    if args:
-        raise UserError(f"{where} has no name for {reprlib.repr(args[0])}, given by position; give arguments by name.")
-    return found
+    names: list[str] = []
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())[1:]
+            names += [each.name for each in parameters if each.kind not in REST]
+            if all(each.kind is not each.VAR_KEYWORD for each in parameters):
+                break
+    return names
 
 
 def without_numpy(value: Any) -> Any:
@@ -433,9 +400,11 @@ def without_numpy(value: Any) -> Any:
 def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:
     """Decorate a constructor to keep the arguments of the outermost class in ``self.arguments``, by name.
 
-    What a constructor takes as ``*args`` and ``**kwargs`` belongs to the next one of the MRO. Arguments that none of
-    them has are refused by `refuse_unknown`. A constructor gets values `without_numpy`, as a checkpoint brings them.
+    Those that the class does not have are refused by `refuse_unknown`. A constructor gets values `without_numpy`, as a
+    checkpoint brings them.
     """
+    signature = inspect.signature(init)
+    rest = [each.name for each in signature.parameters.values() if each.kind in REST]  # of *args and **kwargs
 
     @functools.wraps(init)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -443,9 +412,19 @@ def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:
         call: Callable[..., None] = init
         values, named = without_numpy(args[1:]), without_numpy(kwargs)
         if "arguments" not in module.__dict__:  # of a subclass that is being built, if there is one
-            kinds = type(module).__mro__
-            own = next((place for place, kind in enumerate(kinds) if vars(kind).get("__init__") is keeping), 0)
-            module.__dict__["arguments"] = _by_name(kinds[own:], type(module).__name__, values, named)
+            where, known = type(module).__name__, known_arguments(type(module))
+            refuse_unknown(named, known, where)
+            given = signature.bind(module, *values, **named)
+            given.apply_defaults()
+            arguments = dict(list(given.arguments.items())[1:])
+            for passed_on in [arguments.pop(name) for name in rest]:
+                if isinstance(passed_on, tuple):
+                    names = [name for name in known if name not in signature.parameters]
+                    if len(passed_on) > len(names):
+                        raise UserError(f"{where} passes on an argument that has no name there; give it by name.")
+                    passed_on = dict(zip(names, passed_on, strict=False))
+                arguments |= passed_on
+            module.__dict__["arguments"] = arguments
         call(module, *values, **named)
 
     return keeping
