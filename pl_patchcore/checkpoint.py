@@ -39,6 +39,7 @@ VARIABLE_SIZE = (  # buffers whose size a fit decides
 LATER = (  # buffers that older files of this format do not have
     "memory_bank.images", "memory_bank.places", "memory_bank.grid", "calibration.images",
 )  # fmt: skip
+OF_TRAINER = ("callbacks", "loops", "optimizer_states", "lr_schedulers")  # what Lightning keeps to resume, unused here
 FORMAT = 2  # of the key ``patchcore``; files of version 0.1 of the package have none
 _OF_OLD = {"resize_by": "pillow"}  # preprocessing that older files of this format do not name
 M = TypeVar("M", bound=L.LightningModule)
@@ -56,7 +57,7 @@ def read_checkpoint(source: Source) -> Checked:
 
     Returns:
         What this package uses of it: ``state_dict``, ``hyper_parameters`` and ``patchcore``, checked by
-        `require_fitted`; and the keys that Lightning asks for.
+        `require_fitted`; plain values that a subclass has put in; and the keys that Lightning asks for.
 
     Raises:
         UserError: If the file is missing, damaged, cut short, of another model or version, or has no memory bank.
@@ -76,7 +77,8 @@ def read_checkpoint(source: Source) -> Checked:
         ) from error
     require_fitted(checkpoint, name)
     used = {key: checkpoint[key] for key in ("state_dict", "hyper_parameters", "patchcore")}
-    return Checked(used | {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0})
+    own = {key: value for key, value in checkpoint.items() if key not in OF_TRAINER and is_plain(value)}
+    return Checked(own | used | {"pytorch-lightning_version": L.__version__, "epoch": 0, "global_step": 0})
 
 
 def require_fitted(checkpoint: Any, name: str = "the checkpoint") -> None:

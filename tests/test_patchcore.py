@@ -430,6 +430,28 @@ def test_subclass_that_loses_a_hook_is_refused():
     assert issubclass(Child, PatchCore)
 
 
+class WithKeyOfItsOwn(PatchCore):
+    note = ""
+
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["note"] = self.note
+
+    def on_load_checkpoint(self, checkpoint):
+        super().on_load_checkpoint(checkpoint)
+        self.note = checkpoint["note"]
+
+
+def test_subclass_keeps_values_in_its_checkpoints(tiny, trainer, tmp_path):
+    model = WithKeyOfItsOwn(tiny, layers=["fine"], resize=64, crop=None, coreset_ratio=0.1)
+    model.note = "line 4"
+    trainer().fit(model, data_of())
+    (path,) = tmp_path.rglob("*.ckpt")
+    model.save(tmp_path / "saved.ckpt")
+    for each in (path, tmp_path / "saved.ckpt"):
+        assert WithKeyOfItsOwn.load_from_checkpoint(each, backbone=tiny).note == "line 4"
+
+
 def test_scores_have_no_gradient(fitted):
     images = images_of(fitted[0], 1).requires_grad_()
     assert not any(each.requires_grad for each in fitted[0](images))
