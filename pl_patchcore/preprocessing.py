@@ -37,6 +37,7 @@ BAND = 256  # rows of an image that are converted at once, of which there are se
 _ORIENTATION = 274  # EXIF tag
 # no EPS among them, for which Pillow would start another program
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+Image.init()  # Pillow's formats are loaded here, not with the first image, which would take twice as long
 _NORMALISED = 3  # no level of an image normalised as usual lies above that
 _LARGER = "raise model.images.max_pixels to allow so large an image."
 _GREY_ONLY = "model.images.bits is for grey images; save this one with 8 bits a channel."
