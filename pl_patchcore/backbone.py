@@ -136,7 +136,7 @@ class _LastLayerSeen(Exception):
 def _keep_output(name: str, wanted: int, module: nn.Module, inputs: Any, output: Any) -> None:
     """Forward hook of a layer; stops the call after the last of the layers ``wanted``."""
     if (found := _layer_outputs.get()) is not None:
-        found[name] = output
+        found.setdefault(name, output)
         if len(found) == wanted and not torch.compiler.is_compiling():  # a graph is recorded of calls that return
             raise _LastLayerSeen
 
@@ -409,10 +409,8 @@ def _layout(shapes: Sequence[tuple[int, ...]], sizes: Sequence[tuple[int, int]])
     if len(first) == len(last) == 4:
         for kind, h, w, c in (("bchw", 2, 3, 1), ("bhwc", 1, 2, 3)):
             if len(shapes) == 1:
-                down, across = (
-                    sizes[0][0] // first[h],
-                    sizes[0][1] // first[w],
-                )  # pixels a cell, the same if these are axes
+                # pixels a cell, the same if these are axes
+                down, across = sizes[0][0] // first[h], sizes[0][1] // first[w]
                 if 0 < down == across and first[c] not in (first[h], first[w]):
                     return kind, 0, 0
                 continue

@@ -52,7 +52,8 @@ def build(of: Callable[..., None], arguments: Mapping[str, Any]) -> Parts:
         UserError: For a value out of range, an unknown name, arguments that contradict each other, or weights that
             cannot be had or do not fit.
     """
-    check_arguments(of, a := arguments)
+    a = arguments
+    check_arguments(of, a)
     store, ensemble = options_of(StoreOptions, a["store"]), options_of(EnsembleOptions, a["ensemble"])
     for own in ensemble.members or ():
         check_arguments(of, own, "ensemble.members: ")

@@ -150,7 +150,7 @@ def _bands(image: StoredImage, grid: tuple[int, int], counted: Counted | None, d
 def score_without_rows(
     model: PatchCoreModel | EnsembleModel, images: Tensor, group: int | None, counted: Counted | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Score images as a fitted model does, but without the memory banks' rows of one group of images.
+    """Score images as a fitted model does (see ``inference``), but without the memory banks' rows of one group.
 
     Args:
         model: The model.

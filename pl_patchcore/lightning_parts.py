@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,29 @@ class ReleaseOnException(L.Callback):
 
 def refuse_lost_hooks(kind: type[L.LightningModule], base: type[L.LightningModule]) -> None:
     """Refuse a subclass that has one of the `NEEDED` hooks and does not call that of its base, by a `UserError`."""
-    for name in NEEDED:
-        hook: Any = inspect.unwrap(getattr(kind, name))
-        if hook is not getattr(base, name) and inspect.isfunction(hook) and name not in hook.__code__.co_names:
-            raise UserError(
-                f"{kind.__name__}.{name} takes the place of {base.__name__}'s, without which nothing is fitted or "
-                f"saved; call super().{name}() in it."
-            )
+    for each in kind.__mro__[: kind.__mro__.index(base)]:
+        for name in NEEDED:
+            hook = vars(each).get(name)
+            if inspect.isfunction(hook) and name not in _mentioned(hook):
+                raise UserError(
+                    f"{each.__name__}.{name} takes the place of {base.__name__}'s, without which nothing is fitted or "
+                    f"saved; call super().{name}() in it."
+                )
+
+
+def _mentioned(function: Any) -> set[str]:
+    """Names and texts in a function's code, in what is defined in it, and in functions that it decorates."""
+    functions, found = [function], set[str]()
+    for each in functions:
+        codes = [each.__code__]
+        for code in codes:
+            found |= {*code.co_names, *(value for value in code.co_consts if isinstance(value, str))}
+            codes += filter(inspect.iscode, code.co_consts)
+        for cell in each.__closure__ or ():
+            with suppress(ValueError):  # empty: what it names comes later
+                if inspect.isfunction(cell.cell_contents) and cell.cell_contents not in functions:
+                    functions.append(cell.cell_contents)
+    return found
 
 
 def refuse_monitors(trainer: L.Trainer) -> None:

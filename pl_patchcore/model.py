@@ -135,7 +135,7 @@ class PatchCoreModel(nn.Module):
             found = [self(*part, map_size, bank) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
-        bf16 = self.inference == "bf16" or (self.inference == "auto" and bf16_is_fast(images.device.type))
+        bf16 = self._bf16(images.device)
         bands: Iterable[Band] = self.patch_features.bands(images, bf16, raw=self.foreground != "none")
         if self.foreground != "none":
             bands, counted = self.in_front(bands, images, counted, bf16)
@@ -147,7 +147,7 @@ class PatchCoreModel(nn.Module):
         """Find the object in front of a plain background.
 
         Args:
-            bands: Patch features of the images, raw.
+            bands: Patch features of the images, as long as they are.
             images: ``(B, 3, H, W)``.
             counted: Which places of them count; None: all.
             bf16: Whether the network computes in bfloat16.
@@ -172,13 +172,21 @@ class PatchCoreModel(nn.Module):
             bands = (band._replace(features=F.normalize(band.features, dim=3)) for band in bands)
         return bands, Counted.of_objects(images, counted, found)
 
+    def _bf16(self, device: torch.device) -> bool:
+        """Whether the backbone computes in bfloat16."""
+        return self.inference == "bf16" or (self.inference == "auto" and bf16_is_fast(device.type))
+
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Score an image of noise, if all images have one size: torch makes its kernels for a size with the first."""
-        size = self.input_size.tolist()
+        """Run on noise, if all images have one size: torch makes its kernels for a size with the first image of it.
+
+        One row of patches is compared with the memory bank.
+        """
+        size, device = self.input_size.tolist(), self.input_size.device
         if self.fitted and any(size) and self.patch_features.tiling is None:
             noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-            self.scorer(self.patch_features.bands(noise.to(self.input_size.device)), self.memory_bank, size)
+            for band in self.patch_features.bands(noise.to(device), self._bf16(device)):
+                self.scorer([band._replace(features=band.features[:, :1])], self.memory_bank, size)
 
     def train(self, mode: bool = True) -> PatchCoreModel:
         """Stay in eval mode."""

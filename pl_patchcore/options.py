@@ -400,8 +400,7 @@ def without_numpy(value: Any) -> Any:
 def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:
     """Decorate a constructor to keep the arguments of the outermost class in ``self.arguments``, by name.
 
-    Those that the class does not have are refused by `refuse_unknown`. A constructor gets values `without_numpy`, as a
-    checkpoint brings them.
+    Those that the class does not have are refused by `refuse_unknown`.
     """
     signature = inspect.signature(init)
     rest = [each.name for each in signature.parameters.values() if each.kind in REST]  # of *args and **kwargs
@@ -409,12 +408,10 @@ def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(init)
     def keeping(*args: P.args, **kwargs: P.kwargs) -> None:
         module: Any = args[0]
-        call: Callable[..., None] = init
-        values, named = without_numpy(args[1:]), without_numpy(kwargs)
         if "arguments" not in module.__dict__:  # of a subclass that is being built, if there is one
             where, known = type(module).__name__, known_arguments(type(module))
-            refuse_unknown(named, known, where)
-            given = signature.bind(module, *values, **named)
+            refuse_unknown(kwargs, known, where)
+            given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             arguments = dict(list(given.arguments.items())[1:])
             for passed_on in [arguments.pop(name) for name in rest]:
@@ -425,6 +422,17 @@ def keeps_arguments(init: Callable[P, None]) -> Callable[P, None]:
                     passed_on = dict(zip(names, passed_on, strict=False))
                 arguments |= passed_on
             module.__dict__["arguments"] = arguments
-        call(module, *values, **named)
+        init(*args, **kwargs)
 
     return keeping
+
+
+def takes_numpy(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a constructor to get plain values in place of NumPy's: see `without_numpy`."""
+
+    @functools.wraps(init)
+    def taking(*args: P.args, **kwargs: P.kwargs) -> None:
+        call: Callable[..., None] = init
+        call(args[0], *without_numpy(args[1:]), **without_numpy(kwargs))
+
+    return taking

@@ -73,6 +73,7 @@ from pl_patchcore.options import (
     PatchOptions,
     StoreOptions,
     keeps_arguments,
+    takes_numpy,
 )
 from pl_patchcore.patch_features import PatchFeatures
 from pl_patchcore.preprocessing import Color, ImageLike, ResizeMode
@@ -171,6 +172,7 @@ class PatchCore(L.LightningModule):
             cls.__init__ = keeps_arguments(cls.__init__)  # type: ignore[method-assign]
 
     @keeps_arguments
+    @takes_numpy
     def __init__(
         self,
         backbone: str | nn.Module = "wide_resnet50_2",
@@ -222,8 +224,9 @@ class PatchCore(L.LightningModule):
         ensemble: EnsembleOptions = EnsembleOptions(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
-        built = build(PatchCore.__init__, dict(locals()))
-        self.calibration, self.transform, self.references, self.store, self.model = built
+        parts = build(PatchCore.__init__, dict(locals()))
+        self.calibration, self.transform, self.references = parts.calibration, parts.transform, parts.references
+        self.store, self.model = parts.store, parts.model
         self.calibration_share, self.calibration_images, self.seed = calibration_share, calibration_images, seed
         self.metrics_mode, self.metrics_size, self.save_backbone = metrics_mode, metrics_size, save_backbone
         self.drop_suspicious, self.anchor = drop_suspicious, Anchor()
@@ -256,7 +259,7 @@ class PatchCore(L.LightningModule):
     ) -> PatchCore:
         """Load a fitted model. Nothing in the file is executed: its hyper-parameters are plain values.
 
-        A model of images of one size scores noise once, so that the first image takes no longer than those after it.
+        A model of images of one size runs on noise once, so that its first image takes little longer than later ones.
 
         Args:
             checkpoint_path: File written by a fit, or an open binary file.
@@ -269,15 +272,18 @@ class PatchCore(L.LightningModule):
         Raises:
             UserError: If the file is missing, cut short, of another model, or holds no memory bank.
         """
-        if not isinstance(map_location, str | int | torch.device | None):
-            raise UserError(f"map_location must be a device such as 'cuda:0', got {map_location!r}.")
+        try:
+            device = torch.device("cpu" if map_location is None else map_location)
+            torch.empty(0, device=device)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise UserError(f"map_location must be a device here, such as 'cuda:0', got {map_location!r}.") from error
         saved = read_checkpoint(checkpoint_path)
         module = made_of(cls, saved, overrides, str(checkpoint_path))
         module.strict_loading = strict
         module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"], strict=strict)
         module.model.identify()
-        module.to("cpu" if map_location is None else map_location)
+        module.to(device)
         for member in module.model.members:
             member.warm_up()
         return module

@@ -382,6 +382,14 @@ def test_numbers_name_images_as_texts_do(key, values):
     assert as_batch({"image": IMAGE, key: values})[key] == ["3", "7"]
 
 
+def test_one_text_names_all_images_and_a_column_numbers_them():
+    assert as_batch({"image": IMAGE, "path": "folder"})["path"] == ["folder", "folder"]
+    assert as_batch({"image": IMAGE, "index": torch.tensor([[3], [4]])})["index"].tolist() == [3, 4]
+    assert as_batch({"image": IMAGE[:1], "index": 5})["index"].tolist() == [5]
+    mask = as_batch({"image": IMAGE, "mask": np.ones((2, 4, 4), ">u2")})["mask"]
+    assert torch.equal(mask, torch.ones(2, 4, 4, dtype=torch.uint16))
+
+
 @pytest.mark.parametrize("key", ["index", "group"])
 @pytest.mark.parametrize("values", [torch.tensor([3, 7]).int(), np.array([3, 7]), [torch.tensor(3), 7], (3, 7)])
 def test_numbers_of_images_and_groups(key, values):
@@ -447,9 +455,10 @@ def test_batches_of_several_loaders(batch):
         ({"image": IMAGE, "group": LABEL[:1]}, r"'group' .* got torch\.int64 of shape \(1,\)"),
         ({"image": IMAGE, "group": [None, 1]}, r"'group' .* got \[None, 1\]"),
         (
-            {"image": IMAGE, "path": "ab"},
-            "'path' of a batch must hold a text or a number for each of the 2 images, got 'ab",
+            {"image": IMAGE, "path": ["a", None]},
+            r"'path' of a batch must hold a text, or a text or number for each of the 2 images, got \['a', None\]",
         ),
+        ({"image": IMAGE, "index": torch.arange(3)}, r"'index' .* got torch\.int64 of shape \(3,\)"),
         ({"image": IMAGE, "category": LABEL[:1]}, r"'category' .* got torch\.int64 of shape \(1,\); change the data"),
     ],
 )

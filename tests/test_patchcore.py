@@ -410,6 +410,10 @@ def test_scoring_options_may_change_at_load(fitted, tiny, tmp_path):
     assert (model(images)[0] >= fitted[0](images)[0]).all()
 
 
+def undisclosed(hook):
+    return lambda *args: hook(*args)
+
+
 def test_subclass_that_loses_a_hook_is_refused():
     for name in ("setup", "training_step", "on_train_epoch_end", "on_save_checkpoint"):
         with pytest.raises(UserError, match=rf"Mine\.{name} takes the place .* call super\(\)\.{name}\(\)"):
@@ -424,10 +428,31 @@ def test_subclass_that_loses_a_hook_is_refused():
         def on_train_end(self):
             Parent.on_train_end(self)
 
+        def on_fit_end(self):
+            (lambda: super(Child, self).on_fit_end())()
+            later()
+
+        def setup(self, stage):
+            getattr(super(), "setup")(stage)  # noqa: B009
+
+        @undisclosed
+        def on_train_start(self):
+            super().on_train_start()
+
         def test_step(self, batch, batch_idx):  # not needed to fit
             return None
 
-    assert issubclass(Child, PatchCore)
+    def later(): ...
+
+    class Lost:
+        def on_fit_end(self): ...
+
+    class Kept:
+        def on_fit_end(self):
+            super().on_fit_end()
+
+    with pytest.raises(UserError, match=r"Lost\.on_fit_end takes the place"):
+        type("Mixed", (Kept, Lost, Child), {})
 
 
 class WithKeyOfItsOwn(PatchCore):
@@ -475,8 +500,9 @@ def test_map_location_is_a_device(fitted, tiny, tmp_path):
     (path,) = tmp_path.rglob("*.ckpt")
     for device in ("cpu", torch.device("cpu")):
         assert PatchCore.load_from_checkpoint(path, device, backbone=tiny).memory_bank.size
-    with pytest.raises(UserError, match="map_location must be a device"):
-        PatchCore.load_from_checkpoint(path, {"cuda:0": "cpu"}, backbone=tiny)
+    for wrong in ({"cuda:0": "cpu"}, "gpu", "cuda:99", True):
+        with pytest.raises(UserError, match="map_location must be a device"):
+            PatchCore.load_from_checkpoint(path, wrong, backbone=tiny)
 
 
 def test_loading_scores_an_image_of_the_size_to_come(fitted, tiny, tmp_path, monkeypatch):

@@ -76,9 +76,10 @@ def as_batch(batch: Any) -> dict[str, Any]:
 def _names(key: str, values: Any, images: int) -> list[str]:
     """Names as texts; the default collate makes a tensor of numbers."""
     each = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-    if not isinstance(each, list | tuple) or len(each) != images:
+    each = [each] * images if isinstance(each, str) else each  # one for all
+    if not isinstance(each, list | tuple) or len(each) != images or None in each:
         raise UserError(
-            f"the entry '{key}' of a batch must hold a text or a number for each of the {images} images, got "
+            f"the entry '{key}' of a batch must hold a text, or a text or number for each of the {images} images, got "
             f"{_told(values)}; change the data set, or leave it out."
         )
     return [str(name.item() if isinstance(name, Tensor) else name) for name in each]
@@ -87,7 +88,7 @@ def _names(key: str, values: Any, images: int) -> list[str]:
 def _numbers(key: str, values: Any, images: int) -> Tensor:
     """Whole numbers, int64 ``(B,)``."""
     try:
-        numbers = torch.as_tensor(values)
+        numbers = torch.as_tensor(values).flatten()
     except (TypeError, ValueError, RuntimeError):  # texts, None, lists of different lengths
         numbers = torch.empty(0)
     if numbers.shape != (images,) or (images and (numbers.is_floating_point() or numbers.is_complex())):
@@ -99,10 +100,12 @@ def _numbers(key: str, values: Any, images: int) -> Tensor:
 
 
 def _masks(masks: Any) -> Any:
-    """Arrays as tensors, copied, as they may be read-only or mirrored views; in a list, too."""
+    """Arrays as tensors, copied: they may be read-only, mirrored or of the other byte order; in a list, too."""
     if isinstance(masks, list | tuple):
         return [_masks(mask) for mask in masks]
-    return torch.from_numpy(masks.copy(order="C")) if isinstance(masks, np.ndarray) and masks.dtype != object else masks
+    if not isinstance(masks, np.ndarray) or masks.dtype.kind not in "biuf":
+        return masks
+    return torch.from_numpy(masks.astype(masks.dtype.newbyteorder("="), order="C"))
 
 
 def _told(values: Any) -> str:

@@ -18,7 +18,7 @@ CATEGORY = {"id": 1, "name": "defect", "supercategory": "anomaly"}
 
 
 def coco_image(inspection: Inspection, number: int, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Entry of an image in ``path``, whose id is a ``number``, and of each of its regions but for their ids."""
+    """Entry of the image in ``path``, with ``number`` as its id, and entries of its regions, which get ids later."""
     height, width = inspection.size
     scores = {"score": rounded(inspection.score), "anomalous": inspection.anomalous}
     image = {"id": number, "file_name": path, "height": height, "width": width} | scores
