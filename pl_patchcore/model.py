@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,8 @@ from pl_patchcore.distributed import on_first_process
 from pl_patchcore.errors import UserError
 from pl_patchcore.foreground import ForegroundKind, foreground
 from pl_patchcore.memory_bank import ForeignRows, MemoryBank
-from pl_patchcore.numerics import bf16_is_fast
-from pl_patchcore.patch_features import Band, PatchFeatures
+from pl_patchcore.patch_features import Band, Inference, PatchFeatures
 
-Inference = Literal["float32", "bf16", "auto"]
 log = logging.getLogger(__name__)
 log.addFilter(on_first_process)
 
@@ -135,14 +133,14 @@ class PatchCoreModel(nn.Module):
             found = [self(*part, map_size, bank) for part in one_by_one(images, counted)]
             scores, maps = zip(*found, strict=True)
             return torch.cat(scores), torch.cat(maps)
-        bf16 = self._bf16(images.device)
-        bands: Iterable[Band] = self.patch_features.bands(images, bf16, raw=self.foreground != "none")
+        bands: Iterable[Band] = self.patch_features.bands(images, self.inference, raw=self.foreground != "none")
         if self.foreground != "none":
-            bands, counted = self.in_front(bands, images, counted, bf16)
-        return self.scorer(bands, bank or self.memory_bank, map_size or size, counted)  # type: ignore[no-any-return]
+            bands, counted = self.in_front(bands, images, counted, self.inference)
+        bank = self.memory_bank if bank is None else bank
+        return self.scorer(bands, bank, map_size or size, counted)  # type: ignore[no-any-return]
 
     def in_front(
-        self, bands: Iterable[Band], images: Tensor, counted: Counted | None, bf16: bool = False
+        self, bands: Iterable[Band], images: Tensor, counted: Counted | None, inference: Inference = "float32"
     ) -> tuple[Iterable[Band], Counted]:
         """Find the object in front of a plain background.
 
@@ -150,7 +148,7 @@ class PatchCoreModel(nn.Module):
             bands: Patch features of the images, as long as they are.
             images: ``(B, 3, H, W)``.
             counted: Which places of them count; None: all.
-            bf16: Whether the network computes in bfloat16.
+            inference: What the network computes in.
 
         Returns:
             The patch features, of unit length where that is asked for, and which places of the object count.
@@ -161,7 +159,7 @@ class PatchCoreModel(nn.Module):
             features = bands[0].features
         else:  # the features of a large image are never all there: the object is found in a small one
             images = self.patch_features.small(images)
-            features = next(self.patch_features.bands(images, bf16, raw=True)).features
+            features = next(self.patch_features.bands(images, inference, raw=True)).features
         found = foreground(self.foreground, images, features)
         if (empty := ~found.flatten(1).any(1)).any():
             if self.scorer.top_share_of == "scored":
@@ -172,20 +170,16 @@ class PatchCoreModel(nn.Module):
             bands = (band._replace(features=F.normalize(band.features, dim=3)) for band in bands)
         return bands, Counted.of_objects(images, counted, found)
 
-    def _bf16(self, device: torch.device) -> bool:
-        """Whether the backbone computes in bfloat16."""
-        return self.inference == "bf16" or (self.inference == "auto" and bf16_is_fast(device.type))
-
     @torch.no_grad()
     def warm_up(self) -> None:
         """Run on noise, if all images have one size: torch makes its kernels for a size with the first image of it.
 
         One row of patches is compared with the memory bank.
         """
-        size, device = self.input_size.tolist(), self.input_size.device
+        size = self.input_size.tolist()
         if self.fitted and any(size) and self.patch_features.tiling is None:
             noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-            for band in self.patch_features.bands(noise.to(device), self._bf16(device)):
+            for band in self.patch_features.bands(noise.to(self.input_size.device), self.inference):
                 self.scorer([band._replace(features=band.features[:, :1])], self.memory_bank, size)
 
     def train(self, mode: bool = True) -> PatchCoreModel:

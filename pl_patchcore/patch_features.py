@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pl_patchcore.backbone import PAPER_WEIGHTS, as_grid, building, cut_network, weights_sha256
 from pl_patchcore.errors import UserError
+from pl_patchcore.numerics import bf16_is_fast
 from pl_patchcore.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalised
 from pl_patchcore.tiles import LayerGrid, TileOptions, Tiling, Window, measure_layers
 from pl_patchcore.timm_networks import PositionRule
@@ -26,6 +27,7 @@ from pl_patchcore.timm_networks import PositionRule
 # that the C library maps fresh memory for each, which can take longer than the convolutions.
 CPU_PIXELS = 1 << 17
 Combine = Literal["concatenate", "mean"]
+Inference = Literal["float32", "bf16", "auto"]
 
 
 class Band(NamedTuple):
@@ -132,23 +134,23 @@ class PatchFeatures(nn.Module):
                 grids = measure_layers(self.layers_of, self.strides, self.like)
         return Tiling(options, grids, self.patch_size, self.patch_stride, padded=padded)
 
-    def layers_of(self, images: Tensor, bf16: bool = False) -> list[Tensor]:
-        """Layers ``(B, C, h, w)`` of images; arguments and errors as `bands`."""
+    def layers_of(self, images: Tensor, inference: Inference = "float32") -> list[Tensor]:
+        """Layers float32 ``(B, C, h, w)`` of images; arguments and errors as `bands`."""
         if images.dtype == torch.uint8:
             images = normalised(images, self.mean, self.std)
         elif not images.is_floating_point():
             raise UserError(
                 f"images are {images.dtype}; make them by model.transform, or float32: scaled to [0, 1] and normalised."
             )
-        size = (images.shape[2], images.shape[3])
-        reduced = bf16 and self.like.dtype == torch.float32
-        try:
-            with torch.autocast(images.device.type, torch.bfloat16) if reduced else nullcontext():
+        size, device = (images.shape[2], images.shape[3]), images.device.type
+        bf16 = inference == "bf16" or (inference == "auto" and bf16_is_fast(device))
+        try:  # else as the caller's autocast says
+            with torch.autocast(device, torch.bfloat16) if bf16 and self.like.dtype == torch.float32 else nullcontext():
                 outputs = self.network(images.to(self.like.dtype))
         except (RuntimeError, AssertionError, ValueError) as error:
             self._explain(error, size)
             raise
-        return [as_grid(outputs, *layer, size) for layer in zip(self.layers, self.layouts, strict=True)]
+        return [as_grid(outputs, *layer, size).float() for layer in zip(self.layers, self.layouts, strict=True)]
 
     def _explain(self, error: Exception, size: tuple[int, int]) -> None:
         """Raise a `UserError` if the network failed because it does not take images of a size."""
@@ -184,12 +186,12 @@ class PatchFeatures(nn.Module):
         """
         return torch.cat([band.features for band in self.bands(images)], dim=1)
 
-    def bands(self, images: Tensor, bf16: bool = False, raw: bool = False) -> Iterator[Band]:
+    def bands(self, images: Tensor, inference: Inference = "float32", raw: bool = False) -> Iterator[Band]:
         """The same in bands of patches, from the top; one band, where the images are no larger than a tile.
 
         Args:
             images: As `forward`.
-            bf16: Whether the network computes in bfloat16, where it is float32.
+            inference: What a float32 network computes in; ``auto``: bf16, where the device multiplies that much faster.
             raw: Whether features stay as long as they are, whatever ``normalize`` says.
         """
         tiling, (height, width) = self.tiling, images.shape[-2:]
@@ -197,7 +199,7 @@ class PatchFeatures(nn.Module):
             parts = [images]
             if images.device.type == "cpu" and not torch.compiler.is_compiling():
                 parts = list(images.split(max(1, CPU_PIXELS // (height * width))))
-            found = [features for part in parts for features in self._features(part, bf16, raw)]
+            found = [features for part in parts for features in self._features(part, inference, raw)]
             features = found[0] if len(found) == 1 else torch.cat(found)
             yield Band(features, 0, features.shape[1])
             return
@@ -207,17 +209,16 @@ class PatchFeatures(nn.Module):
             tiles: list[Tensor] = []
             for columns in tiling.batches(spans[1], images.device):
                 cut = torch.cat([tiling.cut(images, row, column) for column in columns])
-                tiles += self._features(cut, bf16, raw, [Window(row, column, grids) for column in columns])
+                tiles += self._features(cut, inference, raw, [Window(row, column, grids) for column in columns])
             yield Band(torch.cat(tiles, 2), row.first, grids[0][0])
 
     def _features(
-        self, images: Tensor, bf16: bool, raw: bool, windows: Sequence[Window | None] = (None,)
+        self, images: Tensor, inference: Inference, raw: bool, windows: Sequence[Window | None] = (None,)
     ) -> list[Tensor]:
         """Patch features of images, or of what is taken from tiles: of as many at each window, float32."""
         p, s = self.patch_size, self.patch_stride
         pooled: list[Tensor] = []
-        for layer in self.layers_of(images, bf16):
-            layer = layer.float()  # (B, C, h, w)
+        for layer in self.layers_of(images, inference):  # (B, C, h, w)
             if self.layer_dim is None:
                 layer = F.avg_pool2d(layer, p, s, p // 2)
             else:

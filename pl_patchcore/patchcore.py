@@ -66,7 +66,6 @@ from pl_patchcore.lightning_parts import (
 )
 from pl_patchcore.memory_bank import BankDtype, MemoryBank
 from pl_patchcore.metrics import MetricsSize, Mode, TestFigures
-from pl_patchcore.model import Inference
 from pl_patchcore.options import (
     EnsembleOptions,
     ImageOptions,
@@ -75,7 +74,7 @@ from pl_patchcore.options import (
     keeps_arguments,
     takes_numpy,
 )
-from pl_patchcore.patch_features import PatchFeatures
+from pl_patchcore.patch_features import Inference, PatchFeatures
 from pl_patchcore.preprocessing import Color, ImageLike, ResizeMode
 from pl_patchcore.suspicious import TrainingImage
 

@@ -68,7 +68,7 @@ def measure_layers(run: Callable[[Tensor], Sequence[Tensor]], strides: Sequence[
         before, after = (strip[None] if axis == 3 else strip[None].mT for strip in strips)
         mixed = torch.cat([after.narrow(axis, 0, half), before.narrow(axis, half, half)], axis)
         for number, layers in enumerate(zip(run(before), run(mixed), run(after), strict=True)):
-            one, two, three = (layer[0].float().movedim(axis - 1, 0).flatten(1) for layer in layers)  # (cells, C w)
+            one, two, three = (layer[0].movedim(axis - 1, 0).flatten(1) for layer in layers)  # (cells, C w)
             least, stride = UNCHANGED * one.std(), strides[number]
             first = ((two - one).abs().amax(1) > least).nonzero()  # cells that change with the first half
             second = ((two - three).abs().amax(1) > least).nonzero()

@@ -118,11 +118,11 @@ def test_inference_in_bf16(model, monkeypatch):
     scores, _ = model(NEW)
     assert 0 < (scores / exact - 1).abs().max() < 0.03
     (member, *_) = model.members
-    features = torch.cat([band.features for band in member.patch_features.bands(NEW, bf16=True)], 1)
+    features = torch.cat([band.features for band in member.patch_features.bands(NEW, "bf16")], 1)
     assert features.dtype == torch.float32
     nearest = torch.cdist(features.flatten(1, 2).double(), member.memory_bank.features.double()).amin(2)
     own, _ = member.scorer.__class__(reweighting_neighbors=1)(
-        member.patch_features.bands(NEW, bf16=True), member.memory_bank, NEW.shape[2:]
+        member.patch_features.bands(NEW, "bf16"), member.memory_bank, NEW.shape[2:]
     )
     torch.testing.assert_close(own.double(), nearest.amax(1), rtol=1e-6, atol=0)
     refit = copy.deepcopy(model)
@@ -130,7 +130,7 @@ def test_inference_in_bf16(model, monkeypatch):
     for ours, theirs in zip(model.members, refit.members, strict=True):
         assert torch.equal(ours.memory_bank.features, theirs.memory_bank.features)
     for fast, expected in ((True, scores), (False, exact)):
-        monkeypatch.setattr("pl_patchcore.model.bf16_is_fast", lambda device, fast=fast: fast)
+        monkeypatch.setattr("pl_patchcore.patch_features.bf16_is_fast", lambda device, fast=fast: fast)
         for member in model.members:
             member.inference = "auto"
         assert torch.equal(model(NEW)[0], expected)

@@ -43,7 +43,7 @@ class Known(nn.Module):
 
     tiling = None
 
-    def bands(self, images: Tensor, bf16: bool = False, raw: bool = False) -> list[Band]:
+    def bands(self, images: Tensor, inference: str = "float32", raw: bool = False) -> list[Band]:
         """All of them."""
         return [Band(images.permute(0, 2, 3, 1), 0, images.shape[2])]
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from pl_patchcore import PatchCore
 from pl_patchcore.export.write import FORMATS, KINDS
 from pl_patchcore.metrics import AnomalyEvaluation
-from pl_patchcore.model import Inference
 from pl_patchcore.options import ImageOptions
+from pl_patchcore.patch_features import Inference
 from pl_patchcore.preprocessing import ResizeBy
 
 FILES: dict[str, tuple[ResizeBy, str, dict[str, Any]]] = {  # name: how the model resizes, format, options
